@@ -1,0 +1,19 @@
+"""fxrep: re-parameterize convolutional networks, exactly, for any nn.Module."""
+
+from __future__ import annotations
+
+from fxrep.errors import EquivalenceError as EquivalenceError
+from fxrep.errors import FxrepError as FxrepError
+from fxrep.errors import InputError as InputError
+from fxrep.errors import ModelError as ModelError
+from fxrep.errors import OptionError as OptionError
+from fxrep.errors import ReportError as ReportError
+from fxrep.errors import SpecializationError as SpecializationError
+from fxrep.passes import default_passes as default_passes
+from fxrep.pipeline import optimize as optimize
+from fxrep.pipeline import report as report
+from fxrep.report import Report as Report
+from fxrep.report import Rewrite as Rewrite
+from fxrep.report import Skip as Skip
+
+__version__ = "0.1.0"

@@ -1,0 +1,112 @@
+"""What a rewrite costs and saves, and who decides whether it is worth it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from fxrep.errors import OptionError
+
+# Root sizes at which two plans are compared: inner positions a root of R needs grow at different
+# rates (padding, stride), so a collapse must pay at all of them.
+SIZES = (2, 4, 7, 16, 56, 224)
+TYPICAL = SIZES.index(16)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of some operations, per sample.
+
+    Attributes:
+        macs: multiply-accumulates at each of `SIZES` output positions per axis.
+        traffic: elements read and written, likewise.
+        convolutions: convolution and linear layers.
+        operations: operations run.
+        parameters: elements of weights, biases and statistics.
+    """
+
+    macs: tuple[int, ...] = (0,) * len(SIZES)
+    traffic: tuple[int, ...] = (0,) * len(SIZES)
+    convolutions: int = 0
+    operations: int = 0
+    parameters: int = 0
+
+
+def total(works: Sequence[Work]) -> Work:
+    """The sum of works."""
+    if not works:
+        return Work()
+    return Work(
+        tuple(map(sum, zip(*(work.macs for work in works), strict=True))),
+        tuple(map(sum, zip(*(work.traffic for work in works), strict=True))),
+        sum(work.convolutions for work in works),
+        sum(work.operations for work in works),
+        sum(work.parameters for work in works),
+    )
+
+
+@runtime_checkable
+class CostModel(Protocol):
+    """Decides whether a legal rewrite is worth it."""
+
+    @property
+    def name(self) -> str:
+        """How reports name it."""
+
+    def objection(self, before: Work, after: Work) -> str | None:
+        """Why not to rewrite, with both figures, or None to go ahead."""
+
+
+@dataclass(frozen=True)
+class MacsCost:
+    """Never more multiply-accumulates, memory traffic or convolutions; and something less."""
+
+    name: str = "macs"
+
+    def objection(self, before: Work, after: Work) -> str | None:
+        """See `CostModel`."""
+        if after.convolutions > before.convolutions:
+            return f"convolutions {before.convolutions} -> {after.convolutions}"
+        for what in ("macs", "traffic"):
+            old, new = getattr(before, what), getattr(after, what)
+            for size, a, b in zip(SIZES, old, new, strict=True):
+                if b > a:
+                    label = "MACs" if what == "macs" else "elements moved"
+                    return f"{label} {a} -> {b} at output size {size}"
+        if after.operations >= before.operations and after.macs[TYPICAL] >= before.macs[TYPICAL]:
+            return f"operations {before.operations} -> {after.operations}, no fewer MACs"
+        return None
+
+
+@dataclass(frozen=True)
+class AlwaysCost:
+    """Whenever it is legal and leaves fewer operations: for accelerators that only convolve."""
+
+    name: str = "always"
+
+    def objection(self, before: Work, after: Work) -> str | None:
+        """See `CostModel`."""
+        if after.operations >= before.operations:
+            return f"operations {before.operations} -> {after.operations}"
+        return None
+
+
+_MODELS: dict[str, CostModel] = {"macs": MacsCost(), "always": AlwaysCost()}
+
+
+def cost_model(cost: str | CostModel) -> CostModel:
+    """The cost model named by `cost`, or `cost` itself if it is one.
+
+    Raises:
+        OptionError: if it is neither.
+    """
+    if isinstance(cost, str) and cost in _MODELS:
+        return _MODELS[cost]
+    if not isinstance(cost, (str, type)) and isinstance(cost, CostModel):
+        return cost
+    names = ", ".join(repr(name) for name in _MODELS)
+    raise OptionError(
+        f"cost={cost!r} is no cost model: pass one of {names}, or an object with `name` and "
+        "`objection(before, after)`"
+    )

@@ -1,0 +1,42 @@
+"""Every exception fxrep raises on purpose. Catch :class:`FxrepError` to catch them all.
+
+A message says what is wrong, where (argument or module path), the value found, and a way out.
+"""
+
+from __future__ import annotations
+
+
+class FxrepError(Exception):
+    """Base of all errors raised by fxrep."""
+
+
+class ModelError(FxrepError):
+    """The model cannot be optimized as it is.
+
+    It is no ``torch.nn.Module``, is in training mode, holds lazy (not yet materialised) or meta
+    parameters, or is a ScriptModule.
+    """
+
+
+class InputError(FxrepError):
+    """``example_inputs`` is no tensor, tuple or dict, or the model does not run on it."""
+
+
+class OptionError(FxrepError):
+    """An option such as ``passes=`` or ``cost=`` has a value fxrep does not know."""
+
+
+class EquivalenceError(FxrepError):
+    """The optimized model as a whole gives other results than the original on the inputs given."""
+
+
+class SpecializationError(FxrepError):
+    """An argument whose value the optimized forward relies on was given another one at run time.
+
+    Tracing fixes arguments that are not tensors (flags, ``None``, sizes): another value needs its
+    own call of :func:`fxrep.optimize`.
+    """
+
+
+class ReportError(FxrepError):
+    """:func:`fxrep.report` was given a module that :func:`fxrep.optimize` did not make."""

@@ -1,0 +1,464 @@
+"""The pipeline: capture -> rewrite -> validate -> module."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxrep import aliasing
+from fxrep import validate as validation
+from fxrep.capture import Capture, Program, capture
+from fxrep.collapse import Plan, where
+from fxrep.cost import SIZES, CostModel, cost_model
+from fxrep.errors import OptionError, ReportError
+from fxrep.examples import ranks_seen
+from fxrep.geometry import Map, Refusal
+from fxrep.module import assemble, attach, attached
+from fxrep.operators import Affine, View
+from fxrep.passes import default_passes
+from fxrep.ranks import Ranks
+from fxrep.recipe import Call, record
+from fxrep.report import Report, Rewrite, Skip
+from fxrep.rewrite import Editor, Layer, build, prune
+from fxrep.rule import Fold, Pass
+
+# A rewrite can open the way for another pass; real models settle in two or three rounds.
+MOST_ROUNDS = 100
+
+
+def optimize(
+    model: nn.Module,
+    example_inputs: object = None,
+    *,
+    passes: Sequence[Pass | str] = default_passes,
+    cost: str | CostModel = "macs",
+    validate: bool = True,
+) -> nn.Module:
+    """Re-parameterize a trained model: one convolution for each linear block.
+
+    Args:
+        model: any module in eval mode. It is not changed: not its weights, flags, hooks or state.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword inputs. Optional; with
+            them the whole model is also compared before and after, in their dtype, with float64.
+        passes: the passes to run, in order, or their names; `fxrep.default_passes` is all of them.
+        cost: "macs" (never more multiply-accumulates, memory traffic or convolutions), "always"
+            (whenever legal), or a `fxrep.cost.CostModel`.
+        validate: check every rewrite in float64 on the spot and drop one that differs.
+
+    Returns:
+        A `torch.fx.GraphModule` when the whole forward traces, otherwise a copy of the model whose
+        traceable submodules run their rewritten graphs. It shares nothing with `model`, and
+        `fxrep.report` tells what was done, and what was not and why.
+
+    Raises:
+        ModelError: `model` is no module in eval mode with real weights.
+        InputError: `example_inputs` do not fit the model.
+        OptionError: `passes` or `cost` name something that does not exist.
+        EquivalenceError: the result differs on `example_inputs`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+        >>> len([m for m in fxrep.optimize(model).modules() if isinstance(m, torch.nn.BatchNorm2d)])
+        0
+
+    Source: Ding et al., "RepVGG: Making VGG-style ConvNets Great Again", 2021, and the papers each
+    pass names.
+    """
+    chosen = _chosen(passes)
+    model_of_cost = cost_model(cost)
+    captured = capture(model, example_inputs)
+    session = Session(captured, example_inputs, model_of_cost, validate)
+    with torch.no_grad():
+        for program in session.parts:
+            session.rewrite(program, chosen)
+    session.finish()
+    result = assemble(captured)
+    report = Report(session.in_order(chosen), tuple(session.skips()))
+    if example_inputs is not None:
+        report = validation.compare(captured.model, result, example_inputs, report)
+    attach(result, report)
+    return result
+
+
+def report(optimized: nn.Module) -> Report:
+    """What `optimize` did to a module, and what it left alone and why.
+
+    Args:
+        optimized: what `fxrep.optimize` returned, or a copy of it.
+
+    Raises:
+        ReportError: it was not made by `fxrep.optimize`.
+    """
+    found = attached(optimized) if isinstance(optimized, nn.Module) else None
+    if found is None:
+        raise ReportError(
+            f"optimized ({type(optimized).__name__}) carries no report: pass what fxrep.optimize "
+            "returned, or a copy of it"
+        )
+    return found
+
+
+def _chosen(passes: Sequence[Pass | str]) -> tuple[Pass, ...]:
+    known = {p.name: p for p in default_passes}
+    if isinstance(passes, (str, Pass)) or not isinstance(passes, Iterable):
+        raise OptionError(
+            f"passes={passes!r} must be a sequence of passes or their names: "
+            f"write passes=[{passes!r}], or leave it out for all of them"
+        )
+    chosen = []
+    for each in passes:
+        found = known.get(each) if isinstance(each, str) else each
+        if not isinstance(found, Pass):
+            raise OptionError(
+                f"passes: {each!r} is no pass; there are {', '.join(known)}, "
+                "or pass a fxrep.rule.Pass"
+            )
+        chosen.append(found)
+    return tuple(chosen)
+
+
+@dataclass(eq=False)
+class Part:
+    """A program in the making: its graph, what is known of it, and its editor."""
+
+    program: Program
+    view: View
+    editor: Editor
+    # Plans for layers called more than once, until there is an equal one for every call.
+    waiting: dict[object, list[Plan]] = field(default_factory=lambda: defaultdict(list))
+    notes: dict[fx.Node, Skip] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Session:
+    """One call of `optimize`."""
+
+    captured: Capture
+    example_inputs: object
+    cost: CostModel
+    validate: bool
+    parts: list[Part] = field(default_factory=list)
+    rewrites: list[Rewrite] = field(default_factory=list)
+    # The nodes that use a layer's weight, by the weight's identity: a module called twice, or a
+    # parameter that two modules share, is one weight with two users.
+    users: dict[int, set[fx.Node]] = field(default_factory=lambda: defaultdict(set))
+
+    def __post_init__(self) -> None:
+        for program in self.captured.programs:
+            view = View(
+                program.graph,
+                program.module,
+                aliasing.analyse(program.graph, program.module),
+                Ranks(program.graph, program.module, ranks_seen(program, self.example_inputs)),
+            )
+            editor = Editor(program.graph, program.module, view, program.keep_modules)
+            self.parts.append(Part(program, view, editor))
+            for node in program.graph.nodes:
+                reading = view.read(node)
+                if isinstance(reading, Affine) and reading.weight is not None:
+                    self.users[id(reading.owner)].add(node)
+
+    def rewrite(self, part: Part, passes: Sequence[Pass]) -> None:
+        """Run the passes over one graph until none of them changes it."""
+        for _ in range(MOST_ROUNDS):
+            changed = [p.name for p in passes if self._run(p, part)]
+            if not changed:
+                return
+        raise AssertionError(f"the passes {changed} keep rewriting each other's result")
+
+    def _run(self, rule: Pass, part: Part) -> bool:
+        """One sweep, from the outputs to the inputs: the largest region is met first."""
+        changed = False
+        part.waiting.clear()
+        for node in reversed(list(part.program.graph.nodes)):
+            if node._erased:
+                continue
+            answer = rule.propose(part.view, node, self.cost)
+            if isinstance(answer, Fold):
+                self._fold(rule, part, answer)
+                changed = True
+                continue
+            if isinstance(answer, Plan):
+                answer = self._apply(rule, part, answer)
+                changed = changed or answer is None
+            if isinstance(answer, Refusal):
+                part.notes[node] = Skip(rule.name, self._where(part, node), answer.reason)
+        return changed
+
+    def _apply(self, rule: Pass, part: Part, plan: Plan) -> Refusal | None:
+        """Carry out a plan; None if it was carried out."""
+        shared = self._shared(part, plan)
+        if shared:
+            key = _signature(plan, part.view)
+            # A rewrite in between may have taken a waiting plan apart: the next round plans anew.
+            group = [other for other in part.waiting[key] if _stands(other)] + [plan]
+            part.waiting[key] = group
+            covered = {node for other in group for node in other.region}
+            outside = [n for node in shared for n in shared[node] if n not in covered]
+            if outside:
+                node = next(iter(shared))
+                return Refusal(
+                    f"{where(node)}: called {len(shared[node])} times, in different surroundings"
+                )
+            plans = part.waiting.pop(key)
+        else:
+            plans = [plan]
+        return self._carry_out(rule, part, plans)
+
+    def _shared(self, part: Part, plan: Plan) -> dict[fx.Node, set[fx.Node]]:
+        """Layers of the region whose weight is used elsewhere too, with all its users."""
+        shared = {}
+        for node in plan.region:
+            reading = part.view.read(node)
+            if isinstance(reading, Affine) and reading.weight is not None:
+                # Another graph that calls it keeps the old layer; this one may fold its own.
+                users = {
+                    n
+                    for n in self.users[id(reading.owner)]
+                    if not n._erased and n.graph is node.graph
+                }
+                if not users <= set(plan.region):
+                    shared[node] = users
+        return shared
+
+    def _carry_out(self, rule: Pass, part: Part, plans: Sequence[Plan]) -> Refusal | None:
+        plan, view = plans[0], part.view
+        exact = _memo(lambda path: _exact(view, path))
+        layers = build(plan, view, _memo(lambda path: _double(view.originals[path])))
+        if isinstance(layers, Refusal):
+            return layers
+        error: float | None = None
+        if self.validate:
+            verdict = validation.check(plan, layers, view, exact)
+            if isinstance(verdict, Refusal):
+                return verdict
+            error = verdict
+        before = _kinds(plan, view)
+        targets = part.editor.place(plans, layers)
+        location = self._location(part, targets, plan)
+        for each in plans:
+            part.editor.replace(each, targets)
+        for target, layer in zip(targets, layers, strict=True):
+            part.editor.install(target, layer.module)
+            for name, expr in zip(("weight", "bias"), layer.exprs, strict=True):
+                view.derived.pop(f"{target}.{name}", None)
+                if expr is not None:
+                    view.derived[f"{target}.{name}"] = expr
+        self.rewrites.append(_rewrite(rule, location, plan, before, layers, error))
+        return None
+
+    def _fold(self, rule: Pass, part: Part, fold: Fold) -> None:
+        """Store the value of a constant expression, or write it where it is read."""
+        node, value = fold.node, fold.value
+        part.view.forget(*node.users)
+        location = self._where(part, node)
+        if not isinstance(value, Tensor):
+            for user in list(node.users):
+                user.args = fx.map_arg(user.args, lambda n: value if n is node else n)
+                user.kwargs = fx.map_arg(user.kwargs, lambda n: value if n is node else n)
+        else:
+            sources = [part.view.originals[path] for path in record(fold.expr).paths]
+            path = part.editor.store(node, value, any(t.requires_grad for t in sources))
+            part.view.derived[path] = fold.expr
+            with part.program.graph.inserting_before(node):
+                stored = part.program.graph.get_attr(path)
+            part.editor.track(stored)
+            stored.meta = dict(node.meta)
+            part.view.ranks.same(stored, node)
+            node.replace_all_uses_with(stored)
+        steps = tuple(step.name for step in record(fold.expr).steps if isinstance(step, Call))
+        part.editor.erase_tree(node)
+        self.rewrites.append(Rewrite(rule.name, location, steps, ("constant",), 0, 0, 0, 0, 0.0))
+
+    def _where(self, part: Part, node: fx.Node) -> str:
+        return ".".join(name for name in (part.program.path, where(node)) if name)
+
+    def _location(self, part: Part, targets: Sequence[str], plan: Plan) -> str:
+        names = ", ".join(targets)
+        return ".".join(name for name in (part.program.path, names) if name)
+
+    def in_order(self, passes: Sequence[Pass]) -> tuple[Rewrite, ...]:
+        """The rewrites by pass, from the inputs to the outputs."""
+        order = [p.name for p in passes]
+        return tuple(sorted(reversed(self.rewrites), key=lambda r: order.index(r.pass_name)))
+
+    def skips(self) -> list[Skip]:
+        """What was left alone and why: every BatchNorm that stayed, and every refused merge."""
+        found = list(self.captured.skipped)
+        for part in self.parts:
+            for node in part.program.graph.nodes:
+                note = self._batchnorm_note(part, node) if _is_batchnorm(part, node) else None
+                if node.op == "call_module" and node.meta.get("leaf_type"):
+                    found.extend(self._inner_notes(part, node))
+                if note is None and not _is_layer(part, node):
+                    note = part.notes.get(node)
+                if note is not None:
+                    found.append(note)
+        return list(dict.fromkeys(found))
+
+    def _inner_notes(self, part: Part, node: fx.Node) -> list[Skip]:
+        """BatchNorms inside a module of torch.nn that runs as one operation."""
+        module = part.view.submodule(str(node.target))
+        reason = f"inside a torch.nn.{type(module).__name__}, which is called as it is"
+        return [
+            Skip("capture", f"{self._where(part, node)}.{name}", reason)
+            for name, inner in module.named_modules()
+            if name and isinstance(inner, nn.modules.batchnorm._BatchNorm)
+        ]
+
+    def _batchnorm_note(self, part: Part, node: fx.Node) -> Skip:
+        """Why a BatchNorm stayed: what its own rewrite said, or that of the layer it feeds."""
+        if node in part.notes:
+            return part.notes[node]
+        place = self._where(part, node)
+        users = _readers(part, node)
+        for user in users:
+            if user in part.notes and _is_layer(part, user):
+                return Skip("batchnorm", place, part.notes[user].reason)
+        feeds = ", ".join(sorted({_name(part, user) for user in users})) or "nothing"
+        source = node.all_input_nodes[0]
+        while _is_identity(part, source):
+            source = source.all_input_nodes[0]
+        return Skip(
+            "batchnorm",
+            place,
+            f"no convolution or linear layer next to it: it reads {_name(part, source)} "
+            f"and feeds {feeds}",
+        )
+
+    def finish(self) -> None:
+        """Guard what was assumed and remove the modules that nothing calls any more."""
+        for part in self.parts:
+            for node, rank in part.view.ranks.guards():
+                part.editor.guard(node, rank)
+        live, retired = set[str](), set[str]()
+        for part in self.parts:
+            prefix = f"{part.program.path}." if part.program.path else ""
+            for node in part.program.graph.nodes:
+                if node.op in ("call_module", "get_attr"):
+                    live.add(prefix + str(node.target))
+            if not part.program.keep_modules:
+                retired.update(prefix + path for path in part.editor.retired)
+        prune(self.captured.tree, retired, live)
+
+
+def _is_batchnorm(part: Part, node: fx.Node) -> bool:
+    reading = part.view.read(node)
+    if isinstance(reading, Affine):
+        return reading.kind == "batch_norm"
+    return isinstance(reading, Refusal) and "BatchNorm" in reading.reason
+
+
+def _is_identity(part: Part, node: fx.Node) -> bool:
+    reading = part.view.read(node)
+    return isinstance(reading, Affine) and reading.kind == "identity"
+
+
+def _readers(part: Part, node: fx.Node) -> list[fx.Node]:
+    """Who reads a value, directly or through identities."""
+    found: list[fx.Node] = []
+    ahead = list(node.users)
+    for user in ahead:
+        if _is_identity(part, user):
+            ahead.extend(user.users)
+        else:
+            found.append(user)
+    return found
+
+
+def _is_layer(part: Part, node: fx.Node) -> bool:
+    reading = part.view.read(node)
+    return isinstance(reading, Affine) and reading.weight is not None
+
+
+def _memo(function: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    known: dict[str, Tensor] = {}
+
+    def lookup(path: str) -> Tensor:
+        if path not in known:
+            known[path] = function(path)
+        return known[path]
+
+    return lookup
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
+
+
+def _exact(view: View, path: str) -> Tensor:
+    """A tensor of the traced module in float64; what fxrep made is recomputed, not widened."""
+    if path in view.derived:
+        value: Tensor = record(view.derived[path]).run(lambda p: _double(view.originals[p]))
+        return value
+    return _double(view.tensor(path))
+
+
+def _stands(plan: Plan) -> bool:
+    nodes = (*plan.expanded, *(piece.source for piece in plan.pieces))
+    return not any(node._erased for node in nodes)
+
+
+def _signature(plan: Plan, view: View) -> object:
+    """Equal for two plans that compute the same from different values."""
+    index: dict[fx.Node, object] = {node: i for i, node in enumerate(plan.expanded)}
+    for piece in plan.pieces:
+        index.setdefault(piece.source, f"source {len(index)}")
+
+    def name(node: fx.Node) -> object:
+        return index.get(node, str(node.target))
+
+    def arguments(node: fx.Node) -> str:
+        return str(fx.map_arg((node.args, node.kwargs), lambda n: str(name(n))))
+
+    return tuple((node.op, str(node.target), arguments(node)) for node in plan.expanded)
+
+
+def _kinds(plan: Plan, view: View) -> tuple[str, ...]:
+    readings = [view.read(node) for node in plan.region]
+    return tuple(r.kind for r in readings if isinstance(r, Affine) and r.kind != "identity")
+
+
+def _rewrite(
+    rule: Pass,
+    location: str,
+    plan: Plan,
+    before: tuple[str, ...],
+    layers: Sequence[Layer],
+    error: float | None,
+) -> Rewrite:
+    after = [_kind(layer) for layer in layers] + ["add"] * (len(plan.pieces) - 1)
+    shape = layers[0].piece.map
+    assert isinstance(shape, Map)
+    positions = SIZES[-1] ** len(shape.axes)
+    return Rewrite(
+        rule.name,
+        location,
+        before,
+        tuple(after),
+        round(plan.before.macs[-1] / positions),
+        round(plan.after.macs[-1] / positions),
+        plan.before.parameters,
+        plan.after.parameters,
+        error,
+    )
+
+
+def _kind(layer: Layer) -> str:
+    shape = layer.piece.map
+    assert isinstance(shape, Map)
+    if not shape.axes:
+        return "linear"
+    return f"conv_transpose{len(shape.axes)}d" if shape.transposed else f"conv{len(shape.axes)}d"
+
+
+def _name(part: Part, node: fx.Node) -> str:
+    if node.op == "placeholder":
+        return f"the input {node.name}"
+    if node.op == "call_module":
+        return type(part.program.module.get_submodule(str(node.target))).__name__
+    return getattr(node.target, "__name__", str(node.target))

@@ -1,0 +1,408 @@
+"""Carry out a plan: compute its weights, put its layers in the graph, take the old nodes out."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fxrep import kernels
+from fxrep.collapse import Piece, Plan, metadata_readers
+from fxrep.geometry import Map, Refusal
+from fxrep.operators import Affine, View, scope
+from fxrep.recipe import Call, Expr, Recipe, record
+
+# A weight row may lose this many epsilons to rounding, relative to its largest value.
+WORST_ROUNDING = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One new convolution or linear layer.
+
+    Attributes:
+        piece: what it computes.
+        module: the layer, in the dtype, device and memory format of what it replaces.
+        exact: its weight and bias in float64, before they were rounded.
+        recipe: how both were computed.
+        exprs: the same, for later rewrites to build on.
+    """
+
+    piece: Piece
+    module: nn.Module
+    exact: tuple[Tensor, Tensor | None]
+    recipe: Recipe
+    exprs: tuple[Expr, Expr | None]
+
+
+Lookup = Callable[[str], Tensor]
+
+
+def build(plan: Plan, view: View, lookup: Lookup) -> list[Layer] | Refusal:
+    """The layers of a plan, one for each piece that is a map; the bias goes to the first."""
+    readings = [view.read(node) for node in plan.expanded]
+    weights = [r.weight for r in readings if isinstance(r, Affine) and r.weight is not None]
+    like = max(weights, key=Tensor.numel)
+    trains = any(w.requires_grad or id(w) in view.trained for w in weights)
+    layers: list[Layer] = []
+    for piece in plan.pieces:
+        if not isinstance(piece.map, Map):
+            continue
+        bias = None if layers else plan.bias
+        layer = _layer(piece, bias, lookup, like, trains)
+        if isinstance(layer, Refusal):
+            return layer
+        layers.append(layer)
+    return layers
+
+
+def _layer(
+    piece: Piece, bias: Expr | None, lookup: Lookup, like: Tensor, trains: bool
+) -> Layer | Refusal:
+    shape = piece.map
+    assert isinstance(shape, Map)
+    weight = Call(kernels.to_convolution, (piece.weight, shape))
+    full = None if bias is None else Call(kernels.full_bias, (bias, shape.outputs))
+    recipe = record(Call(_pair, (weight, full)))
+    try:
+        computed: tuple[Tensor, Tensor | None] = recipe.run(lookup)
+    except RuntimeError as error:  # a weight expression that insists on its own dtype
+        return Refusal(f"its weight cannot be computed in float64: {error}")
+    # A bias of numbers alone was computed where numbers live.
+    shift = computed[1]
+    exact = computed[0].to(like.device), None if shift is None else shift.to(like.device)
+    module = _module(shape, bias is not None)
+    for name, value in zip(("weight", "bias"), exact, strict=True):
+        if value is None:
+            continue
+        rounded = value.to(dtype=like.dtype)
+        refusal = _rounding(name, value, rounded)
+        if refusal is not None:
+            return refusal
+        rounded = rounded.contiguous(memory_format=_memory_format(like, rounded))
+        setattr(module, name, nn.Parameter(rounded, requires_grad=trains))
+    return Layer(piece, module, exact, recipe, (weight, full))
+
+
+def _pair(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return weight, bias
+
+
+def _memory_format(like: Tensor, value: Tensor) -> torch.memory_format:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(value.dim())
+    if wanted is None or like.dim() != value.dim() or like.is_contiguous():
+        return torch.contiguous_format
+    return wanted if like.is_contiguous(memory_format=wanted) else torch.contiguous_format
+
+
+def _rounding(name: str, exact: Tensor, rounded: Tensor) -> Refusal | None:
+    """Why the dtype cannot hold a fused tensor, or None."""
+    limits = torch.finfo(rounded.dtype)
+    largest = torch.linalg.vector_norm(exact.reshape(exact.shape[0], -1), math.inf, dim=1)
+    if not bool((largest <= limits.max).all()):
+        return Refusal(f"its fused {name} is not finite in {rounded.dtype}")
+    # Below the smallest normal number rounding errors are absolute: up to tiny * eps / 2.
+    lost = (largest > 0) & (largest < limits.tiny / (2 * WORST_ROUNDING))
+    if name == "weight" and bool(lost.any()):
+        return Refusal(
+            f"{int(lost.sum())} rows of its fused weight are too small for {rounded.dtype}"
+        )
+    return None
+
+
+_CONVOLUTIONS = {
+    False: (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    True: (nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+}
+
+
+def _module(shape: Map, biased: bool) -> nn.Module:
+    """An empty layer: its tensors are set by the caller."""
+    kind: Any = _CONVOLUTIONS[shape.transposed][len(shape.axes)]
+    module: nn.Module
+    if not shape.axes:
+        module = kind(shape.inputs, shape.outputs, bias=biased, device="meta")
+    else:
+        options: dict[str, Any] = {
+            "stride": tuple(a.stride for a in shape.axes),
+            "padding": tuple(a.low if shape.symmetric else 0 for a in shape.axes),
+            "dilation": tuple(a.dilation for a in shape.axes),
+            "groups": shape.band.groups,
+        }
+        if shape.transposed:
+            options["output_padding"] = tuple(a.low - a.high for a in shape.axes)
+        elif shape.symmetric:
+            options["padding_mode"] = shape.padding_mode
+        module = kind(
+            shape.inputs, shape.outputs, shape.kernel, bias=biased, device="meta", **options
+        )
+    module.eval()
+    return module
+
+
+def pad(shape: Map) -> tuple[tuple[int, ...], str] | None:
+    """The argument and mode of the F.pad a layer needs before it, or None."""
+    if shape.symmetric:
+        return None
+    sizes = [size for axis in reversed(shape.axes) for size in (axis.low, axis.high)]
+    return tuple(sizes), "constant" if shape.padding_mode == "zeros" else shape.padding_mode
+
+
+@dataclass(eq=False)
+class Editor:
+    """The graph of one program, with the names its layers have taken."""
+
+    graph: fx.Graph
+    module: nn.Module
+    view: View
+    keep_modules: bool = False
+    uses: Counter[str] = field(default_factory=Counter)
+    retired: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for node in self.graph.nodes:
+            self._count(node, 1)
+
+    def _count(self, node: fx.Node, by: int) -> None:
+        if node.op in ("call_module", "get_attr"):
+            for path in _prefixes(str(node.target)):
+                self.uses[path] += by
+
+    def replace(self, plan: Plan, targets: Sequence[str]) -> fx.Node:
+        """Put calls of the layers at `targets` in place of the region; returns the new value."""
+        readers = metadata_readers(plan)
+        single = len(plan.pieces) == 1
+        first = min([plan.root, *readers]) if single else plan.root
+        names = iter(targets)
+        total: fx.Node | None = None
+        with self.graph.inserting_before(first):
+            for piece in plan.pieces:
+                value = piece.source
+                if isinstance(piece.map, Map):
+                    value = self._call(plan, piece, next(names))
+                if total is not None:
+                    value = self._new(plan, "call_function", torch.add, (total, value))
+                total = value
+        assert total is not None
+        self.view.forget(*plan.root.users, *readers)
+        for reader in readers:
+            value = total if single else min(piece.source for piece in plan.pieces)
+            for node in plan.region[:-1]:
+                reader.replace_input_with(node, value)
+        plan.root.replace_all_uses_with(total)
+        for value in plan.relies:
+            self.view.ranks.rely(value)
+        self.view.ranks.same(total, plan.root)
+        for node in reversed(plan.region):
+            self.erase(node)
+        return total
+
+    def _call(self, plan: Plan, piece: Piece, target: str) -> fx.Node:
+        assert isinstance(piece.map, Map)
+        source = piece.source
+        padding = pad(piece.map)
+        if padding is not None:
+            source = self._new(plan, "call_function", F.pad, (source, *padding))
+        return self._new(plan, "call_module", target, (source,))
+
+    def _new(self, plan: Plan, op: str, target: Any, args: tuple[Any, ...]) -> fx.Node:
+        node = self.graph.create_node(op, target, args)
+        stack = plan.root.meta.get("nn_module_stack")
+        if stack:
+            node.meta["nn_module_stack"] = dict(stack)
+        self._count(node, 1)
+        return node
+
+    def erase(self, node: fx.Node) -> None:
+        """Remove a node nobody reads, and the attribute reads only it had."""
+        sources = node.all_input_nodes
+        self.graph.erase_node(node)
+        self._retire(node)
+        for source in sources:
+            if source.op == "get_attr" and not source.users:
+                self.graph.erase_node(source)
+                self._retire(source)
+
+    def _retire(self, node: fx.Node) -> None:
+        self._count(node, -1)
+        if node.op in ("call_module", "get_attr"):
+            self.retired.append(str(node.target))
+
+    def erase_tree(self, node: fx.Node) -> None:
+        """Remove a node nobody reads, and all above it that then nobody reads."""
+        doomed = [node]
+        while doomed:
+            each = doomed.pop()
+            if each._erased or each.users or each.op in ("placeholder", "output"):
+                continue
+            sources = each.all_input_nodes
+            self.graph.erase_node(each)
+            self._retire(each)
+            doomed.extend(sources)
+
+    def track(self, node: fx.Node) -> None:
+        """Count a node made elsewhere among the users of its target."""
+        self._count(node, 1)
+
+    def store(self, node: fx.Node, value: Tensor, trains: bool) -> str:
+        """Register the value of a constant node near where it was computed.
+
+        A buffer even if it comes from parameters: the value it replaces needed no gradient under
+        no_grad, and attention takes a slower kernel for a mask that does.
+        """
+        owner = scope(node)
+        try:
+            parent = self.module.get_submodule(owner)
+        except AttributeError:
+            owner, parent = "", self.module
+        name, number = "constant", 0
+        while hasattr(parent, name):
+            number += 1
+            name = f"constant_{number}"
+        value = value.detach().clone()
+        parent.register_buffer(name, value)
+        if trains:
+            self.view.trained.add(id(value))
+        return f"{owner}.{name}" if owner else name
+
+    def guard(self, node: fx.Node, rank: int) -> None:
+        """Make the rewritten graph refuse inputs of another rank than the one assumed."""
+        message = (
+            f"fxrep: this model was optimized for a batched input of {rank} dimensions; "
+            "pass example_inputs of another rank to fxrep.optimize to allow that"
+        )
+        with self.graph.inserting_after(node):
+            ndim = self.graph.call_function(getattr, (node, "ndim"))
+        with self.graph.inserting_after(ndim):
+            equal = self.graph.call_function(operator.eq, (ndim, rank))
+        with self.graph.inserting_after(equal):
+            self.graph.call_function(torch._assert, (equal, message))
+
+    def install(self, path: str, module: nn.Module) -> None:
+        """Register a layer at a path that is free."""
+        owner, _, name = path.rpartition(".")
+        parent = self.module.get_submodule(owner)
+        if name in parent._parameters or name in parent._buffers:
+            delattr(parent, name)
+        parent.add_module(name, module)
+        self.view.submodules.pop(path, None)
+
+    def place(self, plans: Sequence[Plan], layers: Sequence[Layer]) -> list[str]:
+        """Free paths: that of the one layer a new one replaces, or in their common block."""
+        region = {node for plan in plans for node in plan.region}
+        reads = {source for node in region for source in node.all_input_nodes}
+        unread = {node for node in reads if node.op == "get_attr" and region.issuperset(node.users)}
+        dying = Counter[str]()
+        for node in region | unread:
+            if node.op in ("call_module", "get_attr"):
+                dying.update(_prefixes(str(node.target)))
+        paths: list[str] = []
+        for layer in layers:
+            wanted = path = self._wanted(plans[0], layer.piece)
+            number = 0
+            while path in paths or self._taken(path, dying):
+                number += 1
+                path = f"{wanted}_{number}"
+            paths.append(path)
+        return paths
+
+    def _wanted(self, plan: Plan, piece: Piece) -> str:
+        """The path a fused layer would have if it were free."""
+        assert isinstance(piece.map, Map)
+        word = "conv" if piece.map.axes else "linear"
+        nodes = sorted(piece.layers)
+        called = [str(node.target) for node in nodes if node.op == "call_module"]
+        if self.keep_modules and called:
+            # Below the old layer: a new child of a Sequential would run when code iterates it.
+            return f"{called[0]}.{word}"
+        if len(nodes) == 1 and called:
+            return called[0]
+        if len(plan.pieces) == 1:
+            nodes = list(plan.expanded)
+        common = _owner(nodes[0])
+        for node in nodes[1:]:
+            same = [a == b for a, b in zip(common, _owner(node), strict=False)]
+            common = common[: same.index(False) if False in same else len(same)]
+        return ".".join([*common, word])
+
+    def _taken(self, path: str, dying: Counter[str]) -> bool:
+        if self.uses[path] > dying[path]:
+            return True
+        owner, _, name = path.rpartition(".")
+        try:
+            parent = self.module.get_submodule(owner)
+        except AttributeError:
+            return True
+        if not hasattr(parent, name):
+            return False
+        # An attribute that only what dies has used gives its place to what replaces it.
+        return self.keep_modules or not (dying[path] or path in self.retired)
+
+
+def _prefixes(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+
+
+def _owner(node: fx.Node) -> list[str]:
+    """The module a node belongs to, as the parts of its path."""
+    if node.op == "call_module":
+        return str(node.target).split(".")[:-1]
+    path = scope(node)
+    return path.split(".") if path else []
+
+
+def prune(tree: nn.Module, retired: set[str], live: set[str]) -> None:
+    """Remove the modules and tensors that only erased nodes used.
+
+    Args:
+        tree: the module the paths start from.
+        retired: paths of modules and tensors that erased nodes called or read.
+        live: paths of those that the graphs still call or read.
+    """
+    keep = {prefix for path in live for prefix in _prefixes(path)}
+    owners: set[str] = set()
+    gone: list[nn.Module | None] = []
+    for path in retired:
+        if path in keep or not live.isdisjoint(_prefixes(path)):
+            continue
+        owner, _, name = path.rpartition(".")
+        try:
+            parent = tree.get_submodule(owner)
+        except AttributeError:
+            continue
+        gone.append(parent._modules.pop(name, None))
+        parent._parameters.pop(name, None)
+        parent._buffers.pop(name, None)
+        owners.add(owner)
+    doomed = {id(module) for module in gone if module is not None}
+    for path, module in list(tree.named_modules(remove_duplicate=False)):
+        owner, _, name = path.rpartition(".")
+        if id(module) in doomed and path not in keep:  # the same module under another name
+            tree.get_submodule(owner)._modules.pop(name, None)
+    for owner in sorted(owners, key=len, reverse=True):
+        _prune_empty(tree, owner, keep)
+
+
+def _prune_empty(tree: nn.Module, path: str, keep: set[str]) -> None:
+    """Remove a module that lost all it had, then its parent if that now is empty too."""
+    while path and path not in keep:
+        owner, _, name = path.rpartition(".")
+        try:
+            module, parent = tree.get_submodule(path), tree.get_submodule(owner)
+        except AttributeError:
+            return
+        counters = {"num_batches_tracked"}
+        left = {*module._parameters, *(set(module._buffers) - counters)}
+        if left or module._modules:
+            return
+        parent._modules.pop(name, None)
+        path = owner

@@ -1,0 +1,166 @@
+"""The user's model: checked, unwrapped, and copied without its tensors."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from fxrep.errors import InputError, ModelError
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Take off torch.compile's and (Distributed)DataParallel's wrappers."""
+    while isinstance(model, nn.Module):
+        # by name: importing torch._dynamo takes seconds
+        if type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            break
+    return model
+
+
+def check(model: object) -> None:
+    """Refuse what cannot be optimized.
+
+    Raises:
+        ModelError: with the words to fix it.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a torch.nn.Module, not {type(model).__name__}: {model!r}")
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            f"model is a TorchScript module ({name}), which keeps no Python forward to rewrite: "
+            "pass the nn.Module it was made from and script the result"
+        )
+    for path, tensor in named_tensors(model):
+        if is_lazy(tensor):
+            raise ModelError(
+                f"model.{path} is not initialised yet (a Lazy module): "
+                "run the model once on real inputs before optimizing it"
+            )
+        if tensor.is_meta or _is_fake(tensor):
+            kind = "a fake tensor" if _is_fake(tensor) else "on device meta"
+            raise ModelError(
+                f"model.{path} is {kind} and has no values to fold: "
+                "load the weights (model.to_empty(device=...), load_state_dict) first"
+            )
+    if model.training:
+        raise ModelError(
+            f"model ({name}) is in training mode, where BatchNorm uses each batch's own statistics "
+            "and cannot be folded: call model.eval() first"
+        )
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, then buffers, by path."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def weight_hooks(module: nn.Module) -> list[Any]:
+    """Pre-hooks of torch itself that compute a weight: old weight_norm, spectral_norm, pruning."""
+    return [hook for hook in module._forward_pre_hooks.values() if _computes_weight(hook)]
+
+
+def foreign_hooks(module: nn.Module) -> list[Any]:
+    """Every other hook on the module's calls: forward, pre-forward, backward."""
+    own = [hook for hook in module._forward_pre_hooks.values() if not _computes_weight(hook)]
+    own += module._forward_hooks.values()
+    own += module._backward_hooks.values()
+    own += module._backward_pre_hooks.values()
+    return own
+
+
+def _computes_weight(hook: object) -> bool:
+    return isinstance(hook, WeightNorm | SpectralNorm | prune.BasePruningMethod)
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """Copy the tree and its Python attributes; parameters and buffers stay the user's own."""
+    memo = empty_dicts(model)
+    kept: list[object] = []
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    memo[id(tensor)] = tensor
+        for value in module.__dict__.values():
+            if isinstance(value, torch.Tensor) and id(value) not in memo and not value.is_leaf:
+                detached = value.detach().clone()  # deepcopy refuses tensors with a history
+                kept.append(detached)
+                memo[id(value)] = detached
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ModelError(
+            f"model ({type(model).__name__}) cannot be copied{_uncopied(model, memo)}: "
+            f"{type(error).__name__}: {error}; remove that attribute before optimizing"
+        ) from error
+
+
+def empty_dicts(model: nn.Module) -> dict[int, Any]:
+    """A deepcopy memo for the dicts of hooks, which are mostly empty and slow to copy."""
+    return {
+        id(value): OrderedDict()
+        for module in model.modules()
+        for value in module.__dict__.values()
+        if type(value) is OrderedDict and not value
+    }
+
+
+def _uncopied(model: nn.Module, memo: dict[int, Any]) -> str:
+    for path, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if name == "_modules":
+                continue
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception:
+                where = f"{path}.{name}" if path else name
+                return f" because of its attribute '{where}' ({type(value).__name__})"
+    return ""
+
+
+def named_inputs(model: nn.Module, example_inputs: object) -> dict[str, object]:
+    """Example inputs by the name of the forward's argument.
+
+    Raises:
+        InputError: they do not fit the signature.
+    """
+    if example_inputs is None:
+        return {}
+    try:
+        signature = inspect.signature(model.forward)
+        if isinstance(example_inputs, Mapping):
+            bound = signature.bind_partial(**{str(k): v for k, v in example_inputs.items()})
+        elif isinstance(example_inputs, tuple | list):
+            bound = signature.bind_partial(*example_inputs)
+        elif isinstance(example_inputs, torch.Tensor):
+            bound = signature.bind_partial(example_inputs)
+        else:
+            raise InputError(
+                "example_inputs must be a tensor, a tuple of positional arguments or a dict of "
+                f"keyword arguments, not {type(example_inputs).__name__}"
+            )
+    except TypeError as error:
+        raise InputError(
+            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}"
+        ) from error
+    return dict(bound.arguments)

@@ -1,0 +1,270 @@
+"""Translation validation: what was there and what replaces it, run side by side.
+
+A rewrite is checked where it happens and without user input: the old nodes themselves and the new
+layers run in float64 on random values, at as many consecutive small sizes as the stride has
+residues, so that a wrong stride, padding or border has nowhere to hide.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fxrep.collapse import Piece, Plan
+from fxrep.errors import EquivalenceError, InputError
+from fxrep.geometry import Diagonal, Map, Refusal
+from fxrep.operators import View
+from fxrep.report import Report
+from fxrep.rewrite import Layer, Lookup, pad
+from fxrep.skeleton import skeleton, weight_hooks
+
+# Both sides are float64 and only the order of summation differs.
+TOLERANCE = 1e-10
+# The new layer in its own dtype, in epsilons of it: rounding a weight once stays far below.
+ROUNDED_TOLERANCE = 1000
+
+
+def check(plan: Plan, layers: Sequence[Layer], view: View, exact: Lookup) -> float | Refusal:
+    """The largest relative error of the rounded layers, or why the plan is wrong.
+
+    Args:
+        plan: the rewrite, not yet carried out.
+        layers: its layers.
+        view: the graph it belongs to.
+        exact: gives the float64 value of a tensor of the traced module by its path.
+    """
+    device = layers[0].exact[0].device
+    generator = torch.Generator().manual_seed(0)
+    worst, compared, failure = 0.0, 0, "no size"
+    for shapes in _shapes(plan, view):
+        values = {
+            source: torch.randn(shape, dtype=torch.float64, generator=generator).to(device)
+            for source, shape in shapes.items()
+        }
+        with torch.no_grad():
+            try:
+                expected = _run(plan, view, dict(values), exact)
+            except (RuntimeError, ValueError, IndexError) as error:
+                failure = str(error).splitlines()[0]
+                continue  # the original refuses this size: nothing to keep
+            try:
+                got = _replacement(plan, layers, values, rounded=False)
+                rounded = _replacement(plan, layers, values, rounded=True)
+            except RuntimeError as error:
+                return Refusal(f"validation failed: the replacement raises {error}")
+        compared += 1
+        if got.shape != expected.shape:
+            return Refusal(
+                f"validation failed: shape {tuple(got.shape)} instead of {tuple(expected.shape)}"
+            )
+        difference = relative_error(got, expected)
+        if not difference <= TOLERANCE:
+            return Refusal(f"validation failed: relative error {difference:.1e} in float64")
+        worst = max(worst, relative_error(rounded, expected))
+    if not compared:
+        reason = f"validation failed: the original could not be run ({failure})"
+        return Refusal(plan.apart or reason)
+    dtype = next(layers[0].module.parameters()).dtype
+    if not worst <= ROUNDED_TOLERANCE * torch.finfo(dtype).eps:
+        return Refusal(f"validation failed: relative error {worst:.1e} once rounded to {dtype}")
+    return worst
+
+
+def compare(
+    model: nn.Module, optimized: nn.Module, example_inputs: object, report: Report
+) -> Report:
+    """Compare whole models on the user's inputs, each with the original in float64.
+
+    Raises:
+        InputError: the original does not run on them.
+        EquivalenceError: the optimized model is further from float64 than rounding explains.
+    """
+    args, kwargs = _arguments(example_inputs)
+    with torch.no_grad():
+        try:
+            original = _outputs(copy.deepcopy(skeleton(model)), args, kwargs)
+        except Exception as error:
+            raise InputError(
+                f"example_inputs: {type(model).__name__} does not run on them "
+                f"({type(error).__name__}: {error}); pass inputs it accepts, or none"
+            ) from error
+        try:
+            double = copy.deepcopy(skeleton(model)).double()
+            wide = _outputs(double, _widened(args), _widened(kwargs))
+        except RuntimeError:  # it fixes a dtype itself: the original in its own dtype must do
+            wide = original
+        got = _outputs(optimized, args, kwargs)
+    if len(got) != len(wide) or any(a.shape != b.shape for a, b in zip(got, wide, strict=True)):
+        raise EquivalenceError("the optimized model returns other outputs than the original")
+    baseline = max((relative_error(a, b) for a, b in zip(original, wide, strict=True)), default=0.0)
+    largest = max((relative_error(a, b) for a, b in zip(got, wide, strict=True)), default=0.0)
+    eps = max((torch.finfo(t.dtype).eps for t in got if t.is_floating_point()), default=0.0)
+    if not largest <= max(10 * baseline, 1000 * eps):
+        raise EquivalenceError(
+            f"on example_inputs the optimized model has relative error {largest:.1e} against "
+            f"float64, the original {baseline:.1e}: please report it; passes= finds which one"
+        )
+    return replace(report, error=largest, baseline_error=baseline)
+
+
+def _arguments(example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, dict):
+        return (), example_inputs
+    return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
+
+
+def _widened(value: Any) -> Any:
+    return tree_map_only(
+        Tensor, lambda t: t.double() if t.is_floating_point() else t.clone(), value
+    )
+
+
+def _outputs(model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
+    args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+    leaves = tree_leaves(model(*args, **kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest magnitude expected; NaN and inf must be the same."""
+    got, expected = got.to(torch.float64), expected.to(torch.float64)
+    finite = expected.isfinite()
+    if not torch.equal(got[~finite].nan_to_num(), expected[~finite].nan_to_num()):
+        return math.inf
+    got, expected = got[finite], expected[finite]
+    if expected.numel() == 0:
+        return 0.0
+    difference, scale = (got - expected).abs().max(), expected.abs().max()
+    return float(difference / scale) if scale > 0 else float(difference)
+
+
+def _shapes(plan: Plan, view: View) -> Iterator[dict[fx.Node, tuple[int, ...]]]:
+    """Shapes of the sources, one set for each pair of sizes to run at."""
+    first: dict[fx.Node, Piece] = {}
+    for piece in sorted(plan.pieces, key=lambda p: isinstance(p.map, Diagonal)):
+        first.setdefault(piece.source, piece)
+    maps = [piece.map for piece in plan.pieces if isinstance(piece.map, Map)]
+    rank, outputs = len(maps[0].axes), maps[0].outputs
+    if rank == 0:
+        known = view.ranks.rank(plan.root) or 2
+        for lead in ((2,), (3,)):
+            yield {s: lead * (known - 1) + (_channels(p, outputs),) for s, p in first.items()}
+        return
+    for outputs_per_axis, residues in _sizes(maps):
+        yield {
+            source: (
+                1,
+                _channels(piece, outputs),
+                *(
+                    _size(piece, axis, size, residue)
+                    for axis, (size, residue) in enumerate(
+                        zip(outputs_per_axis, residues, strict=True)
+                    )
+                ),
+            )
+            for source, piece in first.items()
+        }
+
+
+def _channels(piece: Piece, outputs: int) -> int:
+    return piece.map.inputs if isinstance(piece.map, Map) else outputs
+
+
+def _size(piece: Piece, axis: int, outputs: int, residue: int) -> int:
+    if not isinstance(piece.map, Map):
+        return outputs
+    shape = piece.map.axes[axis]
+    if piece.map.transposed:
+        return max(1, -(-(outputs - 1 + shape.excess) // shape.stride) + 1)
+    return shape.needed(outputs) + residue % shape.stride
+
+
+def _sizes(maps: Sequence[Map]) -> Iterator[tuple[list[int], list[int]]]:
+    """Output sizes and residues per axis: the smallest, and one at which every tap is read.
+
+    One position alone never shows the stride, so the larger has two at the least.
+    """
+    rank = len(maps[0].axes)
+    strides = max(axis.stride for m in maps for axis in m.axes)
+    large = [2] * rank
+    for m in maps:
+        for i, axis in enumerate(m.axes):
+            padding = max(axis.low, axis.high, 0)
+            visible = max(axis.reach + 1 - padding, 1)
+            if m.padding_mode != "zeros":  # reflected and circular values need an input this long
+                visible = max(visible, padding + 1)
+            while axis.needed(large[i]) < visible and not m.transposed:
+                large[i] += 1
+    for sizes in ([1] * rank, large):
+        for residue in range(strides):
+            different = [size + (i > 0) for i, size in enumerate(sizes)]
+            yield different, [residue + i for i in range(rank)]
+
+
+def _run(plan: Plan, view: View, values: dict[fx.Node, Tensor], exact: Lookup) -> Tensor:
+    """The old nodes, as they stand in the graph, in float64."""
+
+    def value(arg: fx.Node) -> Any:
+        if arg in values:
+            return values[arg]
+        if arg.op == "get_attr":
+            return exact(str(arg.target))
+        raise ValueError(f"{arg.name} is not part of the region")
+
+    for node in plan.expanded:
+        args: Any = fx.map_arg(node.args, value)
+        kwargs: Any = fx.map_arg(node.kwargs, value)
+        if node.op == "call_module":
+            values[node] = _call(view.module, str(node.target), args, kwargs, exact)
+        elif node.op == "call_method":
+            owner, *rest = args
+            # A clone, since the method may write in place what is compared later.
+            values[node] = getattr(owner.clone(), str(node.target))(*rest, **kwargs)
+        else:
+            copies = [a.clone() if isinstance(a, Tensor) else a for a in args]
+            values[node] = node.target(*copies, **kwargs)  # type: ignore[operator]
+    return values[plan.root]
+
+
+def _call(
+    root: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], exact: Lookup
+) -> Any:
+    module = root.get_submodule(path)
+    tensors = {
+        name: exact(f"{path}.{name}")
+        for name, _ in (*module.named_parameters(), *module.named_buffers())
+    }
+    result = torch.func.functional_call(module, tensors, args, kwargs)
+    for hook in weight_hooks(module):
+        hook(module, None)  # it left the float64 weight on the module
+    return result
+
+
+def _replacement(
+    plan: Plan, layers: Sequence[Layer], values: dict[fx.Node, Tensor], *, rounded: bool
+) -> Tensor:
+    new = iter(layers)
+    total: Tensor | None = None
+    for piece in plan.pieces:
+        result = values[piece.source]
+        if isinstance(piece.map, Map):
+            layer = next(new)
+            padding = pad(piece.map)
+            if padding is not None:
+                result = F.pad(result, list(padding[0]), mode=padding[1])
+            weight, bias = layer.exact
+            tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+            if rounded:
+                tensors = {name: p.detach().double() for name, p in layer.module.named_parameters()}
+            result = torch.func.functional_call(layer.module, tensors, (result,))
+        total = result if total is None else total + result
+    assert total is not None
+    return total
