@@ -1,0 +1,61 @@
+"""Fold what scales and shifts channels into the layer before it, or after it.
+
+Given::
+
+    x -> conv (W, b) -> BatchNorm / * c / + c / - c / / c -> y
+    x -> BatchNorm / * c / ... -> conv (W, b) -> y
+
+Result::
+
+    x -> conv (s W, s b + t) -> y        s = γ/√(σ²+ε), t = β - μ s for a BatchNorm
+    x -> conv (W s, W t + b) -> y
+
+``conv`` is any convolution, transposed convolution or Linear, of any rank and grouping. After the
+layer it is exact at every position, padded or not. Before it, a shift t is exact only where the
+layer does not pad, since its zeros are not shifted. Nobody else may read the values in between.
+
+Source: Ioffe & Szegedy, "Batch Normalization", 2015; folding as in Jacob et al., 2018.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fxrep.collapse import Plan, search
+from fxrep.cost import CostModel
+from fxrep.geometry import Diagonal, Refusal
+from fxrep.operators import Affine, View
+from fxrep.rule import Pass
+
+
+def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None:
+    """Fold the scales and shifts that end at `node`, or that its layer reads."""
+    reading = view.read(node)
+    if isinstance(reading, Refusal):
+        return reading
+    if not isinstance(reading, Affine) or len(reading.terms) > 1:
+        return None
+    if reading.weight is not None:
+        return search(view, node, _is_diagonal, cost)
+    return search(view, node, _one_operand, cost) if _is_scale(reading) else None
+
+
+def _is_scale(reading: Affine) -> bool:
+    """A BatchNorm, a product or sum with a constant, 0 included; an identity is nothing to fold."""
+    term = reading.terms[0]
+    return (
+        len(reading.terms) == 1
+        and isinstance(term.map, Diagonal)
+        and (reading.kind != "identity" or term.weight is not None or reading.bias is not None)
+    )
+
+
+def _is_diagonal(reading: Affine) -> bool:
+    return len(reading.terms) == 1 and isinstance(reading.terms[0].map, Diagonal)
+
+
+def _one_operand(reading: Affine) -> bool:
+    return len(reading.terms) == 1
+
+
+BATCHNORM = Pass("batchnorm", propose)

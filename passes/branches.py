@@ -1,0 +1,56 @@
+"""Merge the branches of a sum into one layer.
+
+Given::
+
+    x -+-> conv 3x3 -> BatchNorm -+
+       +-> conv 1x1 -> BatchNorm -+-> add -> (BatchNorm) -> y
+       +-> BatchNorm / identity  -+
+
+Result::
+
+    x -> conv 3x3 -> y
+
+Convolution is linear in its kernel: ``Σ_i K_i * x = (Σ_i K_i) * x`` once all kernels lie on one
+grid of taps, which asks for equal strides and for equal output sizes (padding less kernel reach).
+The grid's step is the greatest common divisor of the dilations and of the differences of padding;
+identity and BatchNorm are 1x1 kernels, coefficients scale a kernel. A sum over several sources is
+regrouped by source: ``a(x) + c(h) + b(x) + d(h) = (a + b)(x) + (c + d)(h)``. Exact at borders:
+every branch sees the same zeros (or the same reflection) around the same input.
+
+Source: Ding et al., "RepVGG", 2021, and "ACNet", 2019; Vasu et al., "MobileOne", 2022.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fxrep.collapse import Plan, search
+from fxrep.cost import CostModel
+from fxrep.geometry import Refusal
+from fxrep.operators import Affine, View
+from fxrep.rule import Pass
+
+
+def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None:
+    """Merge the branches that the sum at or above `node` adds up."""
+    reading = view.read(node)
+    if not isinstance(reading, Affine) or not _sums(view, node):
+        return None
+    return search(view, node, lambda _: True, cost)
+
+
+# How many scales and shifts after a sum are looked through: a BatchNorm, a few coefficients.
+_LONGEST_TAIL = 16
+
+
+def _sums(view: View, node: fx.Node) -> bool:
+    """Whether `node` adds values, or scales and shifts what does."""
+    reading = view.read(node)
+    for _ in range(_LONGEST_TAIL):
+        if not isinstance(reading, Affine) or len(reading.terms) > 1 or reading.weight is not None:
+            break
+        reading = view.read(reading.terms[0].operand)
+    return isinstance(reading, Affine) and len(reading.terms) > 1
+
+
+BRANCHES = Pass("branches", propose)
