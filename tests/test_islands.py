@@ -1,0 +1,100 @@
+"""Models whose whole forward does not trace: their parts are rewritten and stay in place."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import fxrep
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """The model in eval mode with BatchNorm statistics that are not trivial."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    return model.double().eval()
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return x + self.bn(self.conv(x))
+
+
+class Items(nn.Module):
+    """Runs the items of a Sequential one by one, and decides on a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Residual(), nn.BatchNorm2d(4), Residual())
+
+    def forward(self, x):
+        if x.sum() > 0:
+            x = x + 1
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Whole(Items):
+    def forward(self, x):
+        if x.sum() > 0:
+            x = x + 1
+        return self.blocks(x)
+
+
+class Indexed(Items):
+    def forward(self, x):
+        if x.sum() > 0:
+            x = x + 1
+        return self.blocks[2](self.blocks[0](x)) + len(self.blocks)
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x, mask=None):
+        y = self.bn(self.conv(x))
+        return y if mask is None else y * mask
+
+
+class CallsMasked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Masked()
+
+    def forward(self, x):
+        if x.sum() > 0:
+            return self.inner(x, torch.tensor(2.0, dtype=x.dtype))
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("kind", [Items, Whole, Indexed, CallsMasked])
+def test_parts_are_rewritten_and_every_way_to_call_them_stays_right(kind):
+    model = settled(kind())
+    optimized = fxrep.optimize(model)
+    assert type(optimized) is kind
+    assert fxrep.report(optimized).rewrites
+    x = torch.rand(2, 4, 5, 6, dtype=torch.float64)
+    for copied in (optimized, copy.deepcopy(optimized), pickle.loads(pickle.dumps(optimized))):
+        for value in (x, -x):
+            torch.testing.assert_close(copied(value), model(value), rtol=1e-10, atol=1e-10)
+
+
+def test_a_sequential_that_code_iterates_keeps_its_items():
+    optimized = fxrep.optimize(settled(Items()))
+    assert len(optimized.blocks) == 3
