@@ -1,0 +1,71 @@
+"""JSON beside every table: the rows, and what they were measured with."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fxrep
+
+FOLDER = Path(__file__).with_name("results")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options all benchmarks share."""
+    parser.add_argument("--quick", action="store_true", help="a bounded run of about a minute")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
+    parser.add_argument("--output", type=Path, help="where the JSON goes")
+
+
+def write(path: Path | None, name: str, options: argparse.Namespace, **content: Any) -> None:
+    """Write the result of one benchmark.
+
+    Args:
+        path: where to; by default ``results/NAME.json`` for a full run and nowhere for a part.
+        name: of the benchmark.
+        options: as parsed; ``quick`` and the choice of models say whether the run is full.
+        content: the rows and totals.
+    """
+    part = options.quick or getattr(options, "models", None) or getattr(options, "family", None)
+    if path is None:
+        if part:
+            return
+        path = FOLDER / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"setting": setting(), **content}, indent=1) + "\n")
+
+
+def setting() -> dict[str, Any]:
+    """Versions, device, threads and date; nothing that names the machine or its user."""
+    return {
+        "fxrep": fxrep.__version__,
+        "torch": torch.__version__,
+        "timm": _version("timm"),
+        "torchvision": _version("torchvision"),
+        "python": platform.python_version(),
+        "device": f"CPU, {_processor()}",
+        "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return str(__import__(package).__version__)
+    except (ImportError, RuntimeError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
