@@ -579,7 +579,7 @@ def _sequence(sizes: object) -> Iterable[object]:
 
 def _is_shape(node: fx.Node) -> bool:
     if node.target is getattr:
-        return node.args[1] == "shape"
+        return str(node.args[1]) == "shape"
     return node.target == "size" and len(node.args) == 1 and not node.kwargs
 
 
