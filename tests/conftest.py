@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -29,6 +30,13 @@ _make_torchvision_importable()
 # Nearly all tensors here are tiny: more threads would only wait for each other, for minutes when
 # something else runs beside the suite. Two cores are better used by `pytest -n 2`.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same random weights in every run, whatever ran before in the same process."""
+    torch.manual_seed(0)
+
 
 # Time limits and health checks are off everywhere: one example may build and trace several models.
 _COMMON = {
