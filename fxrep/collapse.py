@@ -1,108 +1,100 @@
 """Finding collapses: which part of a graph is one convolution of one value.
 
-The walk starts at a root and goes back in topological order with a frontier of values and the
-map from each of them to the root. It takes the latest value; if that is computed linearly, its
-operands replace it, their maps composed with its own. Whenever the frontier is a plain set of
-sources, "root = sum of convolutions of these" is a candidate. Everything here works on shapes;
-weights are recorded as expressions and computed once, for the plan that is taken.
+Whenever the frontier of a walk (`fxrep.walk`) is a plain set of sources, "root = sum, or
+concatenation, of convolutions of these" is a candidate. The best legal candidate is the plan.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
-from fxrep import geometry, kernels
+from fxrep import geometry, kernels, work
+from fxrep.commuting import Mover
 from fxrep.cost import SIZES, TYPICAL, CostModel, Work, total
-from fxrep.geometry import IDENTITY, Diagonal, Linear, Map, Refusal
-from fxrep.operators import Affine, Term, View, reads_metadata, scope, writes
+from fxrep.geometry import Diagonal, Linear, Map, Refusal
 from fxrep.recipe import Call, Expr
-
-# How many values one walk expands at the most: linear regions longer than this are cut.
-LONGEST_WALK = 512
+from fxrep.view import Affine, View, writes
+from fxrep.walk import Path, Rule, Walk, merged, sizeless, start, steps, unread, where
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """One summand of a plan: a convolution of `source`, or `source` itself if weight is None.
+    """One part of a plan: a convolution of `source`, or `source` itself if its map is diagonal.
 
     Attributes:
+        bias: (O,) or () that this layer adds, or None.
         layers: the convolution and linear layers it is made of.
+        ones: the last input channel of its map is a channel of ones, to be added to the source.
+        rows: the outputs it gives, where the plan concatenates; else None.
     """
 
     source: fx.Node
     map: Linear
     weight: Expr | None
-    layers: frozenset[fx.Node]
+    layers: frozenset[fx.Node] = frozenset()
+    bias: Expr | None = None
+    ones: bool = False
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """``root = sum of pieces + bias``, in place of the nodes of `region`.
+    """``root = after(join of pieces(before(source)))``, in place of the nodes of `region`.
 
     Attributes:
         root: the node whose value is replaced.
         region: every node that dies, root last, in graph order.
         expanded: every node passed, dying or not, in graph order.
-        pieces: the summands that replace them, in graph order of their sources.
-        bias: (O,) or () added once, or None.
+        pieces: what replaces them, in graph order of their sources, or of rows.
+        concatenates: the pieces are concatenated on `axis`, not added.
+        axis: of the channels, counted from the last.
         relies: values assumed to be batched.
-        before: work of what dies.
-        after: work of the pieces.
+        saved: work of what dies.
+        spent: work of what replaces it.
         apart: why pieces of one source stay apart, if some do.
+        border: what a padding would see if its border were not corrected.
+        before: an operation applied to the sources first.
+        after: operations applied to the result, outermost first.
+        outputs: nodes that get some channels of the result each, with their number; the root's
+            own value if there are none.
     """
 
     root: fx.Node
     region: tuple[fx.Node, ...]
     expanded: tuple[fx.Node, ...]
     pieces: tuple[Piece, ...]
-    bias: Expr | None
+    axis: int
     relies: tuple[fx.Node, ...]
-    before: Work
-    after: Work
+    saved: Work
+    spent: Work
+    concatenates: bool = False
     apart: str | None = None
+    border: str | None = None
+    before: Mover | None = None
+    after: tuple[Mover, ...] = ()
+    outputs: tuple[tuple[fx.Node, int], ...] = ()
 
     @property
     def score(self) -> tuple[int, int]:
         """Multiply-accumulates and operations saved."""
         return (
-            self.before.macs[TYPICAL] - self.after.macs[TYPICAL],
-            self.before.operations - self.after.operations,
+            self.saved.macs[TYPICAL] - self.spent.macs[TYPICAL],
+            self.saved.operations - self.spent.operations,
         )
 
-
-Rule = Callable[[Affine], bool]
-
-
-@dataclass(frozen=True, eq=False)
-class _Path:
-    """One way from a value to the root."""
-
-    map: Linear
-    weight: Expr | None
-    operands: int  # bit i: it enters the root by its term i
-    proven: bool  # the value is known to have the channels of the map
-    layers: frozenset[fx.Node] = frozenset()
+    @property
+    def roots(self) -> tuple[fx.Node, ...]:
+        """The nodes whose values are replaced."""
+        return tuple(node for node, _ in self.outputs) or (self.root,)
 
 
-@dataclass(eq=False)
-class _Walk:
-    view: View
-    root: fx.Node
-    frontier: dict[fx.Node, list[_Path]]
-    expanded: dict[fx.Node, Linear] = field(default_factory=dict)
-    frozen: dict[fx.Node, str] = field(default_factory=dict)
-    biases: list[Expr] = field(default_factory=list)
-    one_source: bool = False  # a spatial map was moved over an addition
-    survivors: bool = False  # it stopped at a value that others read too
-    works: dict[fx.Node, Work] = field(default_factory=dict)
-
-
-def search(view: View, root: fx.Node, reads: Rule, cost: CostModel) -> Plan | Refusal | None:
+def search(
+    view: View, root: fx.Node, reads: Rule, cost: CostModel, *, moves: bool = False
+) -> Plan | Refusal | None:
     """The best plan for `root`, why there is none, or None if nothing was in sight.
 
     Args:
@@ -110,17 +102,20 @@ def search(view: View, root: fx.Node, reads: Rule, cost: CostModel) -> Plan | Re
         root: the node to replace.
         reads: which readings a walk may pass.
         cost: decides between legal plans.
+        moves: whether operations that commute are moved out of the way.
     """
     best: Plan | None = None
     objections: list[str] = []
     for through_survivors in (False, True):
-        walk = _start(view, root)
-        for _ in _steps(walk, reads, through_survivors):
+        walk = start(view, root, moves=moves)
+        for _ in steps(walk, reads, through_survivors):
+            if moves and walk.before is None and not walk.after:
+                continue  # what needs no moving is for the other passes
             plan = _plan(walk, cost)
             if isinstance(plan, Plan):
-                objection = cost.objection(plan.before, plan.after)
+                objection = cost.objection(plan.saved, plan.spent)
                 if objection is not None:
-                    objections.append(plan.apart or f"not worth it: {objection}")
+                    objections.append(_objection(plan, objection))
                 elif best is None or plan.score > best.score:
                     best = plan
             elif plan is not None:
@@ -131,188 +126,59 @@ def search(view: View, root: fx.Node, reads: Rule, cost: CostModel) -> Plan | Re
                 for node, why in walk.frozen.items()
                 if why
             )
-        if not walk.survivors:
+        if moves or not walk.survivors:
             break
     if best is not None:
         return best
     return Refusal(objections[-1]) if objections else None
 
 
-def where(node: fx.Node) -> str:
-    """The module path a node comes from, for people."""
-    if node.op in ("call_module", "get_attr"):
-        return str(node.target)
-    return scope(node) or node.name
-
-
-def _start(view: View, root: fx.Node) -> _Walk:
-    return _Walk(view, root, {root: [_Path(IDENTITY, None, 0, False)]})
-
-
-def _steps(walk: _Walk, reads: Rule, through_survivors: bool) -> Iterator[None]:
-    """Expand one value after the other; yields after each at which the frontier may be a plan."""
-    while len(walk.expanded) < LONGEST_WALK:
-        open_nodes = [node for node in walk.frontier if node not in walk.frozen]
-        if not open_nodes:
-            return
-        node = max(open_nodes)
-        refusal = _expand(walk, node, reads, through_survivors)
-        if refusal is not None:
-            walk.frozen[node] = refusal.reason
-            if through_survivors and len(walk.frontier) > 1:
-                return  # an earlier value can never lead back to a later one
-            continue
-        if not through_survivors or len(walk.frontier) == 1:
-            yield
-
-
-def _expand(walk: _Walk, node: fx.Node, reads: Rule, through_survivors: bool) -> Refusal | None:
-    """Replace `node` in the frontier by what it is computed from."""
-    view = walk.view
-    reading = view.read(node)
-    if reading is None:
-        return Refusal("")
-    if isinstance(reading, Refusal):
-        return reading
-    if node is not walk.root and not reads(reading):
-        return Refusal("")
-    if node is not walk.root and view.aliasing.pinned(node):
-        return Refusal("its value is written in place while others still read it")
-    outer = _merged(walk.frontier[node])
-    if isinstance(outer, Refusal):
-        return outer
-    if (
-        not through_survivors
-        and node is not walk.root
-        and not _unread(node, outer.map, walk.expanded)
-    ):
-        walk.survivors = True
-        others = sum(user not in walk.expanded for user in node.users)
-        return Refusal(f"its output is read by {others} other operation{'s' * (others > 1)}")
-    additions = []
-    for index, term in enumerate(reading.terms):
-        shape = geometry.compose(outer.map, term.map, biased=reading.bias is not None)
-        if isinstance(shape, Refusal):
-            return shape
-        operands = outer.operands or 1 << index
-        path = _path(shape, outer, term, operands, _proven(reading, outer))
-        if reading.weight is not None:
-            path = replace(path, layers=path.layers | {node})
-        additions.append((term, path))
-    if len({term.operand for term in reading.terms}) > 1 and not _pointwise(outer.map):
-        walk.one_source = True
-    del walk.frontier[node]
-    walk.expanded.update(dict.fromkeys((node, *reading.inside), outer.map))
-    for term, path in additions:
-        walk.frontier.setdefault(term.operand, []).append(path)
-    if reading.bias is not None:
-        bias: Expr = reading.bias
-        if outer.weight is not None:
-            bias = Call(kernels.compose_bias, (outer.map, outer.weight, bias))
-        walk.biases.append(bias)
-    return None
-
-
-def _path(shape: Linear, outer: _Path, term: Term, operands: int, proven: bool) -> _Path:
-    if outer.weight is None or term.weight is None:
-        weight = term.weight if outer.weight is None else outer.weight
-    else:
-        weight = Call(kernels.compose, (shape, outer.map, term.map, outer.weight, term.weight))
-    return _Path(shape, weight, operands, proven, outer.layers)
-
-
-def _proven(reading: Affine, outer: _Path) -> bool:
-    """Whether the operand must have the channels of the composite, or the original raises.
-
-    A convolution or BatchNorm raises; a scale by a vector or an addition may broadcast instead.
-    """
-    if len(reading.terms) > 1:
-        return False
-    term = reading.terms[0]
-    if isinstance(term.map, Diagonal) and term.map.axis is None:
-        return outer.proven
-    return reading.proves
-
-
-def _merged(paths: Sequence[_Path]) -> _Path | Refusal:
-    """Several ways to the root as one map."""
-    if len(paths) == 1:
-        return paths[0]
-    shapes = tuple(path.map for path in paths)
-    shape = geometry.add(shapes)
-    if isinstance(shape, Refusal):
-        return shape
-    weight = Call(kernels.add, (shape, shapes, *(path.weight for path in paths)))
-    operands = 0
-    for path in paths:
-        operands |= path.operands
-    proven = any(path.proven for path in paths)
-    layers = frozenset[fx.Node]().union(*(path.layers for path in paths))
-    return _Path(shape, weight, operands, proven, layers)
-
-
-def _pointwise(shape: Linear) -> bool:
-    return isinstance(shape, Diagonal) or shape.pointwise
-
-
-def _unread(node: fx.Node, outer: Linear, gone: Container[fx.Node]) -> bool:
-    """Whether nobody but `gone` needs the node's value itself.
-
-    Who reads only its dtype can read that of the result, and of a result of the same shape its
-    shape too.
-    """
-    same = isinstance(outer, Diagonal) or (outer.pointwise and outer.inputs == outer.outputs)
-    return all(
-        user in gone or (reads_metadata(user) and (same or _sizeless(user))) for user in node.users
-    )
-
-
-def _sizeless(reader: fx.Node) -> bool:
-    """A metadata read that gives the same answer for every value of the region."""
-    name = reader.args[1] if reader.op == "call_function" else reader.target
-    return name not in ("shape", "size")
+def _objection(plan: Plan, objection: str) -> str:
+    if plan.border is not None:
+        return f"{plan.border}; correcting its border is not worth it: {objection}"
+    return plan.apart or f"not worth it: {objection}"
 
 
 def metadata_readers(plan: Plan) -> list[fx.Node]:
     """Nodes outside the region that read the shape, dtype or device of a value that dies."""
-    region = set(plan.region)
-    return [user for node in plan.region[:-1] for user in node.users if user not in region]
+    region, roots = set(plan.region), set(plan.roots)
+    return [
+        user
+        for node in plan.region
+        if node not in roots
+        for user in node.users
+        if user not in region
+    ]
 
 
 # --- from a frontier to a plan ----------------------------------------------------------------
 
 
-def _plan(walk: _Walk, cost: CostModel) -> Plan | Refusal | None:
-    """The plan that the present frontier amounts to; None if it is not one at all."""
-    if any(node.op == "get_attr" for node in walk.frontier):
-        return None
-    for paths in walk.frontier.values():
-        if len(paths) == 1 and isinstance(paths[0].map, Diagonal) and paths[0].weight is not None:
-            return None  # a scaled value that no layer takes up
-    pieces: list[Piece] = []
+@dataclass(eq=False)
+class _Draft:
+    """The pieces of a frontier in the making."""
+
+    pieces: list[Piece] = field(default_factory=list)
     apart: str | None = None
-    for source in sorted(walk.frontier):
-        paths = walk.frontier[source]
-        merged, reason = _cheapest(paths, cost)
-        apart = apart or reason
-        for path in merged:
-            if isinstance(path.map, Diagonal) and path.weight is not None:
-                return None
-            if isinstance(path.map, Map):
-                refusal = geometry.unavailable(path.map) or _unproven(walk, source, paths, path.map)
-                if refusal is not None:
-                    return refusal
-            pieces.append(Piece(source, path.map, path.weight, path.layers))
+    concatenates: bool = False
+
+
+def _plan(walk: Walk, cost: CostModel) -> Plan | Refusal | None:
+    """The plan that the present frontier amounts to; None if it is not one at all."""
+    draft = _draft(walk, cost)
+    if not isinstance(draft, _Draft):
+        return draft
+    pieces = draft.pieces
     shapes = [piece.map for piece in pieces if isinstance(piece.map, Map)]
-    if not shapes or (walk.one_source and len(pieces) > 1):
+    if not shapes or ((walk.one_source or walk.before) and len(pieces) > 1):
         return None
-    if len({shape.outputs for shape in shapes}) > 1:
-        return Refusal("branches of different channels broadcast against each other")
+    if len({len(shape.axes) for shape in shapes}) > 1:
+        return None
     if len(pieces) > 1 and _separable(walk):
         return None
-    region = _dying(walk)
+    region = dying(walk)
     if len(pieces) > 1 and any(
-        not _sizeless(user)
+        not sizeless(user)
         for node in region[:-1]
         for user in node.users
         if user not in walk.expanded
@@ -324,59 +190,192 @@ def _plan(walk: _Walk, cost: CostModel) -> Plan | Refusal | None:
         return Refusal("a source is written in place between its readers")
     if len(pieces) > len(shapes) and any(map(writes, expanded)):
         return Refusal("an in-place sum takes the dtype of one of its operands, not known here")
-    refusal = _promotion(walk)
+    refusal = promotion(walk.view, expanded)
     if refusal is not None:
         return refusal
-    rank = len(shapes[0].axes)
-    outputs = shapes[0].outputs
-    readings = [walk.view.read(node) for node in region]
-    relies = tuple(
-        value
-        for node in expanded
-        if isinstance(reading := walk.view.read(node), Affine)
-        for value in reading.relies
-    )
-    if sum(r.kind != "identity" for r in readings if isinstance(r, Affine)) < 2:
+    readings = [reading for node in expanded if (reading := _affine(walk.view, node)) is not None]
+    if _operations(walk, region) < 2 and not _pools(walk, region):
         return None  # one operation in place of one
-    for node, reading in zip(region, readings, strict=True):
-        if node not in walk.works and isinstance(reading, Affine):
-            walk.works[node] = _work(reading, walk.expanded[node], outputs, rank)
-    before = total([walk.works[node] for node in region if node in walk.works])
-    bias = _total_bias(walk)
-    parts = [_layer(shape, IDENTITY, rank, bias is not None) for shape in shapes]
-    parts += [_elementwise(2, outputs, IDENTITY, rank, 1)] * (len(pieces) - 1)
-    after = total(parts)
-    return Plan(walk.root, region, expanded, tuple(pieces), bias, relies, before, after, apart)
+    relies = tuple(value for reading in readings for value in reading.relies)
+    rank, axis = len(shapes[0].axes), shapes[0].channel_axis
+    return Plan(
+        walk.root, region, expanded, tuple(pieces), axis, relies,
+        _saved(walk, region, draft, rank), _spent(walk, draft, rank),
+        draft.concatenates, draft.apart, next((f.reason for f in walk.frames), None), walk.before, tuple(walk.after),
+    )  # fmt: skip
 
 
-def _total_bias(walk: _Walk) -> Expr | None:
-    if not walk.biases:
+def _affine(view: View, node: fx.Node) -> Affine | None:
+    reading = view.read(node)
+    return reading if isinstance(reading, Affine) else None
+
+
+def _operations(walk: Walk, region: Sequence[fx.Node]) -> int:
+    """How many operations a region is made of; identities are none."""
+    moved = {each.node for each in walk.crossed}
+    readings = [(node, _affine(walk.view, node)) for node in region]
+    return sum(node in moved if r is None else r.kind != "identity" for node, r in readings)
+
+
+def _pools(walk: Walk, region: Sequence[fx.Node]) -> bool:
+    kinds = [r.kind for node in region if (r := _affine(walk.view, node)) is not None]
+    return kinds == ["avg_pool"]
+
+
+def _draft(walk: Walk, cost: CostModel) -> _Draft | Refusal | None:
+    """The pieces that the frontier amounts to, with their biases."""
+    if any(node.op == "get_attr" for node in walk.frontier):
         return None
-    return walk.biases[0] if len(walk.biases) == 1 else Call(kernels.add_biases, (*walk.biases,))
+    for paths in walk.frontier.values():
+        only = paths[0] if len(paths) == 1 else None
+        if only and only.outside is None and _unavailable(only):
+            return None  # scaled, cropped or padded values that no layer takes up
+    draft = _Draft()
+    for source in sorted(walk.frontier):
+        if any(path.outside is not None for path in walk.frontier[source]):
+            return Refusal("it pads with values that its source does not give for zeros")
+        merged_paths, reason = _cheapest(walk.frontier[source], cost)
+        draft.apart = draft.apart or reason
+        for path in merged_paths:
+            piece = _piece(walk, source, path)
+            if not isinstance(piece, Piece):
+                return piece
+            draft.pieces.append(piece)
+    return _with_frame(walk, draft) if walk.frames else _with_bias(walk, draft)
 
 
-def _cheapest(paths: Sequence[_Path], cost: CostModel) -> tuple[list[_Path], str | None]:
+def _unavailable(path: Path) -> bool:
+    """Whether no layer is left that could compute a path: it computes nothing, or a scale."""
+    if isinstance(path.map, Diagonal):
+        return path.weight is not None
+    return path.weight is None and not _places(path.map)
+
+
+def _places(shape: Map) -> bool:
+    """Whether a map gives its whole source, as some of the outputs."""
+    if shape.channelwise is None or not shape.pointwise:
+        return False
+    return shape.band.narrowed.is_diagonal
+
+
+def _piece(walk: Walk, source: fx.Node, path: Path) -> Piece | Refusal | None:
+    if _unavailable(path):
+        return None
+    shape = path.map
+    if isinstance(shape, Diagonal):
+        return Piece(source, shape, None)
+    if shape.channelwise is None:
+        channels = walk.view.channels.of(source, shape.channel_axis)
+        if channels is None:
+            return Refusal(f"{where(source)}: not known how many channels it has")
+        shape = geometry.lifted(shape, channels)
+    elif not path.proven and walk.view.channels.of(source, shape.channel_axis) != shape.inputs:
+        return Refusal(f"{where(source)}: not known to have {shape.inputs} channels")
+    rows = shape.band.rows
+    if path.weight is None:
+        return Piece(source, Diagonal(shape.inputs, shape.channel_axis), None, rows=rows)
+    refusal = geometry.unavailable(shape)
+    return refusal or Piece(source, shape, path.weight, path.layers, rows=rows)
+
+
+def _with_bias(walk: Walk, draft: _Draft) -> _Draft | Refusal | None:
+    """Give each layer its part of the bias, and decide how the pieces are put together."""
+    pieces = draft.pieces
+    outputs = {piece.map.outputs for piece in pieces if isinstance(piece.map, Map)}
+    if len(outputs) > 1:
+        return Refusal("branches of different channels broadcast against each other")
+    biases = walk.biases
+    if any(piece.rows is not None for piece in pieces) and len(pieces) > 1:
+        ordered = sorted(pieces, key=lambda piece: piece.rows or (0, 0))
+        ends = [0, *((piece.rows or (0, 0))[1] for piece in ordered)]
+        starts = [*((piece.rows or (0, 0))[0] for piece in ordered), *outputs]
+        if ends != starts:
+            return None
+        draft.pieces = []
+        for piece in ordered:
+            first, last = piece.rows or (0, 0)
+            reached = [b for b in biases if b.rows is None or b.rows[0] < last > first < b.rows[1]]
+            if not reached:
+                draft.pieces.append(piece)
+            elif isinstance(piece.map, Diagonal):
+                return None
+            else:
+                whole = Call(kernels.full_bias, (_sum([b.expr for b in reached]), *outputs))
+                part = Call(kernels.rows, (whole, first, last))
+                draft.pieces.append(replace(piece, bias=part))
+        draft.concatenates = True
+        return draft
+    # Outputs that read nothing are rows of zeros here.
+    draft.pieces = pieces = [_unbanded(piece) for piece in pieces]
+    if biases:
+        first = next((i for i, p in enumerate(pieces) if isinstance(p.map, Map)), None)
+        if first is None:
+            return None
+        pieces[first] = replace(pieces[first], bias=_sum([b.expr for b in biases]))
+    return draft
+
+
+def _sum(exprs: Sequence[Expr]) -> Expr:
+    return exprs[0] if len(exprs) == 1 else Call(kernels.add_biases, tuple(exprs))
+
+
+def _unbanded(piece: Piece) -> Piece:
+    if piece.rows is None or not isinstance(piece.map, Map):
+        return replace(piece, rows=None)
+    return replace(piece, map=geometry.unbanded(piece.map), rows=None)
+
+
+def _with_frame(walk: Walk, draft: _Draft) -> _Draft | Refusal | None:
+    """Correct the border by one more input channel: ones, with the biases as its weights."""
+    if len(draft.pieces) != 1 or walk.before is not None or walk.after:
+        return None
+    piece = draft.pieces[0]
+    shape = piece.map
+    if any(frame.node is not piece.source for frame in walk.frames) or not isinstance(shape, Map):
+        return None
+    if shape.transposed or shape.padding_mode != "zeros" or shape.band.groups > 1:
+        return Refusal("its border would need one more input channel for each group")
+    inputs = shape.inputs + 1
+    maps = (
+        geometry.beside(geometry.unbanded(shape), inputs, 0),
+        *(geometry.beside(frame.map, inputs, inputs - 1) for frame in walk.frames),
+    )
+    whole = geometry.add(maps)
+    if isinstance(whole, Refusal):
+        return whole
+    weights = (piece.weight, *(frame.weight for frame in walk.frames))
+    assert isinstance(whole, Map)
+    draft.pieces = [
+        replace(
+            piece, map=whole, weight=Call(kernels.add, (whole, maps, *weights)), ones=True,
+            bias=_sum([b.expr for b in walk.biases]) if walk.biases else None, rows=None,
+        )
+    ]  # fmt: skip
+    return draft
+
+
+def _cheapest(paths: Sequence[Path], cost: CostModel) -> tuple[list[Path], str | None]:
     """The ways from one source, merged where that is legal and worth it, and why not all are."""
     if len(paths) == 1:
         return list(paths), None
     whole = _together(paths, cost)
     if not isinstance(whole, Refusal):
         return [whole], None
-    merged: list[_Path] = []
+    found: list[Path] = []
     for path in sorted(paths, key=_weights, reverse=True):
-        for i, other in enumerate(merged):
+        for i, other in enumerate(found):
             both = _together([other, path], cost)
             if not isinstance(both, Refusal):
-                merged[i] = both
+                found[i] = both
                 break
         else:
-            merged.append(path)
-    return merged, whole.reason
+            found.append(path)
+    return found, whole.reason
 
 
-def _together(paths: Sequence[_Path], cost: CostModel) -> _Path | Refusal:
+def _together(paths: Sequence[Path], cost: CostModel) -> Path | Refusal:
     """Several ways as one, or why that is not legal or not worth it."""
-    whole = _merged(paths)
+    whole = merged(paths)
     if isinstance(whole, Refusal):
         return whole
     before = total([_weight_work(path) for path in paths])
@@ -384,21 +383,22 @@ def _together(paths: Sequence[_Path], cost: CostModel) -> _Path | Refusal:
     return whole if objection is None else Refusal(f"not worth it: {objection}")
 
 
-def _weight_work(path: _Path) -> Work:
+def _weight_work(path: Path) -> Work:
     """The work of a map per output position; the addition that merging saves counts with it."""
     weights = _weights(path)
     return Work((weights,) * len(SIZES), convolutions=min(weights, 1), operations=1)
 
 
-def _weights(path: _Path) -> int:
-    return path.map.weights if isinstance(path.map, Map) else 0
+def _weights(path: Path) -> int:
+    if isinstance(path.map, Diagonal) or path.map.channelwise is None:
+        return 0
+    return path.map.weights
 
 
-def _separable(walk: _Walk) -> bool:
-    """Whether the root only adds parts that have no source in common: each is a root of its own."""
+def _separable(walk: Walk) -> bool:
+    """Whether the root only joins parts that have no source in common: each is its own root."""
     reading = walk.view.read(walk.root)
-    assert isinstance(reading, Affine)
-    if len(reading.terms) < 2 or reading.bias is not None:
+    if not isinstance(reading, Affine) or len(reading.terms) < 2 or reading.bias is not None:
         return False
     for paths in walk.frontier.values():
         operands = 0
@@ -409,46 +409,18 @@ def _separable(walk: _Walk) -> bool:
     return True
 
 
-def _dying(walk: _Walk) -> tuple[fx.Node, ...]:
+def dying(walk: Walk) -> tuple[fx.Node, ...]:
     """The expanded nodes that nobody needs once the root is replaced, in graph order."""
-    dying = {walk.root}
+    found = {walk.root}
     for node in sorted(walk.expanded, reverse=True):
-        if node is walk.root:
-            continue
-        if _unread(node, walk.expanded[node], dying):
-            dying.add(node)
-    return tuple(sorted(dying))
+        if node is not walk.root and unread(node, walk.expanded[node], found):
+            found.add(node)
+    return tuple(sorted(found))
 
 
-def _unproven(walk: _Walk, source: fx.Node, paths: Sequence[_Path], shape: Map) -> Refusal | None:
-    if any(path.proven for path in paths) or channels(walk.view, source) == shape.inputs:
-        return None
-    return Refusal(f"{where(source)}: not known to have {shape.inputs} channels")
-
-
-def channels(view: View, node: fx.Node) -> int | None:
-    """The channels of a value, if its producer or an elementwise chain above it says so."""
-    for _ in range(16):
-        reading = view.read(node)
-        if isinstance(reading, Affine) and len(reading.terms) == 1:
-            shape = reading.terms[0].map
-            if isinstance(shape, Map):
-                return shape.outputs
-            if reading.proves and shape.channels is not None:
-                return shape.channels
-            node = reading.terms[0].operand
-        else:
-            return None
-    return None
-
-
-def _promotion(walk: _Walk) -> Refusal | None:
+def promotion(view: View, nodes: Sequence[fx.Node]) -> Refusal | None:
     """Constants of a wider dtype than the convolution's would change the result's dtype."""
-    readings = [
-        (node, reading)
-        for node in walk.expanded
-        if isinstance(reading := walk.view.read(node), Affine)
-    ]
+    readings = [(node, r) for node in nodes if (r := _affine(view, node)) is not None]
     dtypes = {reading.weight.dtype for _, reading in readings if reading.weight is not None}
     if len(dtypes) > 1:
         return Refusal(f"branches of different dtypes: {' and '.join(sorted(map(str, dtypes)))}")
@@ -460,53 +432,51 @@ def _promotion(walk: _Walk) -> Refusal | None:
     return None
 
 
-# --- work --------------------------------------------------------------------------------------
+# --- work ---------------------------------------------------------------------------------------
 
 
-def _positions(outer: Linear, rank: int) -> tuple[int, ...]:
-    """Positions of a value that the root needs, at each root size."""
-    if isinstance(outer, Diagonal):
-        return tuple(size**rank for size in SIZES)
-    if outer.transposed:
-        return tuple(math.prod(-(-size // a.stride) for a in outer.axes) for size in SIZES)
-    return tuple(math.prod(a.needed(size) for a in outer.axes) for size in SIZES)
+def _saved(walk: Walk, region: Sequence[fx.Node], draft: _Draft, rank: int) -> Work:
+    """The work of what dies."""
+    outputs = _width(draft)
+    works = []
+    moved = {m.node: m for m in walk.crossed}
+    for node in region:
+        seen, reading = walk.expanded[node], _affine(walk.view, node)
+        if node in moved:
+            width = outputs
+            if walk.before is None and isinstance(seen.map, Map):
+                width = seen.map.inputs
+            works.append(work.moved(moved[node], width, rank, seen.crossed))
+        elif reading is not None:
+            works.append(work.of(reading, seen.map, outputs, rank, seen.crossed))
+    return total(works)
 
 
-def _work(reading: Affine, outer: Linear, outputs: int, rank: int) -> Work:
-    shape = reading.terms[0].map
-    if isinstance(shape, Map):
-        return _layer(shape, outer, rank, reading.bias is not None)
-    width = outer.inputs if isinstance(outer, Map) else outputs
-    vectors = (reading.bias is not None) + (reading.terms[0].weight is not None)
-    operations = 0 if reading.kind == "identity" else 1
-    if reading.kind == "batch_norm":
-        vectors = 4
-    work = _elementwise(len(reading.terms), width, outer, rank, operations)
-    return replace(work, parameters=vectors * width if shape.channels else 0)
+def _spent(walk: Walk, draft: _Draft, rank: int) -> Work:
+    """The work of what replaces it."""
+    outputs = _width(draft)
+    crossed = tuple(walk.after)
+    works = []
+    for piece in draft.pieces:
+        if isinstance(piece.map, Map):
+            shape = geometry.narrowed(piece.map) if draft.concatenates else piece.map
+            biased = piece.bias is not None
+            works.append(
+                work.layer(shape, geometry.IDENTITY, rank, biased, crossed, ones=piece.ones)
+            )
+    if draft.concatenates:
+        works.append(work.joined(outputs, rank, crossed))
+    else:
+        sums = len(draft.pieces) - 1
+        works += [work.elementwise(2, outputs, geometry.IDENTITY, rank, crossed)] * sums
+    if walk.before is not None:
+        shape = next(p.map for p in draft.pieces if isinstance(p.map, Map))
+        works.append(work.moved(walk.before, shape.inputs, rank, ()))
+    works += [
+        work.moved(each, outputs, rank, tuple(walk.after[:i])) for i, each in enumerate(walk.after)
+    ]
+    return total(works)
 
 
-def _layer(shape: Map, outer: Linear, rank: int, biased: bool) -> Work:
-    written = _positions(outer, rank)
-    whole = geometry.compose(outer, shape, biased=False)
-    read = written if isinstance(whole, Refusal) else _positions(whole, rank)
-    computed = read if shape.transposed else written
-    pads = 0 if shape.symmetric else 1
-    return Work(
-        macs=tuple(shape.weights * n for n in computed),
-        traffic=tuple(
-            (1 + pads) * shape.inputs * a + shape.outputs * b
-            for a, b in zip(read, written, strict=True)
-        ),
-        convolutions=1,
-        operations=1 + pads,
-        parameters=shape.weights + (shape.outputs if biased else 0),
-    )
-
-
-def _elementwise(terms: int, width: int, outer: Linear, rank: int, operations: int) -> Work:
-    positions = _positions(outer, rank)
-    return Work(
-        macs=tuple(operations * width * n for n in positions),
-        traffic=tuple(operations * (terms + 1) * width * n for n in positions),
-        operations=operations,
-    )
+def _width(draft: _Draft) -> int:
+    return next(piece.map.outputs for piece in draft.pieces if isinstance(piece.map, Map))

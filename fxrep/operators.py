@@ -1,18 +1,14 @@
-"""What a node computes: one view of every spelling that names a linear operation.
+"""Readers of layers and arithmetic: convolution, BatchNorm, sums, scales and shifts.
 
-`View.read` says of a node that it is ``sum_i map_i(operand_i) + bias`` (an `Affine`), why it is
-not although it looks like it (a `Refusal`), or nothing. Modules, subclasses that keep the
-forward, functions, methods, operators and in-place forms all end in the same few readers, so a
-rule never sees how a thing was spelt.
+Modules, subclasses that keep the forward, functions, methods, operators and in-place forms all end
+in the same few readers, so a rule never sees how a thing was spelt.
 """
 
 from __future__ import annotations
 
-import inspect
-import numbers
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,226 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxrep import kernels
-from fxrep.aliasing import Aliasing
-from fxrep.geometry import IDENTITY, Axis, Diagonal, Linear, Refusal, compose, conv_map
-from fxrep.ranks import Ranks
-from fxrep.recipe import Call, Expr, Load
-from fxrep.skeleton import foreign_hooks, weight_hooks
-
-
-@dataclass(frozen=True, eq=False)
-class Term:
-    """One summand: a map of the value of `operand`; weight None stands for ones."""
-
-    operand: fx.Node
-    map: Linear
-    weight: Expr | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Affine:
-    """A node's value as ``sum_i map_i(operand_i) + bias``.
-
-    Attributes:
-        kind: the operation in the field's words, as the report shows it.
-        relies: values whose batched rank is assumed and must be guarded if this is used.
-        promotes: dtypes of constants that would promote the result.
-        proves: it raises unless its operand has the channels of its map.
-        weight: the weight tensor of a convolution or linear layer.
-        owner: what shares the weight if two layers do.
-        inside: nodes between it and its operands that are part of this one operation.
-    """
-
-    kind: str
-    terms: tuple[Term, ...]
-    bias: Expr | None = None
-    relies: tuple[fx.Node, ...] = ()
-    promotes: tuple[torch.dtype, ...] = ()
-    proves: bool = True
-    weight: Tensor | None = None
-    owner: object = None
-    inside: tuple[fx.Node, ...] = ()
-
-
-Reading = Affine | Refusal | None
-
-
-@dataclass(frozen=True, eq=False)
-class Constant:
-    """A number or a tensor of the model, and the expression that recomputes it."""
-
-    value: Tensor | float
-    expr: Expr
-    owner: object = None  # what is shared if it is: the tensor, or the module that computes it
-
-    @property
-    def shape(self) -> torch.Size:
-        """Its shape; a number has none."""
-        return self.value.shape if isinstance(self.value, Tensor) else torch.Size()
-
-
-@dataclass(eq=False)
-class View:
-    """One traced graph and what is known of it."""
-
-    graph: fx.Graph
-    module: nn.Module
-    aliasing: Aliasing
-    ranks: Ranks
-    derived: dict[str, Expr] = field(default_factory=dict)
-    originals: dict[str, Tensor] = field(default_factory=dict)
-    readings: dict[fx.Node, Reading] = field(default_factory=dict)
-    constants: dict[fx.Node, bool] = field(default_factory=dict)
-    submodules: dict[str, nn.Module] = field(default_factory=dict)
-    trained: set[int] = field(default_factory=set)  # ids of constants made from trained parameters
-
-    def read(self, node: fx.Node) -> Reading:
-        """What `node` computes, if it is linear in its operands."""
-        if node not in self.readings:
-            self.readings[node] = self._read(node)
-        return self.readings[node]
-
-    def forget(self, *nodes: fx.Node) -> None:
-        """Read these again: what they are computed from has been replaced."""
-        for node in nodes:
-            self.readings.pop(node, None)
-
-    def _read(self, node: fx.Node) -> Reading:
-        reading = _dispatch(self, node)
-        if isinstance(reading, Affine) and not self.aliasing.pure(node):
-            return Refusal("it writes in place a value that others still read")
-        return reading
-
-    def submodule(self, path: str) -> nn.Module:
-        """The module at a path below the traced one."""
-        if path not in self.submodules:
-            self.submodules[path] = self.module.get_submodule(path)
-        return self.submodules[path]
-
-    def tensor(self, path: str) -> Tensor:
-        """The tensor at a path below the traced module."""
-        owner, _, name = path.rpartition(".")
-        value = getattr(self.submodule(owner), name)
-        assert isinstance(value, Tensor)
-        return value
-
-    def constant(self, arg: Any) -> Constant | None:
-        """`arg` as a constant: a number, or a parameter, buffer or attribute never written."""
-        if isinstance(arg, numbers.Real) and not isinstance(arg, bool):
-            try:
-                return Constant(float(arg), Call(_number, (float(arg),)))
-            except OverflowError:  # an int that no float holds
-                return None
-        if isinstance(arg, fx.Node) and arg.op == "get_attr":
-            path = str(arg.target)
-            if self.aliasing.writes_attribute(arg):
-                return None
-            try:
-                return self.stored(path)
-            except (AttributeError, AssertionError):
-                return None
-        return None
-
-    def stored(self, path: str) -> Constant:
-        """The tensor at a path as a constant.
-
-        What fxrep made itself is expressed by the tensors it was made from, so that however many
-        rewrites follow each other the weight is rounded once.
-        """
-        tensor = self.tensor(path)
-        if path in self.derived:
-            return Constant(tensor, self.derived[path], tensor)
-        self.originals.setdefault(path, tensor)
-        return Constant(tensor, Load(path), tensor)
-
-    def attribute(self, module: nn.Module, path: str, name: str) -> Constant | None:
-        """A tensor of a leaf module, which torch's own hooks or parametrizations may compute."""
-        if getattr(module, name) is None:
-            return None
-        if name in module._parameters or name in module._buffers:
-            return self.stored(f"{path}.{name}")
-        parts = [n for n, _ in (*module.named_parameters(), *module.named_buffers())]
-        loads = [self.stored(f"{path}.{part}").expr for part in parts]
-        expr = Call(_computed, (module, name, tuple(parts), *loads))
-        return Constant(_Computed(module, name)().detach(), expr, module)
-
-    def reads(self, node: fx.Node) -> list[Tensor]:
-        """The tensors of the model that this very node reads."""
-        if node.op == "call_module":
-            module = self.submodule(str(node.target))
-            return [*module.parameters(), *module.buffers()]
-        found = []
-        for source in node.all_input_nodes:
-            if source.op == "get_attr":
-                constant = self.constant(source)
-                if constant is not None and isinstance(constant.value, Tensor):
-                    found.append(constant.value)
-        return found
-
-    def rank(self, node: fx.Node) -> tuple[int | None, bool]:
-        """The rank of a value, and whether that is an assumption to be guarded."""
-        proven = self.ranks.rank(node)
-        if proven is not None:
-            return proven, False
-        return self.ranks.assumed(node), True
-
-
-class _Computed(nn.Module):
-    """Gives a tensor that a module computes from its parameters at each call."""
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        super().__init__()
-        self.module = module
-        self.name = name
-
-    def forward(self) -> Tensor:
-        """The tensor, recomputed."""
-        for hook in weight_hooks(self.module):
-            hook(self.module, None)  # torch's own: sets the weight from its parts
-        value = getattr(self.module, self.name)
-        assert isinstance(value, Tensor)
-        return value
-
-
-def _computed(module: nn.Module, name: str, parts: tuple[str, ...], *tensors: Tensor) -> Tensor:
-    """The same from other parameters; the module is left as it was."""
-    given = {f"module.{part}": tensor for part, tensor in zip(parts, tensors, strict=True)}
-    computed = _Computed(module, name)
-    value = torch.func.functional_call(computed, given, ())
-    computed()
-    assert isinstance(value, Tensor)
-    return value
-
-
-METADATA = frozenset({"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"})
-METADATA_METHODS = frozenset({"size", "dim", "ndimension", "is_floating_point"})
-
-
-def reads_metadata(node: fx.Node) -> bool:
-    """Whether a node reads only the shape, dtype or device of its operand."""
-    if node.op == "call_function":
-        return node.target is getattr and node.args[1] in METADATA
-    return node.op == "call_method" and node.target in METADATA_METHODS
-
-
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether an operation writes its result over its first operand, and so keeps its dtype."""
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    return node.target in _IN_PLACE
-
-
-def scope(node: fx.Node) -> str:
-    """The path of the module whose forward made the node; '' for the traced module itself."""
-    stack = node.meta.get("nn_module_stack")
-    return str(next(reversed(stack.values()))[0]) if stack else ""
-
-
-def _number(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
+from fxrep.geometry import IDENTITY, Axis, Diagonal, Refusal, compose, conv_map
+from fxrep.recipe import Call, Expr
+from fxrep.view import (
+    Affine, Constant, ModuleReader, Reading, Spelling, Term, View, number,
+)  # fmt: skip
 
 
 def _flatten(value: Tensor) -> Tensor:
@@ -287,8 +68,8 @@ def _convolution(
         return Refusal(f"its weight is a {type(value).__name__} of dtype {value.dtype}")
     spatial, kernel = rank, value.shape[2:]
     axes = []
-    strides, dilations = _tuple(stride, spatial), _tuple(dilation, spatial)
-    extra = _tuple(output_padding, spatial)
+    strides, dilations = as_tuple(stride, spatial), as_tuple(dilation, spatial)
+    extra = as_tuple(output_padding, spatial)
     if strides is None or dilations is None or extra is None or len(kernel) != spatial:
         return None
     for i, k in enumerate(kernel):
@@ -296,7 +77,7 @@ def _convolution(
             total = dilations[i] * (k - 1)
             low, high = total // 2, total - total // 2
         else:
-            sizes = _tuple(0 if padding == "valid" else padding, spatial)
+            sizes = as_tuple(0 if padding == "valid" else padding, spatial)
             if sizes is None:
                 return None
             low, high = sizes[i], sizes[i] - extra[i]
@@ -405,8 +186,8 @@ def _times(expr: Expr | None, factor: float) -> Expr | None:
     """``factor * expr``, where None stands for one."""
     if factor == 1:
         return expr
-    number = Call(_number, (factor,))
-    return number if expr is None else Call(_product, (expr, number))
+    scale = Call(number, (factor,))
+    return scale if expr is None else Call(_product, (expr, scale))
 
 
 @dataclass(frozen=True)
@@ -448,6 +229,15 @@ def _broadcast(view: View, operand: fx.Node, constant: Constant) -> _Broadcast |
     return _Broadcast(diagonal, Call(_flatten, (constant.expr,)), relies, dtypes)
 
 
+def per_channel(view: View, node: fx.Node, value: Any, axis: int) -> Expr | None:
+    """A constant that has one value for each channel of `node`, or one for all: (C,) or ()."""
+    constant = view.constant(value)
+    met = None if constant is None else _broadcast(view, node, constant)
+    if not isinstance(met, _Broadcast) or met.diagonal.axis not in (None, axis):
+        return None
+    return met.expr
+
+
 def _identity(view: View, node: fx.Node, source: Any) -> Reading:
     if not isinstance(source, fx.Node):
         return None
@@ -457,19 +247,8 @@ def _identity(view: View, node: fx.Node, source: Any) -> Reading:
 # --- spellings -------------------------------------------------------------------------------
 
 
-def _read_module(view: View, node: fx.Node) -> Reading:
+def _read_module(view: View, node: fx.Node, module: nn.Module, base: Any, source: Any) -> Reading:
     path = str(node.target)
-    module = view.submodule(path)
-    base: Any = next((c for c in type(module).__mro__ if c in _MODULES), None)
-    if base is None:
-        return None
-    args = [*node.args, *node.kwargs.values()]
-    if len(args) != 1:
-        return None
-    if "forward" in vars(module) or type(module).forward is not base.forward:
-        return None
-    if foreign_hooks(module):
-        return Refusal("hook registered")
 
     def get(name: str) -> Constant | None:
         return view.attribute(module, path, name)
@@ -478,7 +257,7 @@ def _read_module(view: View, node: fx.Node) -> Reading:
         if getattr(type(module), "_conv_forward", None) is not getattr(base, "_conv_forward", None):
             return None
         return _convolution(
-            view, node, args[0], get("weight"), get("bias"),
+            view, node, source, get("weight"), get("bias"),
             stride=module.stride,
             padding=module.padding,
             dilation=module.dilation,
@@ -489,7 +268,7 @@ def _read_module(view: View, node: fx.Node) -> Reading:
             rank=len(module.kernel_size),
         )  # fmt: skip
     if isinstance(module, nn.Linear):
-        return _convolution(view, node, args[0], get("weight"), get("bias"), rank=0)
+        return _convolution(view, node, source, get("weight"), get("bias"), rank=0)
     if isinstance(module, nn.modules.batchnorm._NormBase):
         if module.training:
             return Refusal("BatchNorm is in training mode")
@@ -497,25 +276,25 @@ def _read_module(view: View, node: fx.Node) -> Reading:
         if instance and not module.track_running_stats:
             return None
         return _batchnorm(
-            view, node, args[0], get("running_mean"), get("running_var"),
+            view, node, source, get("running_mean"), get("running_var"),
             get("weight"), get("bias"), module.eps,
             axis=_NORM_AXES.get(base),
             kind="instance_norm" if instance else "batch_norm",
         )  # fmt: skip
     if isinstance(module, nn.modules.dropout._DropoutNd) and module.training:
         return None
-    return _identity(view, node, args[0])
+    return _identity(view, node, source)
 
 
 _PLAIN_TENSORS = {Tensor, nn.Parameter, nn.Buffer}
 
-_MODULES = {
+MODULES: dict[Any, ModuleReader] = dict.fromkeys((
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear,
     nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
     nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
-}  # fmt: skip
+), _read_module)  # fmt: skip
 
 # The ranks these accept leave no choice; BatchNorm1d takes (N, C) and (N, C, L).
 _NORM_AXES: dict[Any, int] = {
@@ -631,20 +410,6 @@ def _flattened(view: View, node: fx.Node) -> fx.Node | None:
     return source if 0 <= end <= rank - 2 else None
 
 
-@dataclass(frozen=True)
-class Spelling:
-    """A reader and the parameters of a function, in order, with their defaults."""
-
-    read: Callable[..., Reading]
-    parameters: inspect.Signature
-
-
-def _spelling(read: Callable[..., Reading], parameters: str) -> Spelling:
-    namespace: dict[str, Any] = {}
-    exec(f"def f({parameters}): ...", {}, namespace)
-    return Spelling(read, inspect.signature(namespace["f"]))
-
-
 _CONV = "input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1"
 _CONV_T = "input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1"
 _BATCH_NORM = (
@@ -654,25 +419,25 @@ _BATCH_NORM = (
 _TORCH_BATCH_NORM = (
     "input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled"
 )
-_ADD = _spelling(_read_add, "input, other, alpha=1")
-_SUB = _spelling(_read_sub, "input, other, alpha=1")
-_RSUB = _spelling(_read_rsub, "input, other, alpha=1")
-_MUL = _spelling(_read_mul, "input, other")
-_DIV = _spelling(_read_div, "input, other, rounding_mode=None")
-_NEG = _spelling(_read_neg, "input")
-_CONTIGUOUS = _spelling(_read_contiguous, "input, memory_format=None")
-_RESHAPE_AS = _spelling(_read_reshape_as, "input, other")
+_ADD = Spelling(_read_add, "input, other, alpha=1")
+_SUB = Spelling(_read_sub, "input, other, alpha=1")
+_RSUB = Spelling(_read_rsub, "input, other, alpha=1")
+_MUL = Spelling(_read_mul, "input, other")
+_DIV = Spelling(_read_div, "input, other, rounding_mode=None")
+_NEG = Spelling(_read_neg, "input")
+_CONTIGUOUS = Spelling(_read_contiguous, "input, memory_format=None")
+_RESHAPE_AS = Spelling(_read_reshape_as, "input, other")
 
 FUNCTIONS: dict[Any, Spelling] = {
     **{
-        f: _spelling(_read_conv(rank, False), _CONV)
+        f: Spelling(_read_conv(rank, False), _CONV)
         for rank, fs in enumerate(
             ((F.conv1d, torch.conv1d), (F.conv2d, torch.conv2d), (F.conv3d, torch.conv3d)), 1
         )
         for f in fs
     },
     **{
-        f: _spelling(_read_conv(rank, True), _CONV_T)
+        f: Spelling(_read_conv(rank, True), _CONV_T)
         for rank, fs in enumerate(
             (
                 (F.conv_transpose1d, torch.conv_transpose1d),
@@ -683,9 +448,9 @@ FUNCTIONS: dict[Any, Spelling] = {
         )
         for f in fs
     },
-    F.linear: _spelling(_read_conv(0), "input, weight, bias=None"),
-    F.batch_norm: _spelling(_read_batchnorm, _BATCH_NORM),
-    torch.batch_norm: _spelling(_read_batchnorm, _TORCH_BATCH_NORM),
+    F.linear: Spelling(_read_conv(0), "input, weight, bias=None"),
+    F.batch_norm: Spelling(_read_batchnorm, _BATCH_NORM),
+    torch.batch_norm: Spelling(_read_batchnorm, _TORCH_BATCH_NORM),
     **dict.fromkeys((operator.add, operator.iadd, torch.add), _ADD),
     **dict.fromkeys((operator.sub, operator.isub, torch.sub, torch.subtract), _SUB),
     torch.rsub: _RSUB,
@@ -696,7 +461,7 @@ FUNCTIONS: dict[Any, Spelling] = {
     **dict.fromkeys((operator.neg, torch.neg, torch.negative), _NEG),
     **dict.fromkeys(
         (F.dropout, F.dropout2d, F.dropout3d),
-        _spelling(_read_dropout, "input, p=0.5, training=True, inplace=False"),
+        Spelling(_read_dropout, "input, p=0.5, training=True, inplace=False"),
     ),
 }
 
@@ -712,26 +477,7 @@ METHODS: dict[str, Spelling] = {
 }
 
 
-def _dispatch(view: View, node: fx.Node) -> Reading:
-    if node.op == "call_module":
-        return _read_module(view, node)
-    if node.op == "call_function":
-        spelling = FUNCTIONS.get(node.target)
-    elif node.op == "call_method":
-        spelling = METHODS.get(str(node.target))
-    else:
-        return None
-    if spelling is None:
-        return None
-    try:
-        bound = spelling.parameters.bind(*node.args, **node.kwargs)
-    except TypeError:  # out=, dtype=, positional forms of other overloads: not read
-        return None
-    bound.apply_defaults()
-    return spelling.read(view, node, **bound.arguments)
-
-
-def _tuple(value: Any, length: int) -> tuple[int, ...] | None:
+def as_tuple(value: Any, length: int) -> tuple[int, ...] | None:
     """An int or a sequence of ints as a tuple of `length`; None if it is not known."""
     if isinstance(value, int):
         return (value,) * length

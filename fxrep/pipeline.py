@@ -12,19 +12,22 @@ from torch import Tensor, fx, nn
 from fxrep import aliasing
 from fxrep import validate as validation
 from fxrep.capture import Capture, Program, capture
-from fxrep.collapse import Plan, where
+from fxrep.collapse import Plan
+from fxrep.channels import Channels
 from fxrep.cost import SIZES, CostModel, cost_model
 from fxrep.errors import OptionError, ReportError
 from fxrep.examples import ranks_seen
 from fxrep.geometry import Map, Refusal
 from fxrep.module import assemble, attach, attached
-from fxrep.operators import Affine, View
 from fxrep.passes import default_passes
 from fxrep.ranks import Ranks
+from fxrep.reading import read
 from fxrep.recipe import Call, record
 from fxrep.report import Report, Rewrite, Skip
 from fxrep.rewrite import Editor, Layer, build, prune
 from fxrep.rule import Fold, Pass
+from fxrep.view import Affine, View, double
+from fxrep.walk import where
 
 # A rewrite can open the way for another pass; real models settle in two or three rounds.
 MOST_ROUNDS = 100
@@ -149,11 +152,14 @@ class Session:
 
     def __post_init__(self) -> None:
         for program in self.captured.programs:
+            ranks = Ranks(program.graph, program.module, ranks_seen(program, self.example_inputs))
             view = View(
                 program.graph,
                 program.module,
+                read,
                 aliasing.analyse(program.graph, program.module),
-                Ranks(program.graph, program.module, ranks_seen(program, self.example_inputs)),
+                ranks,
+                Channels(program.graph, program.module, ranks.rank),
             )
             editor = Editor(program.graph, program.module, view, program.keep_modules)
             self.parts.append(Part(program, view, editor))
@@ -228,7 +234,7 @@ class Session:
     def _carry_out(self, rule: Pass, part: Part, plans: Sequence[Plan]) -> Refusal | None:
         plan, view = plans[0], part.view
         exact = _memo(lambda path: _exact(view, path))
-        layers = build(plan, view, _memo(lambda path: _double(view.originals[path])))
+        layers = build(plan, view, _memo(lambda path: double(view.originals[path])))
         if isinstance(layers, Refusal):
             return layers
         error: float | None = None
@@ -386,16 +392,12 @@ def _memo(function: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
     return lookup
 
 
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
-
-
 def _exact(view: View, path: str) -> Tensor:
     """A tensor of the traced module in float64; what fxrep made is recomputed, not widened."""
     if path in view.derived:
-        value: Tensor = record(view.derived[path]).run(lambda p: _double(view.originals[p]))
+        value: Tensor = record(view.derived[path]).run(lambda p: double(view.originals[p]))
         return value
-    return _double(view.tensor(path))
+    return double(view.tensor(path))
 
 
 def _stands(plan: Plan) -> bool:
@@ -440,10 +442,10 @@ def _rewrite(
         location,
         before,
         tuple(after),
-        round(plan.before.macs[-1] / positions),
-        round(plan.after.macs[-1] / positions),
-        plan.before.parameters,
-        plan.after.parameters,
+        round(plan.saved.macs[-1] / positions),
+        round(plan.spent.macs[-1] / positions),
+        plan.saved.parameters,
+        plan.spent.parameters,
         error,
     )
 

@@ -15,8 +15,9 @@ from torch import Tensor, fx, nn
 
 from fxrep import kernels
 from fxrep.collapse import Piece, Plan, metadata_readers
-from fxrep.geometry import Map, Refusal
-from fxrep.operators import Affine, View, scope
+from fxrep.commuting import Mover
+from fxrep.geometry import Map, Refusal, narrowed
+from fxrep.view import Affine, View, scope
 from fxrep.recipe import Call, Expr, Recipe, record
 
 # A weight row may lose this many epsilons to rounding, relative to its largest value.
@@ -46,29 +47,28 @@ Lookup = Callable[[str], Tensor]
 
 
 def build(plan: Plan, view: View, lookup: Lookup) -> list[Layer] | Refusal:
-    """The layers of a plan, one for each piece that is a map; the bias goes to the first."""
+    """The layers of a plan, one for each piece that is a map."""
     readings = [view.read(node) for node in plan.expanded]
     weights = [r.weight for r in readings if isinstance(r, Affine) and r.weight is not None]
-    like = max(weights, key=Tensor.numel)
+    like = max(weights, key=Tensor.numel, default=None)
+    if like is None:  # pooling alone: nothing says the dtype but the rest of the model
+        like = next((p for p in view.module.parameters() if p.is_floating_point()), torch.ones(()))
     trains = any(w.requires_grad or id(w) in view.trained for w in weights)
     layers: list[Layer] = []
     for piece in plan.pieces:
-        if not isinstance(piece.map, Map):
-            continue
-        bias = None if layers else plan.bias
-        layer = _layer(piece, bias, lookup, like, trains)
-        if isinstance(layer, Refusal):
-            return layer
-        layers.append(layer)
+        if isinstance(piece.map, Map):
+            layer = _layer(piece, lookup, like, trains)
+            if isinstance(layer, Refusal):
+                return layer
+            layers.append(layer)
     return layers
 
 
-def _layer(
-    piece: Piece, bias: Expr | None, lookup: Lookup, like: Tensor, trains: bool
-) -> Layer | Refusal:
-    shape = piece.map
-    assert isinstance(shape, Map)
-    weight = Call(kernels.to_convolution, (piece.weight, shape))
+def _layer(piece: Piece, lookup: Lookup, like: Tensor, trains: bool) -> Layer | Refusal:
+    assert isinstance(piece.map, Map)
+    shape = narrowed(piece.map)
+    weight = Call(kernels.to_convolution, (piece.weight, piece.map))
+    bias = piece.bias
     full = None if bias is None else Call(kernels.full_bias, (bias, shape.outputs))
     recipe = record(Call(_pair, (weight, full)))
     try:
@@ -148,12 +148,22 @@ def _module(shape: Map, biased: bool) -> nn.Module:
     return module
 
 
-def pad(shape: Map) -> tuple[tuple[int, ...], str] | None:
-    """The argument and mode of the F.pad a layer needs before it, or None."""
-    if shape.symmetric:
-        return None
+def pads(piece: Piece) -> list[tuple[tuple[int, ...], str, float | None]]:
+    """Arguments, modes and values of each F.pad that a layer needs before it."""
+    shape = piece.map
+    assert isinstance(shape, Map)
+    found: list[tuple[tuple[int, ...], str, float | None]] = []
+    if piece.ones:
+        found.append(((0, 0) * len(shape.axes) + (0, 1), "constant", 1.0))
+    if not shape.symmetric:
+        found.append(_padding(shape))
+    return found
+
+
+def _padding(shape: Map) -> tuple[tuple[int, ...], str, float | None]:
     sizes = [size for axis in reversed(shape.axes) for size in (axis.low, axis.high)]
-    return tuple(sizes), "constant" if shape.padding_mode == "zeros" else shape.padding_mode
+    mode = "constant" if shape.padding_mode == "zeros" else shape.padding_mode
+    return tuple(sizes), mode, None
 
 
 @dataclass(eq=False)
@@ -181,40 +191,72 @@ class Editor:
         readers = metadata_readers(plan)
         single = len(plan.pieces) == 1
         first = min([plan.root, *readers]) if single else plan.root
-        names = iter(targets)
-        total: fx.Node | None = None
         with self.graph.inserting_before(first):
-            for piece in plan.pieces:
-                value = piece.source
-                if isinstance(piece.map, Map):
-                    value = self._call(plan, piece, next(names))
-                if total is not None:
-                    value = self._new(plan, "call_function", torch.add, (total, value))
-                total = value
-        assert total is not None
-        self.view.forget(*plan.root.users, *readers)
+            total = self._result(plan, targets)
+            values = self._parts(plan, total)
+        self.view.forget(*readers)
         for reader in readers:
             value = total if single else min(piece.source for piece in plan.pieces)
-            for node in plan.region[:-1]:
-                reader.replace_input_with(node, value)
-        plan.root.replace_all_uses_with(total)
+            for node in plan.region:
+                if node not in plan.roots:
+                    reader.replace_input_with(node, value)
         for value in plan.relies:
             self.view.ranks.rely(value)
-        self.view.ranks.same(total, plan.root)
+        for root, value in zip(plan.roots, values, strict=True):
+            self.view.forget(*self._readers(root))
+            self.view.ranks.same(value, root)
+            root.replace_all_uses_with(value)
         for node in reversed(plan.region):
             self.erase(node)
         return total
 
-    def _call(self, plan: Plan, piece: Piece, target: str) -> fx.Node:
-        assert isinstance(piece.map, Map)
-        source = piece.source
-        padding = pad(piece.map)
-        if padding is not None:
-            source = self._new(plan, "call_function", F.pad, (source, *padding))
-        return self._new(plan, "call_module", target, (source,))
+    def _readers(self, node: fx.Node) -> list[fx.Node]:
+        """Who reads a value, also through what gives several, such as chunk."""
+        return [*node.users, *(reader for user in node.users for reader in user.users)]
 
-    def _new(self, plan: Plan, op: str, target: Any, args: tuple[Any, ...]) -> fx.Node:
-        node = self.graph.create_node(op, target, args)
+    def _result(self, plan: Plan, targets: Sequence[str]) -> fx.Node:
+        """The layers' calls, put together."""
+        names = iter(targets)
+        parts: list[fx.Node] = []
+        for piece in plan.pieces:
+            value = piece.source
+            if plan.before is not None:
+                value = self._moved(plan, plan.before, value)
+            if isinstance(piece.map, Map):
+                for padding in pads(piece):
+                    value = self._new(plan, "call_function", F.pad, (value, *padding))
+                value = self._new(plan, "call_module", next(names), (value,))
+            parts.append(value)
+        if plan.concatenates:
+            total = self._new(plan, "call_function", torch.cat, (parts, plan.axis))
+        else:
+            total = parts[0]
+            for part in parts[1:]:
+                total = self._new(plan, "call_function", torch.add, (total, part))
+        for each in reversed(plan.after):
+            total = self._moved(plan, each, total)
+        return total
+
+    def _parts(self, plan: Plan, total: fx.Node) -> list[fx.Node]:
+        """The values of the roots: views of the result if there are several."""
+        if not plan.outputs:
+            return [total]
+        sizes = [size for _, size in plan.outputs]
+        split = self._new(plan, "call_function", torch.split, (total, sizes, plan.axis))
+        return [
+            self._new(plan, "call_function", operator.getitem, (split, i))
+            for i in range(len(sizes))
+        ]
+
+    def _moved(self, plan: Plan, found: Mover, value: fx.Node) -> fx.Node:
+        """The call of a mover, on another value."""
+        args, kwargs = fx.map_arg((found.node.args, found.node.kwargs), lambda _: value)
+        return self._new(plan, found.node.op, found.node.target, args, kwargs)
+
+    def _new(
+        self, plan: Plan, op: str, target: Any, args: tuple[Any, ...], kwargs: Any = None
+    ) -> fx.Node:
+        node = self.graph.create_node(op, target, args, kwargs)
         stack = plan.root.meta.get("nn_module_stack")
         if stack:
             node.meta["nn_module_stack"] = dict(stack)

@@ -10,9 +10,9 @@ from torch import fx
 
 from fxrep.collapse import Plan
 from fxrep.cost import CostModel
-from fxrep.geometry import Refusal
-from fxrep.operators import View
+from fxrep.geometry import Diagonal, Refusal
 from fxrep.recipe import Call
+from fxrep.view import Affine, View
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,3 +39,19 @@ class Pass:
 
     name: str
     propose: Callable[[View, fx.Node, CostModel], Answer]
+
+
+# How many scales and shifts after an operation are looked through: a BatchNorm, some coefficients.
+_LONGEST_TAIL = 16
+
+
+def tail(view: View, node: fx.Node) -> Affine | None:
+    """The last operation at or above `node` that is more than a scale or shift of channels."""
+    for _ in range(_LONGEST_TAIL):
+        reading = view.read(node)
+        if not isinstance(reading, Affine):
+            return None
+        if len(reading.terms) > 1 or not isinstance(reading.terms[0].map, Diagonal):
+            return reading
+        node = reading.terms[0].operand
+    return None

@@ -8,7 +8,9 @@ residues, so that a wrong stride, padding or border has nowhere to hide.
 from __future__ import annotations
 
 import copy
+import functools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,12 +21,13 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxrep.collapse import Piece, Plan
+from fxrep.commuting import Mover
 from fxrep.errors import EquivalenceError, InputError
 from fxrep.geometry import Diagonal, Map, Refusal
-from fxrep.operators import View
 from fxrep.report import Report
-from fxrep.rewrite import Layer, Lookup, pad
+from fxrep.rewrite import Layer, Lookup, pads
 from fxrep.skeleton import skeleton, weight_hooks
+from fxrep.view import View
 
 # Both sides are float64 and only the order of summation differs.
 TOLERANCE = 1e-10
@@ -56,19 +59,20 @@ def check(plan: Plan, layers: Sequence[Layer], view: View, exact: Lookup) -> flo
                 failure = str(error).splitlines()[0]
                 continue  # the original refuses this size: nothing to keep
             try:
-                got = _replacement(plan, layers, values, rounded=False)
-                rounded = _replacement(plan, layers, values, rounded=True)
+                got = _replacement(plan, layers, values, view, rounded=False)
+                rounded = _replacement(plan, layers, values, view, rounded=True)
             except RuntimeError as error:
                 return Refusal(f"validation failed: the replacement raises {error}")
         compared += 1
-        if got.shape != expected.shape:
-            return Refusal(
-                f"validation failed: shape {tuple(got.shape)} instead of {tuple(expected.shape)}"
-            )
-        difference = relative_error(got, expected)
-        if not difference <= TOLERANCE:
-            return Refusal(f"validation failed: relative error {difference:.1e} in float64")
-        worst = max(worst, relative_error(rounded, expected))
+        for mine, own, wanted in zip(got, rounded, expected, strict=True):
+            if mine.shape != wanted.shape:
+                return Refusal(
+                    f"validation failed: shape {tuple(mine.shape)} instead of {tuple(wanted.shape)}"
+                )
+            difference = relative_error(mine, wanted)
+            if not difference <= TOLERANCE:
+                return Refusal(f"validation failed: relative error {difference:.1e} in float64")
+            worst = max(worst, relative_error(own, wanted))
     if not compared:
         reason = f"validation failed: the original could not be run ({failure})"
         return Refusal(plan.apart or reason)
@@ -158,24 +162,23 @@ def _shapes(plan: Plan, view: View) -> Iterator[dict[fx.Node, tuple[int, ...]]]:
         for lead in ((2,), (3,)):
             yield {s: lead * (known - 1) + (_channels(p, outputs),) for s, p in first.items()}
         return
-    for outputs_per_axis, residues in _sizes(maps):
+    for sizes, residues in _sizes(maps, plan.before):
+        if plan.before is not None:
+            sizes = list(plan.before.below(tuple(sizes)))
         yield {
             source: (
                 1,
                 _channels(piece, outputs),
-                *(
-                    _size(piece, axis, size, residue)
-                    for axis, (size, residue) in enumerate(
-                        zip(outputs_per_axis, residues, strict=True)
-                    )
-                ),
+                *(_size(piece, axis, sizes[axis], residues[axis]) for axis in range(rank)),
             )
             for source, piece in first.items()
         }
 
 
 def _channels(piece: Piece, outputs: int) -> int:
-    return piece.map.inputs if isinstance(piece.map, Map) else outputs
+    if isinstance(piece.map, Map):
+        return piece.map.inputs - piece.ones
+    return piece.map.channels if piece.rows is not None and piece.map.channels else outputs
 
 
 def _size(piece: Piece, axis: int, outputs: int, residue: int) -> int:
@@ -187,13 +190,14 @@ def _size(piece: Piece, axis: int, outputs: int, residue: int) -> int:
     return shape.needed(outputs) + residue % shape.stride
 
 
-def _sizes(maps: Sequence[Map]) -> Iterator[tuple[list[int], list[int]]]:
+def _sizes(maps: Sequence[Map], before: Mover | None) -> Iterator[tuple[list[int], list[int]]]:
     """Output sizes and residues per axis: the smallest, and one at which every tap is read.
 
     One position alone never shows the stride, so the larger has two at the least.
     """
     rank = len(maps[0].axes)
-    strides = max(axis.stride for m in maps for axis in m.axes)
+    windows = () if before is None else before.axes
+    strides = max(axis.stride for axes in (windows, *(m.axes for m in maps)) for axis in axes)
     large = [2] * rank
     for m in maps:
         for i, axis in enumerate(m.axes):
@@ -209,8 +213,8 @@ def _sizes(maps: Sequence[Map]) -> Iterator[tuple[list[int], list[int]]]:
             yield different, [residue + i for i in range(rank)]
 
 
-def _run(plan: Plan, view: View, values: dict[fx.Node, Tensor], exact: Lookup) -> Tensor:
-    """The old nodes, as they stand in the graph, in float64."""
+def _run(plan: Plan, view: View, values: dict[fx.Node, Tensor], exact: Lookup) -> list[Tensor]:
+    """The values that the old nodes give the roots, as they stand in the graph, in float64."""
 
     def value(arg: fx.Node) -> Any:
         if arg in values:
@@ -228,10 +232,12 @@ def _run(plan: Plan, view: View, values: dict[fx.Node, Tensor], exact: Lookup) -
             owner, *rest = args
             # A clone, since the method may write in place what is compared later.
             values[node] = getattr(owner.clone(), str(node.target))(*rest, **kwargs)
+        elif node.target is operator.setitem:  # its very purpose
+            operator.setitem(*args)
         else:
             copies = [a.clone() if isinstance(a, Tensor) else a for a in args]
             values[node] = node.target(*copies, **kwargs)  # type: ignore[operator]
-    return values[plan.root]
+    return [values[root] for root in plan.roots]
 
 
 def _call(
@@ -249,22 +255,40 @@ def _call(
 
 
 def _replacement(
-    plan: Plan, layers: Sequence[Layer], values: dict[fx.Node, Tensor], *, rounded: bool
-) -> Tensor:
+    plan: Plan, layers: Sequence[Layer], values: dict[fx.Node, Tensor], view: View, *, rounded: bool
+) -> list[Tensor]:
     new = iter(layers)
-    total: Tensor | None = None
+    parts: list[Tensor] = []
     for piece in plan.pieces:
         result = values[piece.source]
+        if plan.before is not None:
+            result = _moved(plan.before, result, view)
         if isinstance(piece.map, Map):
             layer = next(new)
-            padding = pad(piece.map)
-            if padding is not None:
-                result = F.pad(result, list(padding[0]), mode=padding[1])
+            for sizes, mode, fill in pads(piece):
+                result = F.pad(result, list(sizes), mode, fill)
             weight, bias = layer.exact
             tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
             if rounded:
                 tensors = {name: p.detach().double() for name, p in layer.module.named_parameters()}
             result = torch.func.functional_call(layer.module, tensors, (result,))
-        total = result if total is None else total + result
-    assert total is not None
-    return total
+        parts.append(result)
+    total = torch.cat(parts, plan.axis) if plan.concatenates else functools.reduce(torch.add, parts)
+    for each in reversed(plan.after):
+        total = _moved(each, total, view)
+    if not plan.outputs:
+        return [total]
+    return list(torch.split(total, [size for _, size in plan.outputs], plan.axis))
+
+
+def _moved(found: Mover, value: Tensor, view: View) -> Tensor:
+    """An operation that something was moved over, on another value."""
+    node = found.node
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: value)
+    if node.op == "call_module":
+        result: Tensor = view.submodule(str(node.target))(*args, **kwargs)
+    elif node.op == "call_method":
+        result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    else:
+        result = node.target(*args, **kwargs)  # type: ignore[operator]
+    return result

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from fxrep.passes.batchnorm import BATCHNORM
 from fxrep.passes.branches import BRANCHES
+from fxrep.passes.chains import CHAINS
+from fxrep.passes.commute import COMMUTE
+from fxrep.passes.concat import CONCAT
 from fxrep.passes.constants import CONSTANTS
 from fxrep.rule import Pass
 
 default_passes: tuple[Pass, ...] = (
     CONSTANTS,  # first: weights that the graph computes become weights the others can read
     BRANCHES,  # before batchnorm: a whole block at once, its BatchNorms inside, rounds once
-    BATCHNORM,  # what no sum has taken: a layer followed by per-channel scales and shifts
+    CONCAT,  # likewise for what ends in a concatenation
+    CHAINS,  # what follows each other without a sum; its BatchNorms go with it
+    BATCHNORM,  # what nothing has taken: a layer followed by per-channel scales and shifts
+    COMMUTE,  # last: a 1x1 is moved over a resize only when its BatchNorm is folded
 )
 
-__all__ = ["BATCHNORM", "BRANCHES", "CONSTANTS", "default_passes"]
+__all__ = [
+    "BATCHNORM",
+    "BRANCHES",
+    "CHAINS",
+    "COMMUTE",
+    "CONCAT",
+    "CONSTANTS",
+    "default_passes",
+]

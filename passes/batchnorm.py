@@ -24,8 +24,8 @@ from torch import fx
 from fxrep.collapse import Plan, search
 from fxrep.cost import CostModel
 from fxrep.geometry import Diagonal, Refusal
-from fxrep.operators import Affine, View
 from fxrep.rule import Pass
+from fxrep.view import Affine, View
 
 
 def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None:
@@ -35,9 +35,9 @@ def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None
         return reading
     if not isinstance(reading, Affine) or len(reading.terms) > 1:
         return None
-    if reading.weight is not None:
+    if reading.is_layer:
         return search(view, node, _is_diagonal, cost)
-    return search(view, node, _one_operand, cost) if _is_scale(reading) else None
+    return search(view, node, _is_near, cost) if _is_scale(reading) else None
 
 
 def _is_scale(reading: Affine) -> bool:
@@ -54,8 +54,8 @@ def _is_diagonal(reading: Affine) -> bool:
     return len(reading.terms) == 1 and isinstance(reading.terms[0].map, Diagonal)
 
 
-def _one_operand(reading: Affine) -> bool:
-    return len(reading.terms) == 1
+def _is_near(reading: Affine) -> bool:
+    return _is_diagonal(reading) or reading.is_layer
 
 
 BATCHNORM = Pass("batchnorm", propose)

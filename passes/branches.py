@@ -27,30 +27,16 @@ from torch import fx
 from fxrep.collapse import Plan, search
 from fxrep.cost import CostModel
 from fxrep.geometry import Refusal
-from fxrep.operators import Affine, View
-from fxrep.rule import Pass
+from fxrep.rule import Pass, tail
+from fxrep.view import View
 
 
 def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None:
     """Merge the branches that the sum at or above `node` adds up."""
-    reading = view.read(node)
-    if not isinstance(reading, Affine) or not _sums(view, node):
+    reading = tail(view, node)
+    if reading is None or len(reading.terms) < 2 or reading.kind == "cat":
         return None
     return search(view, node, lambda _: True, cost)
-
-
-# How many scales and shifts after a sum are looked through: a BatchNorm, a few coefficients.
-_LONGEST_TAIL = 16
-
-
-def _sums(view: View, node: fx.Node) -> bool:
-    """Whether `node` adds values, or scales and shifts what does."""
-    reading = view.read(node)
-    for _ in range(_LONGEST_TAIL):
-        if not isinstance(reading, Affine) or len(reading.terms) > 1 or reading.weight is not None:
-            break
-        reading = view.read(reading.terms[0].operand)
-    return isinstance(reading, Affine) and len(reading.terms) > 1
 
 
 BRANCHES = Pass("branches", propose)

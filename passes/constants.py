@@ -23,9 +23,9 @@ from torch import Tensor, fx, nn
 
 from fxrep.cost import CostModel
 from fxrep.geometry import Refusal
-from fxrep.operators import View
 from fxrep.recipe import Call, record
 from fxrep.rule import Fold, Pass
+from fxrep.view import View
 
 _PLACE = frozenset({"device", "dtype", "is_cuda", "requires_grad", "grad", "data_ptr"})
 

@@ -394,8 +394,9 @@ STAYS: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
         None, {"layers": 2, "rewrites": 0},
     ),
     "biased 1x1 before a padded 3x3": (
-        lambda: Sum(nn.Sequential(conv(8, 64, 1), conv(64, 8, 3, padding=1)), nn.Identity()),
-        None, {"layers": 2},
+        lambda: Sum(
+            nn.Sequential(conv(8, 8, 1), conv(8, 8, 3, padding=1, groups=8)), nn.Identity()
+        ), None, {"layers": 2, "reasons": ["see the inner bias; correcting its border is not worth it"]},
     ),
     "padded 3x3 after padded 3x3": (
         lambda: Sum(

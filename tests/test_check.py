@@ -44,7 +44,8 @@ def wrap(owner: Any, name: str, change: Callable[..., Any]) -> Patch:
 
 
 def _no_bias(build: Any, plan: Any, *rest: Any) -> Any:
-    return build(dataclasses.replace(plan, bias=None), *rest)
+    pieces = tuple(dataclasses.replace(piece, bias=None) for piece in plan.pieces)
+    return build(dataclasses.replace(plan, pieces=pieces), *rest)
 
 
 def _spoilt(build: Any, *args: Any) -> Any:
@@ -55,19 +56,21 @@ def _spoilt(build: Any, *args: Any) -> Any:
     return layers
 
 
-def _half_stride(add_axes: Any, axes: Any) -> Any:
+def _half_stride(add_axes: Any, axes: Any, *rest: Any) -> Any:
     same = [dataclasses.replace(a, stride=axes[0].stride) for a in axes]
-    return add_axes(same)
+    return add_axes(same, *rest)
 
 
-def _any_size(add_axes: Any, axes: Any) -> Any:
+def _any_size(add_axes: Any, axes: Any, *rest: Any) -> Any:
     """Sizes that differ are made to agree on the high side."""
     first = axes[0]
-    return add_axes([dataclasses.replace(a, high=first.excess - a.low + a.reach) for a in axes])
+    return add_axes(
+        [dataclasses.replace(a, high=first.excess - a.low + a.reach) for a in axes], *rest
+    )
 
 
-def _unpadded(maps: Any) -> Any:
-    return [dataclasses.replace(m, padding_mode="zeros") for m in maps]
+def _unpadded(add_maps: Any, maps: Any, *rest: Any) -> Any:
+    return add_maps([dataclasses.replace(m, padding_mode="zeros") for m in maps], *rest)
 
 
 SIZES = ((2, 8, 9, 9), (1, 8, 8, 7))
@@ -99,7 +102,7 @@ WRONG = {
     ),
     "a branch that broadcasts": (
         wrap(geometry, "_add_axes", _any_size),
-        Sum(conv(8, 8, 3, padding=1), conv(8, 8, 3)), ((2, 8, 3, 3), (3, 8, 3, 3)),
+        Sum(conv(8, 32, 3, padding=1), conv(8, 32, 3)), ((2, 8, 3, 3), (3, 8, 3, 3)),
     ),
     "sizes equal for even inputs only": (
         wrap(geometry, "_add_axes", _any_size),
@@ -119,7 +122,7 @@ WRONG = {
         Sum(conv(8, 8, 3, padding=1, groups=4), conv(8, 8, 1, groups=8)), SIZES,
     ),
     "padding modes mixed up": (
-        wrap(geometry, "_add_maps", lambda f, maps: f(_unpadded(maps))),
+        wrap(geometry, "_add_maps", _unpadded),
         Sum(conv(8, 8, 3, padding=1), conv(8, 8, 3, padding=1, padding_mode="reflect")), SIZES,
     ),
     "a vector along the width": (

@@ -272,4 +272,4 @@ def test_a_buffers_only_model() -> None:
 
 
 def test_a_plan_is_what_a_pass_proposes() -> None:
-    assert {f for f in Plan.__dataclass_fields__} >= {"root", "region", "pieces", "bias"}
+    assert {f for f in Plan.__dataclass_fields__} >= {"root", "region", "pieces"}

@@ -1,0 +1,43 @@
+"""The one table of spellings: which reader answers for which node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from fxrep import operators, structure
+from fxrep.geometry import Refusal
+from fxrep.skeleton import foreign_hooks
+from fxrep.view import Reading, View, arguments
+
+_MODULES = operators.MODULES | structure.MODULES
+_FUNCTIONS = operators.FUNCTIONS | structure.FUNCTIONS
+_METHODS = operators.METHODS | structure.METHODS
+
+
+def read(view: View, node: fx.Node) -> Reading:
+    """What a node computes, by whatever name it is called."""
+    if node.op == "call_module":
+        return _read_module(view, node)
+    if node.op == "call_function":
+        spelling = _FUNCTIONS.get(node.target)
+    else:
+        spelling = _METHODS.get(str(node.target)) if node.op == "call_method" else None
+    if spelling is None:
+        return None
+    bound = arguments(spelling.parameters, node)
+    return None if bound is None else spelling.read(view, node, **bound)
+
+
+def _read_module(view: View, node: fx.Node) -> Reading:
+    module = view.submodule(str(node.target))
+    base: Any = next((c for c in type(module).__mro__ if c in _MODULES), None)
+    args = [*node.args, *node.kwargs.values()]
+    if base is None or len(args) != 1:
+        return None
+    if "forward" in vars(module) or type(module).forward is not base.forward:
+        return None
+    if foreign_hooks(module):
+        return Refusal("hook registered")
+    return _MODULES[base](view, node, module, base, args[0])

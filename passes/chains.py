@@ -1,0 +1,52 @@
+"""Merge layers that follow each other.
+
+Given::
+
+    x -> conv k1 x k1 (W1, b1) -> conv k2 x k2 (W2, b2) -> y
+
+Result::
+
+    x -> conv (k1 + k2 - 1) (W2 * W1, ΣW2 b1 + b2) -> y
+
+and the same with average pooling, padding, crops, strided slices, channel slices and concatenations
+of these in place of a convolution: all are affine convolution maps, and so is what they compose to.
+Strides multiply, paddings and taps of the second are spread by the stride of the first.
+
+Exact at the borders where the padding of the second sees only zeros: it does not pad, or the first
+has no bias and reads nothing there. The usual formula for a biased 1x1 before a padded 3x3 is wrong
+there; the padding then is corrected by one more input channel, of ones, or the pair stays. Where the
+model itself pads with what the first layer gives for zeros (DBB, ECBSR, RRRB), it is zero padding.
+
+Source: Ding et al., "Diverse Branch Block", 2021; Bhardwaj et al., "Collapsible Linear Blocks for
+Super-Efficient Super Resolution", 2022; Zhang et al., "Edge-oriented Convolution Block", 2021.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fxrep.collapse import Plan, search
+from fxrep.cost import CostModel
+from fxrep.geometry import Map, Refusal
+from fxrep.rule import Pass, tail
+from fxrep.view import Affine, View
+
+
+def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None:
+    """Merge the maps that follow each other and end at `node`."""
+    last = tail(view, node)
+    if last is None or len(last.terms) > 1 or not isinstance(last.terms[0].map, Map):
+        return None
+    before = tail(view, last.terms[0].operand)
+    if before is None and not (cost.name == "always" and last.kind == "avg_pool"):
+        return None
+    if before is not None and not _is_map(before):
+        return None
+    return search(view, node, lambda _: True, cost)
+
+
+def _is_map(reading: Affine) -> bool:
+    return len(reading.terms) > 1 or isinstance(reading.terms[0].map, Map)
+
+
+CHAINS = Pass("chains", propose)

@@ -1,0 +1,57 @@
+"""Run pointwise maps on the smaller side of a pooling or a resize, or out of the way.
+
+Given::
+
+    x -> conv 1x1 -> average pooling -> y            (every transition of a DenseNet)
+    x -> upsample -> conv 1x1 -> y
+    x -> conv -> upsample / max pooling / pixel shuffle -> BatchNorm -> y
+
+Result::
+
+    x -> average pooling -> conv 1x1 -> y
+    x -> conv 1x1 -> upsample -> y
+    x -> conv (BatchNorm folded) -> upsample / max pooling / pixel shuffle -> y
+
+An operation R that treats every channel alike and gives a constant image back as it is commutes
+with every pointwise affine map: ``W R(x) + b = R(W x + b)``. So do resizes of every kind and means
+over real values; not zero padding. Max pooling commutes with scales that are positive.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fxrep.collapse import Plan, search
+from fxrep.commuting import mover
+from fxrep.cost import CostModel
+from fxrep.geometry import Refusal
+from fxrep.rule import Pass
+from fxrep.view import Affine, View
+
+# How many pointwise operations after a pooling or resize are looked through.
+_LONGEST = 16
+
+
+def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None:
+    """Move what is pointwise over an operation at or above `node`."""
+    found = mover(view, node)
+    if found is not None and found.shrinks and isinstance(view.read(found.source), Affine):
+        return search(view, node, lambda _: True, cost, moves=True)
+    if found is None and _follows_mover(view, node):
+        return search(view, node, lambda _: True, cost, moves=True)
+    return None
+
+
+def _follows_mover(view: View, node: fx.Node) -> bool:
+    """Whether `node` is pointwise, and so is all between it and an operation to move over."""
+    for _ in range(_LONGEST):
+        reading = view.read(node)
+        if not isinstance(reading, Affine) or len(reading.terms) > 1:
+            return False
+        node = reading.terms[0].operand
+        if mover(view, node) is not None:
+            return True
+    return False
+
+
+COMMUTE = Pass("commute", propose)
