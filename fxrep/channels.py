@@ -34,6 +34,7 @@ from fxrep.skeleton import foreign_hooks
 # The most sizes asked for, and the most readers of one value looked at, to answer one question.
 _MOST_ASKED = 128
 _MOST_USERS = 32
+_MOST_STEPS = 8
 
 _Size = tuple[fx.Node, int]  # of a value, at an axis
 _Convert = Callable[..., int | None]
@@ -70,7 +71,7 @@ class Channels:
     Args:
         graph: as traced.
         module: the module its targets refer to.
-        rank: the rank of a value if it is certain.
+        rank: the rank of a value if it is known.
     """
 
     def __init__(
@@ -128,6 +129,9 @@ class Channels:
             said = self._said(user, axis)
             if said.source is node:
                 yield from said.back
+            parts = _joined(_Call(self, user), axis)
+            if parts and len({self._origin(part, axis) for part in parts}) == 1:
+                yield _Rule(partial(_divided, len(parts)), ((user, axis),))
 
     def _said(self, node: fx.Node, axis: int) -> _Said:
         if node.op == "call_module":
@@ -141,6 +145,16 @@ class Channels:
         else:
             reader = _CALLS.get(str(node.target)) if node.op == "call_method" else None
         return _NOTHING if reader is None else reader(_Call(self, node), axis)
+
+    def _origin(self, node: fx.Node, axis: int) -> fx.Node:
+        """The earliest value above that certainly has the same size."""
+        for _ in range(_MOST_STEPS):
+            said = self._said(node, axis)
+            source = said.source
+            if source is None or not said.rules or said.rules[0] != _Rule(_same, ((source, axis),)):
+                break
+            node = source
+        return node
 
     def _submodule(self, path: str) -> nn.Module | None:
         try:
@@ -373,6 +387,35 @@ def _cat(call: _Call, axis: int) -> _Said:
     return _Said(tuple(_Rule(lambda found: found or None, (size,)) for size in sizes))
 
 
+def _joined(call: _Call, axis: int) -> tuple[fx.Node, ...]:
+    """The values that are concatenated along an axis; none for anything else."""
+    if call.node.op != "call_function" or _FUNCTIONS.get(call.node.target) is not _cat:
+        return ()
+    parts = call.get(0, "tensors")
+    dim = call.channels.negative(call.get(1, "dim", "axis", default=0), call.node)
+    if dim != axis or not isinstance(parts, (tuple, list)) or len(parts) > _MOST_ASKED:
+        return ()
+    return tuple(parts) if all(isinstance(part, fx.Node) for part in parts) else ()
+
+
+def _pieces(call: _Call, axis: int) -> _Said:
+    """What chunk or split takes apart: its size is the sum of all the parts' sizes."""
+    dim, how = call.axis(2, "dim", default=0), call.get(1, *_HOW)
+    items = {user.args[1]: user for user in call.node.users if user.target is operator.getitem}
+    if dim is None or call.source is None or not items:
+        return _NOTHING
+    if axis != dim:
+        kept = tuple(_Rule(_same, ((item, axis),)) for item in itertools.islice(items.values(), 4))
+        return _Said((), call.source, kept)
+    name = _SPLITS[call.node.target]
+    if name in ("split", "split_with_sizes") and _ints(how):
+        return _Said((), call.source, (_fact(sum(_ints(how))),))
+    if name == "split" or not isinstance(how, int) or set(items) != set(range(how)):
+        return _NOTHING
+    parts = tuple((item, axis) for item in items.values())
+    return _Said((), call.source, (_Rule(lambda *found: sum(found), parts),))
+
+
 def _item(call: _Call, axis: int) -> _Said:
     """``x[:, a:b]``, or one of the values that chunk or split gives."""
     key: Any = call.node.args[1]
@@ -512,6 +555,7 @@ _BY_NAMES: dict[str, _Reader] = {
     "cat concat concatenate": _cat,
     "transpose swapaxes swapdims": _transpose,
     "permute": _permute,
+    "chunk split split_with_sizes tensor_split": _pieces,
 }
 
 # Functions, methods and classes; only classes begin with a capital.
@@ -532,6 +576,7 @@ _OPERATORS: dict[str, _Reader] = {
     **dict.fromkeys(_words("iadd isub imul itruediv ifloordiv imod ipow"), _into),
     "getitem": _item,
 }
+
 
 _FUNCTIONS: dict[Any, _Reader] = {
     getattr(home, name): reader

@@ -438,18 +438,19 @@ def promotion(view: View, nodes: Sequence[fx.Node]) -> Refusal | None:
 def _saved(walk: Walk, region: Sequence[fx.Node], draft: _Draft, rank: int) -> Work:
     """The work of what dies."""
     outputs = _width(draft)
-    works = []
     moved = {m.node: m for m in walk.crossed}
     for node in region:
+        if node in walk.works:
+            continue
         seen, reading = walk.expanded[node], _affine(walk.view, node)
         if node in moved:
             width = outputs
             if walk.before is None and isinstance(seen.map, Map):
                 width = seen.map.inputs
-            works.append(work.moved(moved[node], width, rank, seen.crossed))
+            walk.works[node] = work.moved(moved[node], width, rank, seen.crossed)
         elif reading is not None:
-            works.append(work.of(reading, seen.map, outputs, rank, seen.crossed))
-    return total(works)
+            walk.works[node] = work.of(reading, seen, outputs, rank)
+    return total([walk.works[node] for node in region if node in walk.works])
 
 
 def _spent(walk: Walk, draft: _Draft, rank: int) -> Work:

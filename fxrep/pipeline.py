@@ -159,7 +159,7 @@ class Session:
                 read,
                 aliasing.analyse(program.graph, program.module),
                 ranks,
-                Channels(program.graph, program.module, ranks.rank),
+                Channels(program.graph, program.module, ranks.lean),
             )
             editor = Editor(program.graph, program.module, view, program.keep_modules)
             self.parts.append(Part(program, view, editor))

@@ -59,6 +59,7 @@ class Ranks:
         self._masks: dict[fx.Node, bool] = {}
         self._lists: dict[fx.Node, tuple[fx.Node, int]] = {}
         self._relied: set[int] = set()
+        self._leaned: set[int] = set()
         for node in self._nodes:
             self._read(node)
         self._settle()
@@ -82,6 +83,17 @@ class Ranks:
         known = self._known(node)
         if known is not None:
             self._relied |= known[1]
+
+    def lean(self, node: fx.Node) -> int | None:
+        """`assumed(node)`, for a conclusion that a rewrite may use later: see `rely_leaned`."""
+        known = self._known(node)
+        if known is not None:
+            self._leaned |= known[1]
+        return None if known is None else known[0]
+
+    def rely_leaned(self) -> None:
+        """Note that a rewrite may rest on what was concluded by leaning on an assumption."""
+        self._relied |= self._leaned
 
     def guards(self) -> list[tuple[fx.Node, int]]:
         """The earliest value of each class relied on, with the rank to assert."""

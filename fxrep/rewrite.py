@@ -200,19 +200,16 @@ class Editor:
             for node in plan.region:
                 if node not in plan.roots:
                     reader.replace_input_with(node, value)
+        self.view.ranks.rely_leaned()
         for value in plan.relies:
             self.view.ranks.rely(value)
         for root, value in zip(plan.roots, values, strict=True):
-            self.view.forget(*self._readers(root))
+            self.view.forget(*root.users)
             self.view.ranks.same(value, root)
             root.replace_all_uses_with(value)
         for node in reversed(plan.region):
             self.erase(node)
         return total
-
-    def _readers(self, node: fx.Node) -> list[fx.Node]:
-        """Who reads a value, also through what gives several, such as chunk."""
-        return [*node.users, *(reader for user in node.users for reader in user.users)]
 
     def _result(self, plan: Plan, targets: Sequence[str]) -> fx.Node:
         """The layers' calls, put together."""

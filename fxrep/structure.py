@@ -159,6 +159,19 @@ def _read_index_select(view: View, node: fx.Node, input: Any, dim: Any, index: A
     return _pick(view, input, placed[0], index, placed[1])
 
 
+def _read_narrow(
+    view: View, node: fx.Node, input: Any, dim: Any, start: Any, length: Any
+) -> Reading:
+    """``input[:, start : start + length]``; along other axes the size would have to be known."""
+    if not isinstance(input, fx.Node) or not all(isinstance(x, int) for x in (dim, start, length)):
+        return None
+    placed = _place(view, input, dim)
+    rank, _ = view.rank(input)
+    if isinstance(placed, Refusal) or rank is None or placed[0] != 1 - rank or start < 0:
+        return None
+    return _pick(view, input, placed[0], slice(start, start + length), placed[1])
+
+
 _SPLITS = {
     spelt: name
     for name in ("chunk", "split", "tensor_split", "split_with_sizes")
@@ -423,7 +436,10 @@ _AVG_POOL = f"{_AVG_POOL_1D}, divisor_override=None"
 _CAT = Spelling(_read_cat, "tensors, dim=0")
 _UNSHUFFLE = Spelling(_read_unshuffle, "input, downscale_factor")
 
+_NARROW = Spelling(_read_narrow, "input, dim, start, length")
+
 FUNCTIONS: dict[Any, Spelling] = {
+    torch.narrow: _NARROW,
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _CAT),
     operator.getitem: Spelling(_read_item, "a, b"),
     torch.index_select: Spelling(_read_index_select, "input, dim, index"),
@@ -438,5 +454,6 @@ FUNCTIONS: dict[Any, Spelling] = {
 }
 
 METHODS: dict[str, Spelling] = {
+    "narrow": _NARROW,
     "index_select": Spelling(_read_index_select, "input, dim, index"),
 }

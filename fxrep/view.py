@@ -111,9 +111,13 @@ class View:
         return self.readings[node]
 
     def forget(self, *nodes: fx.Node) -> None:
-        """Read these again: what they are computed from has been replaced."""
+        """Read these again: what they are computed from has been replaced.
+
+        With them what they may be part of: a padding whose border they write, a chunk of theirs.
+        """
         for node in nodes:
-            self.readings.pop(node, None)
+            for each in (node, *node.all_input_nodes, *node.users):
+                self.readings.pop(each, None)
 
     def _read(self, node: fx.Node) -> Reading:
         reading = self.reader(self, node)

@@ -16,12 +16,14 @@ from torch import Tensor, fx
 
 from fxrep import geometry, kernels
 from fxrep.commuting import Mover, mover
+from fxrep.cost import Work
 from fxrep.geometry import IDENTITY, Band, Diagonal, Linear, Map, Refusal
 from fxrep.recipe import Call, Expr
 from fxrep.view import Affine, Term, View, reads_metadata, scope
 
-# How many values one walk expands at the most: linear regions longer than this are cut.
-LONGEST_WALK = 512
+# How many values one walk expands at the most: linear regions longer than this are merged part by
+# part, so that the time stays linear in their length.
+LONGEST_WALK = 128
 
 # How far apart two values computed in float64 may be and count as one.
 _SAME_VALUE = 1e-12
@@ -92,10 +94,17 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """An expanded value: its map to the root, and what was moved over when it was reached."""
+    """An expanded value.
+
+    Attributes:
+        map: from it to the root.
+        crossed: what was moved over when it was reached.
+        whole: from its first operand to the root.
+    """
 
     map: Linear
     crossed: tuple[Mover, ...]
+    whole: Linear = IDENTITY
 
 
 @dataclass(eq=False)
@@ -109,6 +118,7 @@ class Walk:
         one_source: a spatial map was moved over an addition, which may broadcast.
         survivors: the walk stopped at a value that others read too.
         movers: it stopped at an operation that commutes.
+        works: of what was expanded, as far as a plan has asked.
     """
 
     view: View
@@ -124,6 +134,7 @@ class Walk:
     one_source: bool = False
     survivors: bool = False
     movers: bool = False
+    works: dict[fx.Node, Work] = field(default_factory=dict)
 
     @property
     def crossed(self) -> tuple[Mover, ...]:
@@ -197,7 +208,8 @@ def _expand(walk: Walk, node: fx.Node, reads: Rule, through_survivors: bool) -> 
     if several and reading.kind != "cat" and not all(_pointwise(outer.map) for outer in outers):
         walk.one_source = True
     del walk.frontier[node]
-    seen = Seen(outers[-1].map, walk.crossed)
+    first = step.paths[-len(reading.terms)][1]
+    seen = Seen(outers[-1].map, walk.crossed, first.map)
     walk.expanded.update(dict.fromkeys((node, *reading.inside), seen))
     for term, path in step.paths:
         walk.frontier.setdefault(term.operand, []).append(path)

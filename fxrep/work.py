@@ -8,8 +8,9 @@ from dataclasses import replace
 from fxrep import geometry
 from fxrep.commuting import Mover
 from fxrep.cost import SIZES, Work
-from fxrep.geometry import IDENTITY, Diagonal, Linear, Map, Refusal
+from fxrep.geometry import IDENTITY, Diagonal, Linear, Map
 from fxrep.view import Affine
+from fxrep.walk import Seen
 
 # Operations that give a view of what they read.
 _VIEWS = ("slice", "chunk")
@@ -18,6 +19,20 @@ _VIEWS = ("slice", "chunk")
 def positions(outer: Linear, rank: int, crossed: tuple[Mover, ...]) -> tuple[int, ...]:
     """Positions of a value that the root needs, at each root size."""
     return tuple(_positions(outer, _below((size,) * rank, crossed)) for size in SIZES)
+
+
+def touched(whole: Linear, rank: int, crossed: tuple[Mover, ...]) -> tuple[int, ...]:
+    """Positions of an operand that are read: a stride beyond the kernel passes over some."""
+    if isinstance(whole, Diagonal) or whole.transposed:
+        return positions(whole, rank, crossed)
+    axes = geometry.points(rank - len(whole.axes)) + whole.axes
+    return tuple(
+        math.prod(
+            min(a.needed(n), a.kernel * n)
+            for a, n in zip(axes, _below((size,) * rank, crossed), strict=True)
+        )
+        for size in SIZES
+    )
 
 
 def _below(sizes: tuple[int, ...], crossed: tuple[Mover, ...]) -> tuple[int, ...]:
@@ -36,18 +51,19 @@ def _positions(outer: Linear, sizes: tuple[int, ...]) -> int:
     return math.prod(a.needed(n) for n, a in zip(sizes, axes, strict=True))
 
 
-def of(reading: Affine, outer: Linear, outputs: int, rank: int, crossed: tuple[Mover, ...]) -> Work:
-    """The work of one operation whose result reaches the root by `outer`."""
-    shape = reading.terms[0].map
+def of(reading: Affine, seen: Seen, outputs: int, rank: int) -> Work:
+    """The work of one operation on the way to the root."""
+    shape, outer, crossed = reading.terms[0].map, seen.map, seen.crossed
     width = outer.inputs if isinstance(outer, Map) and outer.channelwise is not None else outputs
     if isinstance(shape, Map) and reading.is_layer:
-        return layer(shape, outer, rank, reading.bias is not None, crossed)
+        biased = reading.bias is not None
+        return layer(shape, outer, rank, biased, crossed, whole=seen.whole)
     if reading.kind == "identity":
         return Work()
     if reading.kind in _VIEWS:
         return Work(operations=1)
     if isinstance(shape, Map):
-        return _structure(reading, shape, outer, width, rank, crossed)
+        return _structure(reading, shape, seen, width, rank)
     vectors = (reading.bias is not None) + (reading.terms[0].weight is not None)
     if reading.kind == "batch_norm":
         vectors = 4
@@ -57,7 +73,7 @@ def of(reading: Affine, outer: Linear, outputs: int, rank: int, crossed: tuple[M
 
 def layer(
     shape: Map, outer: Linear, rank: int, biased: bool, crossed: tuple[Mover, ...] = (),
-    *, ones: bool = False,
+    *, whole: Linear | None = None, ones: bool = False,
 ) -> Work:  # fmt: skip
     """The work of a convolution or linear layer, the padding it needs before it included.
 
@@ -67,11 +83,11 @@ def layer(
         rank: spatial axes.
         biased: it has a bias.
         crossed: operations between it and the root that other sizes are counted through.
+        whole: the map from its operand to the root; None if it is the root.
         ones: its last input is a channel of ones that has to be added first.
     """
     written = positions(outer, rank, crossed)
-    whole = geometry.compose(outer, shape, biased=False)
-    read = written if isinstance(whole, Refusal) else positions(whole, rank, crossed)
+    read = touched(shape if whole is None else whole, rank, crossed)
     computed = read if shape.transposed else written
     copies = (not shape.symmetric) + ones
     return Work(
@@ -113,17 +129,13 @@ def moved(found: Mover, width: int, rank: int, crossed: tuple[Mover, ...]) -> Wo
     )
 
 
-def _structure(
-    reading: Affine, shape: Map, outer: Linear, width: int, rank: int, crossed: tuple[Mover, ...]
-) -> Work:
+def _structure(reading: Affine, shape: Map, seen: Seen, width: int, rank: int) -> Work:
     """Pooling, padding, concatenation: every element is read and written."""
-    written = positions(outer, rank, crossed)
-    whole = geometry.compose(outer, shape, biased=False)
-    read = written if isinstance(whole, Refusal) else positions(whole, rank, crossed)
+    written = positions(seen.map, rank, seen.crossed)
+    read = touched(seen.whole, rank, seen.crossed)
     inputs = width if reading.kind == "cat" or shape.channelwise is None else shape.inputs
-    pooling = 1 if reading.kind == "avg_pool" else 0
     return Work(
         traffic=tuple(inputs * a + width * b for a, b in zip(read, written, strict=True)),
         operations=1,
-        poolings=pooling,
+        poolings=int(reading.kind == "avg_pool"),
     )

@@ -85,8 +85,11 @@ def _is_pure(view: View, node: fx.Node) -> bool:
     if name.endswith("_") and not name.endswith("__"):
         return False
     if target is getattr:
-        return node.args[1] not in _PLACE
-    if target is operator.setitem or name.startswith("_assert") or name in ("numpy", "to", "cuda"):
+        moved = all(user.target == "to" for user in node.users)
+        return node.args[1] not in _PLACE or (moved and node.args[1] in ("device", "dtype"))
+    if target == "to":  # where another constant lives: the stored value moves with the model
+        return all(isinstance(arg, fx.Node) for arg in (*node.args, *node.kwargs.values()))
+    if target is operator.setitem or name.startswith("_assert") or name in ("numpy", "cuda"):
         return False
     if "empty" in name.split("_"):
         return False  # whatever memory held

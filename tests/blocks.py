@@ -1,8 +1,10 @@
 """Train-time blocks of the literature, written from their descriptions in two spellings each.
 
-`BLOCKS` lists every block that must become one layer: a name, a model and the shapes to run it
-at. The first spelling is the one the authors' code uses (modules, attributes, `+=`); the second
-says the same with functions, methods or another order of operands.
+`BLOCKS` lists those that sums, scales and constants describe: a name, a model, the shapes to run it
+at and how many layers must be left. The first spelling is the one the authors' code uses (modules,
+attributes, `+=`); the second says the same with functions, methods or another order of operands.
+What needs chains, padding or pooling is in `blocks_linear` and `blocks_chains`, concatenation and
+slices are in `blocks_concat`.
 """
 
 from __future__ import annotations
@@ -18,12 +20,25 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Block:
-    """A model, what to run it at, and how many layers must be left."""
+    """A model, what to run it at, and what must be left of it.
+
+    Args:
+        name: of the test.
+        make: a new model.
+        shapes: input shapes, or tuples of them for several inputs.
+        layers: convolution and linear layers left; None where fewer are right but not required.
+        batchnorms: BatchNorms left; None for any number.
+        operations: operations left, where the number of layers says nothing.
+        example_inputs: whether only an example tells the rank, as for Linear and BatchNorm1d.
+    """
 
     name: str
     make: Callable[[], nn.Module]
-    shapes: Sequence[tuple[int, ...]]
-    layers: int = 1
+    shapes: Sequence[Any]
+    layers: int | None = 1
+    batchnorms: int | None = 0
+    operations: int | None = None
+    example_inputs: bool = False
 
 
 def conv_bn(inputs: int, outputs: int, kernel: Any, **how: Any) -> nn.Sequential:
@@ -598,20 +613,21 @@ class RegroupedNested(Regrouped):
 SIZES = ((2, 8, 9, 9), (1, 8, 12, 7))
 
 
-def _listed() -> Iterator[Block]:
-    def both(
-        name: str,
-        kinds: Sequence[Any],
-        *args: Any,
-        shapes: Any = SIZES,
-        layers: int = 1,
-        **how: Any,
-    ) -> Iterator[Block]:
-        for kind in kinds:
-            said = ",".join([*map(str, args), *(f"{k}={v}" for k, v in how.items())])
-            label = getattr(kind, "__name__", name)
-            yield Block(f"{name}-{label}({said})", lambda k=kind: k(*args, **how), shapes, layers)
+EXPECTED = ("layers", "batchnorms", "operations", "example_inputs")
 
+
+def both(
+    name: str, kinds: Sequence[Any], *args: Any, shapes: Any = SIZES, **how: Any
+) -> Iterator[Block]:
+    """A block of each of `kinds`; what `Block` expects is taken out of `how`."""
+    expected = {key: how.pop(key) for key in EXPECTED if key in how}
+    said = ",".join([*map(str, args), *(f"{k}={v}" for k, v in how.items())])
+    for kind in kinds:
+        label = getattr(kind, "__name__", name)
+        yield Block(f"{name}-{label}({said})", lambda k=kind: k(*args, **how), shapes, **expected)
+
+
+def _listed() -> Iterator[Block]:
     vgg = (RepVGG, RepVGGFunctional)
     for how in ({}, {"groups": 4}, {"alpha": True}, {"groups": 8, "alpha": True}):
         yield from both("RepVGG", vgg, 8, 8, **how)
@@ -639,7 +655,7 @@ def _listed() -> Iterator[Block]:
     for bias in (True, False):
         yield from both("RepVggDw", (RepVggDw, RepVggDwMethods), 8, bias=bias)
     heads = (RepVitHead, RepVitHeadFunctional)
-    yield from both("RepViT-head", heads, 8, 5, shapes=((2, 8), (3, 8)))
+    yield from both("RepViT-head", heads, 8, 5, shapes=((2, 8), (3, 8)), example_inputs=True)
     yield from both("Residual", (Residual, ResidualInPlace), 8)
     yield from both("CPE", (PositionEncoding, PositionEncodingMethods), 8)
     for how in ({}, {"stride": 2}, {"groups": 4}, {"dilation": 2}):
@@ -648,7 +664,8 @@ def _listed() -> Iterator[Block]:
     for how in ({}, {"stride": 2}, {"groups": 2}):
         yield from both("OREPA", (OREPA, OREPAMethods), 8, 8, **how)
     yield from both("UniRepLKNet", (DilatedReparam, DilatedReparamSum), 8)
-    yield from both("Implicit", (Implicit, ImplicitMethods), 8, 6)
+    for outputs in (6, 18):
+        yield from both("Implicit", (Implicit, ImplicitMethods), 8, outputs)
     for how in ({}, {"stride": 2, "padding": 1, "groups": 4}):
         for name, kinds, make in (
             ("FrozenBatchNorm", (FrozenBatchNorm, FrozenBatchNormSqrt), frozen),

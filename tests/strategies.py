@@ -1,341 +1,529 @@
 """Random module trees in mixed spellings, for properties of the whole pipeline.
 
-A `Net` is a list of steps over the values computed so far, and runs at both sizes of `SIZES` by
-construction: a step that raises at one of them is not taken. Tensors are the values while it is
-built; later its forward replays the steps, so that tracing sees ordinary straight-line code.
+A `Net` is a list of steps over the values computed so far, and runs at the first two of its sizes
+by construction: a step that raises at one of them is not taken. Tensors are the values while it is
+built; later its forward replays the steps, so that tracing sees ordinary straight-line code. The
+steps are in `steps.py`; here they are put together, and blocks of several that belong together: a
+rule is tempted only by its own structure.
 """
 
 from __future__ import annotations
 
-import operator
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import steps
 import torch
-import torch.nn.functional as F
 from hypothesis import strategies as st
+from steps import CHANNELS, Kind, Made, Net, Step
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-CHANNELS = 4
-SIZES = ((2, CHANNELS, 9, 8), (1, CHANNELS, 6, 11))
+# A net runs at both sizes of a pair. The first has odd ones; what divides at even sizes only, and
+# sums that agree there only, need the second. In the third a vector along the width fits, and
+# could be one along the channels.
+SIZES = (
+    ((2, CHANNELS, 9, 8), (1, CHANNELS, 6, 11)),
+    ((2, CHANNELS, 8, 12), (1, CHANNELS, 6, 4)),
+    ((2, CHANNELS, 9, CHANNELS), (1, CHANNELS, 6, CHANNELS)),
+)
+# And at these where it can: two sizes leave room for a wrong stride, large ones never broadcast.
+MORE_SIZES = ((1, CHANNELS, 7, 10), (1, CHANNELS, 3, 5), (1, CHANNELS, 4, 4))
 MOST_ELEMENTS = 60_000
+MOST_CHANNELS = 64
 
-
-@dataclass
-class Step:
-    """``function(net, *operands)``; `said` is for people."""
-
-    said: str
-    operands: tuple[int, ...]
-    function: Callable[..., Tensor]
-
-
-class Net(nn.Module):
-    """Runs its steps; the outputs are the last values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps: list[Step] = []
-        self.count = 0
-        self.outputs: tuple[int, ...] = (0,)
-
-    def forward(self, x: Tensor) -> Any:
-        values = [x]
-        for step in self.steps:
-            values.append(step.function(self, *(values[i] for i in step.operands)))
-        results = tuple(values[i] for i in self.outputs)
-        return results if len(results) > 1 else results[0]
-
-    def add(self, name: str, part: Any) -> str:
-        """Register a module, parameter or plain tensor under a free name."""
-        self.count += 1
-        name = f"{name}{self.count}"
-        if isinstance(part, Tensor) and not isinstance(part, nn.Parameter) and part.numel() % 2:
-            self.register_buffer(name, part)
-        else:
-            setattr(self, name, part)
-        return name
-
-    @property
-    def reads_after_writes(self) -> bool:
-        """Whether a value written in place is read later by the name it had before.
-
-        fx writes ``z += c`` as an assignment, so that a second trace sees one name for what were
-        two, and may rewrite what the first run had to leave alone.
-        """
-        written = {s.operands[0] for s in self.steps if any(w in s.said for w in IN_PLACE)}
-        aliases = {s.operands[0] for s in self.steps if s.said in SAME}
-        inner = any(m.reads_after_writes for m in self.children() if isinstance(m, Net))
-        return inner or bool(written and (aliases or self._read_again(written)))
-
-    def _read_again(self, written: set[int]) -> bool:
-        reads = Counter(i for s in self.steps for i in s.operands)
-        reads.update(self.outputs)
-        return any(reads[i] > 1 for i in written)
-
-    def extra_repr(self) -> str:
-        lines = [f"{i}: {s.said} of {s.operands}" for i, s in enumerate(self.steps, 1)]
-        return "\n".join([*lines, f"outputs: {self.outputs}"])
-
-
-IN_PLACE = ("x *= c", "x += ", "_(c)", "relu_", "x.mul_", "in place", "x.add_", "x.sub_")
-SAME = ("alias", "contiguous", "dropout")
-
-Made = tuple[str, Callable[..., Tensor]]
-
-
-def _convolution(draw: st.DrawFn, net: Net, channels: int) -> Made:
-    wide = draw(st.sampled_from([channels, channels, channels, CHANNELS, CHANNELS, 8 * CHANNELS]))
-    groups = draw(st.sampled_from([1, 1, 1, 2, channels]))
-    if channels % groups or wide % groups:
-        groups = 1
-    shapes = [(1, 1), (3, 3), (3, 3), (1, 3), (3, 1), (5, 5), (2, 2), (4, 3)]
-    kernel = draw(st.sampled_from(shapes))
-    stride = draw(st.sampled_from([1, 1, 1, 1, 1, 2, (1, 2)]))
-    dilation = draw(st.sampled_from([1, 1, 1, 2]))
-    same = tuple(dilation * (k - 1) // 2 for k in kernel)
-    padding: Any = draw(st.sampled_from([same, same, same, (0, 0), (1, 1), (2, 0)]))
-    if stride == 1 and draw(st.integers(0, 5)) == 0:
-        padding = "same"
-    mode = draw(st.sampled_from(["zeros"] * 6 + ["reflect", "circular"]))
-    bias = draw(st.booleans())
-    conv = nn.Conv2d(
-        channels, wide, kernel, stride, padding, dilation, groups, bias, padding_mode=mode
-    )
-    name = net.add("conv", conv)
-    said = f"conv {channels}->{wide} k{kernel} s{stride} p{padding} d{dilation} g{groups} {mode}"
-    spelling = draw(st.sampled_from(["module", "module", "function", "positional"]))
-    if mode != "zeros":
-        spelling = "module"
-
-    def call(m: Net, x: Tensor) -> Tensor:
-        c = m.get_submodule(name)
-        if spelling == "function":
-            return F.conv2d(
-                x, c.weight, bias=c.bias, stride=c.stride, padding=c.padding,
-                dilation=c.dilation, groups=c.groups,
-            )  # fmt: skip
-        if spelling == "positional":
-            return torch.conv2d(x, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups)
-        return c(x)
-
-    return f"{said} by {spelling}", call
-
-
-def _transposed(draw: st.DrawFn, net: Net, channels: int) -> Made:
-    kernel, stride = draw(st.sampled_from([(1, 1), (3, 1), (2, 2), (4, 2), (1, 2)]))
-    padding = draw(st.integers(0, (kernel - 1) // 2))
-    groups = draw(st.sampled_from([1, channels]))
-    part = nn.ConvTranspose2d(
-        channels, channels, kernel, stride, padding, groups=groups, bias=draw(st.booleans())
-    )
-    name = net.add("up", part)
-    said = f"conv_transpose k{kernel} s{stride} p{padding} g{groups}"
-    return said, lambda m, x: m.get_submodule(name)(x)
-
-
-def _norm(draw: st.DrawFn, net: Net, channels: int) -> Made:
-    name = net.add("norm", nn.BatchNorm2d(channels, affine=draw(st.booleans())))
-    if draw(st.booleans()):
-        return "norm", lambda m, x: m.get_submodule(name)(x)
-
-    def call(m: Net, x: Tensor) -> Tensor:
-        n = m.get_submodule(name)
-        return F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, False, 0.0, n.eps)
-
-    return "F.batch_norm", call
-
-
-def _constant(draw: st.DrawFn, net: Net, channels: int) -> Made:
-    """A constant of any shape that broadcasts: along the channels, the width, or not at all."""
-    shape = draw(
-        st.sampled_from(
-            [(channels, 1, 1), (1, channels, 1, 1), (1,), (), (1, 1, 1), (8,), (channels,)]
-        )
-    )
-    value = torch.rand(shape) + 0.5
-    kind = draw(st.sampled_from([nn.Parameter, Tensor.clone]))
-    name = net.add("constant", kind(value))
-    operations: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "x * c": lambda x, c: x * c,
-        "c * x": lambda x, c: c * x,
-        "c + x": lambda x, c: c + x,
-        "x - c": lambda x, c: x - c,
-        "c - x": lambda x, c: c - x,
-        "x / c": lambda x, c: x / c,
-        "c / x": lambda x, c: c / (x.abs() + 1),
-        "mul": lambda x, c: torch.mul(x, other=c.abs()),
-        "add": lambda x, c: torch.add(x, c, alpha=-0.5),
-        "rsub": lambda x, c: torch.rsub(x, c),
-        "x *= c": operator.imul,
-        "x += c": operator.iadd,
-        "x.sub_(c)": lambda x, c: x.sub_(c),
-        "x.div_(c)": lambda x, c: x.div_(c),
-    }
-    said = draw(st.sampled_from(sorted(operations)))
-    return f"{said} {shape}", lambda m, x: operations[said](x, getattr(m, name))
-
-
-UNARY: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "relu_": F.relu_,
-    "sigmoid": torch.sigmoid,
-    "-x": operator.neg,
-    "x * 2": lambda x: x * 2,
-    "0.5 - x": lambda x: 0.5 - x,
-    "x += 1": lambda x: operator.iadd(x, 1.0),
-    "x.mul_(0.5)": lambda x: x.mul_(0.5),
-    "contiguous": lambda x: x.contiguous(),
-    "dropout": lambda x: F.dropout(x, 0.5, training=False),
-    "max_pool": lambda x: F.max_pool2d(x, 3, 1, 1),
-    "one pixel": lambda x: F.adaptive_avg_pool2d(x, 1),
-    "alias": lambda x: x,
-    "first half": lambda x: x[:, : x.shape[1] // 2],
-    "crop": lambda x: x[:, :, 1:-1],
-    "clamped in place": lambda x: F.hardtanh(x, inplace=True),
-}
-
-
-def _unary(draw: st.DrawFn, net: Net, channels: int) -> Made:
-    said = draw(st.sampled_from(sorted(UNARY)))
-    return said, lambda m, x: UNARY[said](x)
-
-
-BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "x + y": operator.add,
-    "x - y": operator.sub,
-    "torch.add": lambda x, y: torch.add(x, other=y),
-    "alpha": lambda x, y: torch.add(x, y, alpha=0.5),
-    "sub alpha": lambda x, y: torch.sub(x, y, alpha=-2),
-    "sum": lambda x, y: sum([x, y]),
-    "sum thrice": lambda x, y: sum([x, y, x]),
-    "x += y": operator.iadd,
-    "x.add_": lambda x, y: x.add_(y),
-    "x.sub_": lambda x, y: x.sub_(y, alpha=0.5),
-    "halved": lambda x, y: (x + y) / 2,
-    "x * y": operator.mul,
-}
-ADDITIONS = sorted(set(BINARY) - {"x * y"})
-
-
-BRANCHES: tuple[tuple[Any, ...], ...] = ((_convolution,), (_convolution, _norm), (_norm,), ())
+LINEAR: tuple[Kind, ...] = (
+    steps.convolution,
+    steps.convolution,
+    steps.pointwise,
+    steps.norm,
+    steps.affine,
+    steps.plain,
+    steps.pad,
+    steps.pad,
+    steps.crop,
+    steps.average,
+    steps.average,
+    steps.rearranged,
+    steps.permuted,
+    steps.resized,
+    steps.upsample,
+    steps.pixels,
+    steps.averaged,
+    steps.nothing,
+    steps.linear,
+    steps.transposed,
+    steps.turned,
+)
+OTHER: tuple[Kind, ...] = (steps.activation, steps.max_pool, steps.constant, steps.softmax)
+# What keeps the size in a branch; the empty branch is the source itself. "conv" has the stride of
+# its siblings, "pair" is two convs with paddings that make up for each other.
+BRANCHES: tuple[tuple[Any, ...], ...] = (
+    ("conv",),
+    ("conv", steps.norm),
+    (steps.norm,),
+    (),
+    ("pair",),
+    ("pair",),
+    ("pair",),
+    ("pair",),
+    (steps.pointwise, "conv"),
+    (steps.pointwise, steps.norm, "conv"),
+    (steps.affine, "conv", steps.norm),
+    ("conv", steps.nothing),
+    (steps.convolution,),
+)
 
 
 class _Builder:
     """A net in the making, with its values at every size."""
 
-    def __init__(self, draw: st.DrawFn, inputs: list[Tensor]) -> None:
-        self.draw, self.net = draw, Net()
-        self.values = [[x.clone() for x in inputs]]
+    def __init__(self, draw: st.DrawFn, inputs: Sequence[Tensor], *, linear: bool) -> None:
+        self.draw, self.net, self.linear = draw, Net(), linear
+        self.values: list[list[Any]] = [[x.clone() for x in inputs]]
+        self.usable = [0]  # values that are one tensor, and that a later step may read
         self.parts: list[tuple[Step, int]] = []  # layers, which another step may call again
+        self.results: set[int] = set()
 
-    def take(self, step: Step) -> bool:
-        """Append the step if it runs at every size."""
+    # --- one step ---
+
+    def take(self, said: str, operands: Sequence[int], function: Callable[..., Any]) -> int | None:
+        """Append the step if it runs at both sizes; the other sizes go when they do not fit."""
+        step = Step(said, tuple(operands), function)
+        made: list[Any] = []
+        for at in range(len(self.values[0])):
+            made.append(self._run(step, at))
+            if made[-1] is None and at < 2:
+                return None
+        fits = [at for at, value in enumerate(made) if value is not None]
+        self.values = [[value[at] for at in fits] for value in [*self.values, made]]
+        self.net.steps.append(step)
+        index = len(self.values) - 1
+        if isinstance(made[0], Tensor):
+            self.usable.append(index)
+        return index
+
+    def _run(self, step: Step, at: int) -> Any:
         # In-place operations must not spoil the values when the step is not taken after all.
-        copies = [[x.clone() for x in self.values[i]] for i in step.operands]
+        copies = tree_map_only(Tensor, Tensor.clone, [self.values[i][at] for i in step.operands])
         try:
             with torch.no_grad():
-                made = [
-                    step.function(self.net, *arguments) for arguments in zip(*copies, strict=True)
-                ]
+                value = step.function(self.net, *copies)
         except (RuntimeError, ValueError, IndexError):
-            return False
-        if any(not y.numel() or y.numel() > MOST_ELEMENTS or y.dim() != 4 for y in made):
-            return False
-        if not all(bool(y.isfinite().all()) and float(y.abs().max()) < 1e4 for y in made):
-            return False
-        self.values.append([y.clone() for y in made])
-        self.net.steps.append(step)
-        return True
+            return None
+        return tree_map_only(Tensor, Tensor.clone, value) if _sane(value) else None
+
+    def apply(self, kind: Kind, source: int, *, again: bool = False) -> int:
+        """The value of a drawn step on `source`, or `source` itself if it does not run."""
+        said, function = kind(self.draw, self.net, self.channels(source))
+        made = self.take(said, (source,), function)
+        if made is None:
+            return source
+        if again:
+            self.parts.append((self.net.steps[-1], self.channels(source)))
+        return made
+
+    def in_a_row(self, kinds: Sequence[Kind], source: int) -> int:
+        for kind in kinds:
+            source = self.apply(kind, source)
+        return source
 
     def operand(self) -> int:
         """Recent values more often: chains; sometimes an old one: several sources."""
-        return max(0, len(self.values) - 1 - self.draw(st.sampled_from([0, 0, 0, 1, 1, 2, 3, 5])))
+        back = self.draw(st.sampled_from([0, 0, 0, 0, 1, 1, 2, 3, 5]))
+        return self.usable[max(0, len(self.usable) - 1 - back)]
 
     def channels(self, value: int) -> int:
-        return self.values[value][0].shape[1]
+        return int(self.values[value][0].shape[1])
 
-    def layer(self, kind: Any) -> None:
-        source = self.operand()
-        said, function = kind(self.draw, self.net, self.channels(source))
-        step = Step(said, (source,), function)
-        if self.take(step):
-            self.parts.append((step, self.channels(source)))
+    def some(self, choices: Sequence[Any]) -> Any:
+        return self.draw(st.sampled_from(choices))
+
+    def sometimes(self, one_in: int = 3) -> bool:
+        return self.draw(st.integers(0, one_in - 1)) == one_in - 1
+
+    # --- kinds of steps ---
+
+    def layer(self) -> None:
+        kinds = LINEAR if self.linear or not self.sometimes() else OTHER
+        self.apply(self.some(kinds), self.operand(), again=True)
+
+    def convolution(self) -> None:
+        self.apply(steps.convolution, self.operand(), again=True)
+
+    def _beside(self, value: int) -> int:
+        """Another value of the same shape, if there is one."""
+        shape = self.values[value][0].shape
+        others = [i for i in self.usable if i != value and self.values[i][0].shape == shape]
+        return self.some(others[-4:]) if others else self.operand()
 
     def addition(self) -> None:
-        a, b = self.operand(), self.operand()
-        said = self.draw(st.sampled_from(sorted(BINARY)))
-        self.take(Step(said, (a, b), lambda m, x, y: BINARY[said](x, y)))
-
-    def siblings(self) -> None:
-        """Branches over one source, added up at once, as trained blocks do."""
-        source = self.operand()
-        channels = self.channels(source)
-        total: int | None = None
-        for _ in range(self.draw(st.integers(2, 4))):
-            branch = source
-            for kind in self.draw(st.sampled_from(BRANCHES)):
-                said, function = kind(self.draw, self.net, self.channels(branch))
-                if self.take(Step(said, (branch,), function)):
-                    branch = len(self.values) - 1
-            if total is None or self.channels(branch) != channels:
-                total = branch
-                continue
-            said = self.draw(st.sampled_from(ADDITIONS))
-            step = Step(said, (total, branch), lambda m, x, y, s=said: BINARY[s](x, y))
-            if self.take(step):
-                total = len(self.values) - 1
+        a = self.operand()
+        b = self.operand() if self.sometimes() else self._beside(a)
+        table = steps.ADDITIONS if self.linear else steps.ADDITIONS | steps.PRODUCTS
+        said = self.some(list(table))
+        self.take(said, (a, b), lambda m, x, y: table[said](x, y))
 
     def again(self) -> None:
         """Call a layer a second time: shared modules and tensors."""
         if self.parts:
-            step, channels = self.draw(st.sampled_from(self.parts))
+            step, channels = self.some(self.parts)
             source = self.operand()
             if self.channels(source) == channels:
-                self.take(Step(f"again {step.said}", (source,), step.function))
+                self.take(f"again {step.said}", (source,), step.function)
 
     def block(self) -> None:
         """A net inside the net, called once or twice."""
         source = self.operand()
-        inner = _build(self.draw, [x.clone() for x in self.values[source]], 5, nested=True)
+        inner = _build(self.draw, self.values[source], 5, nested=True, linear=self.linear)
         inner.outputs = inner.outputs[-1:]
         name = self.net.add("block", inner)
         function = lambda m, x: m.get_submodule(name)(x)  # noqa: E731
-        step = Step(f"block {name}", (source,), function)
-        if self.take(step):
-            self.parts.append((step, self.channels(source)))
+        self.apply(lambda *_: (f"block {name}", function), source, again=True)
+
+    # --- several steps that belong together ---
+
+    def neighbourhood(self) -> None:
+        """Linear steps in a row."""
+        kinds = [self.some(LINEAR) for _ in range(self.draw(st.integers(2, 4)))]
+        self.in_a_row(kinds, self.operand())
+
+    def chain(self) -> None:
+        """Convs in a row, wide inside so that a wrong merge is tempting, padded on any side."""
+        value = self.operand()
+        if self.sometimes():
+            self._pair(value, self.some([1, 1, 2]), CHANNELS)
+            return
+        links = self.draw(st.integers(2, 3))
+        for link in range(links):
+            padding: Any = self.some([0, 0, 1, "one-sided"])
+            if padding == "one-sided":
+                widths = self.some(steps.ONE_SIDED)
+                value = self.apply(_padded(widths), value)
+                padding = 0
+            channels = self.channels(value)
+            out = CHANNELS
+            if link < links - 1:
+                out = min(channels * self.some([8, 8, 2, 1]), MOST_CHANNELS)
+            kernel = self.some([(1, 1), (3, 3), (1, 3), (2, 2), (4, 1)])
+            if kernel == (1, 1) and link == 0:
+                padding = 0
+            how = {"padding": padding, "stride": self.some([1, 1, 1, 2])}
+            groups = self.some([1, 1, 2, channels, CHANNELS])
+            value = self.apply(_conv(out, kernel, groups=groups, **how), value)
+            if self.sometimes(4):
+                value = self.apply(self.some([steps.norm, steps.affine, steps.plain]), value)
+
+    def _branches(self, source: int, least: int, *, equal: bool) -> list[int]:
+        """Values of one size over one source; `equal`: of its channels too."""
+        stride = self.some([1, 1, 1, 2])
+        out = self.channels(source) if equal or self.draw(st.booleans()) else None
+        values = []
+        for _ in range(self.draw(st.integers(least, 4))):
+            value = source
+            if self.sometimes(8):
+                value = self.apply(self.some(LINEAR), value)
+            for kind in self.some(BRANCHES):
+                if kind == "pair":
+                    value = self._pair(value, stride, out or CHANNELS)
+                else:
+                    same = steps.same_size(stride, out)
+                    value = self.apply(same if kind == "conv" else kind, value)
+            values.append(value)
+        return values
+
+    def _pair(self, value: int, stride: int, out: int) -> int:
+        """Two convs in a row, together of the size of one; who pads, and on which side, is drawn.
+
+        Where the second one pads, it decides whether the two are one map.
+        """
+        first, second = self.some([3, 1, 2]), self.some([3, 1, 2])
+        inner = self.some([1, stride])
+        sides = [(1, 0), (0, 1), (1, 1), (0, 0), (2, 0)]
+        between = [self.some(sides)] * 2 if self.sometimes(2) else [self.some(sides), (0, 0)]
+        before = []
+        for low, high in between:
+            both = max(0, first - 1 + inner * (second - 1 - low - high))
+            before.append(self.some([both // 2, both, 0]))
+            before.append(both - before[-1])
+        wide = self.some([self.channels(value), 8 * self.channels(value)])
+        links = (
+            (before, first, inner, min(wide, MOST_CHANNELS)),
+            ([n for sides in between for n in sides], second, stride // inner, out),
+        )
+        for widths, kernel, step, outputs in links:
+            padding: Any = 0
+            if widths[0] == widths[1] and widths[2] == widths[3]:
+                padding = (widths[2], widths[0])
+            else:
+                value = self.apply(_padded(tuple(widths)), value)
+            how = {"padding": padding, "stride": step, "groups": self.some([1, 1, CHANNELS])}
+            value = self.apply(_conv(outputs, (kernel, kernel), **how), value)
+        return value
+
+    def siblings(self) -> None:
+        """Branches over one source, added up at once, as trained blocks do."""
+        total, *branches = self._branches(self.operand(), 2, equal=True)
+        for branch in branches:
+            said = self.some(list(steps.ADDITIONS))
+            function = lambda m, x, y, s=said: steps.ADDITIONS[s](x, y)  # noqa: E731
+            made = self.take(said, (total, branch), function)
+            total = total if made is None else made
+
+    def concat(self) -> None:
+        """Branches over one source or several, concatenated; often something per channel after."""
+        source = self.operand()
+        values = self._branches(source, 2, equal=False)
+        if self.sometimes():
+            values = [source, *values[1:]]
+        if self.sometimes():
+            values = [*values[:3], self._beside(values[-1])]
+        self._after(self._join(values))
+
+    def _join(self, values: Sequence[int]) -> int | None:
+        said, function = steps.join(self.draw)
+        return self.take(said, values, function)
+
+    def _after(self, value: int | None) -> None:
+        if value is not None:
+            kinds = (steps.norm, steps.affine, steps.pointwise, steps.convolution, steps.pixels)
+            self.in_a_row([self.some(kinds) for _ in range(self.draw(st.integers(0, 2)))], value)
+
+    def split(self) -> None:
+        """Chunks of channels through nothing or convs, equal or not, joined in any order."""
+        source = self.operand()
+        said, function = steps.pieces(self.draw, self.channels(source))
+        whole = self.take(said, (source,), function)
+        if whole is None:
+            return
+        items = [self._item(whole, i) for i in range(len(self.values[whole][0]))]
+        items = [item for item in items if item is not None]
+        if self.sometimes(4):  # only one of them is read
+            self.apply(steps.convolution, self.some(items))
+            return
+        equal = _conv(self.some([2, CHANNELS]), (3, 3), padding=1)
+        unequal = steps.same_size(1)
+        way = self.some(["equal", "equal", "unequal", "some", "none"])
+        kinds = {"equal": [equal], "unequal": [unequal], "some": [unequal, None], "none": [None]}
+        values = []
+        for item in items:
+            kind = self.some(kinds[way])
+            values.append(item if kind is None else self.apply(kind, item))
+        if self.sometimes():
+            values = list(self.draw(st.permutations(values)))
+        self._after(self._join(values))
+
+    def _item(self, whole: int, index: int) -> int | None:
+        return self.take(f"item {index}", (whole,), lambda m, xs: xs[index])
+
+    def focus(self) -> None:
+        """Four strided slices on channels, then a conv; sometimes not the four of a Focus."""
+        source = self.operand()
+        if self.sometimes():
+            self.in_a_row([steps.pixels, steps.convolution], source)
+            return
+        corners = [(0, 0), (1, 0), (0, 1), (1, 1)]
+        if self.sometimes():
+            corners = self.some([corners[::-1], corners[:2], [(0, 0), (1, 1), (1, 0)]])
+        slices = []
+        for row, column in corners:
+            said, function = steps.strided(row, column, self.some([2] * 8 + [3]))
+            value = self.take(said, (source,), function)
+            slices += [] if value is None else [value]
+        value = self._join(slices) if slices else None
+        if value is not None:
+            kernel, padding = self.some([((3, 3), 1), ((1, 1), 0), ((2, 2), (1, 0))])
+            self.apply(_conv(CHANNELS, kernel, padding=padding), value)
+
+    def bias_padded(self) -> None:
+        """Pointwise layers, a pad of the value they give to zero, and one reader or more."""
+        source = self.operand()
+        channels, value, before = self.channels(source), source, []
+        if not self.sometimes():
+            out = self.some([channels, CHANNELS, 2 * CHANNELS])
+            kernel, padding = self.some([(1, 0)] * 5 + [(3, 1), (3, 0), (1, 1)])
+            part = nn.Conv2d(channels, out, kernel, padding=padding, bias=self.some([True, False]))
+            before.append(self.net.add("conv", part))
+            channels = out
+        if not before or self.draw(st.booleans()):
+            part = nn.BatchNorm2d(channels, affine=self.some([True, True, False]))
+            before.append(self.net.add("norm", part))
+        for name in before:
+            made = self.take(name, (value,), lambda m, x, n=name: m.get_submodule(n)(x))
+            if made is None:
+                return
+            value = made
+        width = self.some([1, 1, 2])
+        one_sided = [(1, 0, 1, 0), (0, 1, 1, 1), (1, 2, 2, 1)]
+        widths = self.some([(width,) * 4, (width,) * 4, *one_sided])
+        padded = self.take(
+            *_on(value, steps.bias_padded(self.draw, self.net, before, channels, widths))
+        )
+        if padded is None:
+            return
+        kernel, stride = self.some([(3, 1), (3, 1), (3, 2), (2, 1), (5, 1)])
+        readers = [self.apply(_conv(CHANNELS, (kernel, kernel), stride=stride), padded)]
+        if self.draw(st.booleans()):
+            pool = steps.layer(self.net, nn.AvgPool2d(kernel, stride), "module avg_pool2d")
+            readers.append(self.take(*_on(padded, pool)) or padded)
+        if self.draw(st.booleans()):  # the branch beside it reads zeros at the border
+            padding = kernel // 2
+            beside = _conv(CHANNELS, (kernel, kernel), stride=stride, padding=padding)
+            readers.append(self.apply(beside, source))
+        for reader in readers[1:]:
+            self.take("x + y", (readers[0], reader), lambda m, x, y: x + y)
+
+    def thin(self) -> None:
+        """A square kernel and thin ones that read crops where it is padded less."""
+        source = self.operand()
+        inset = self.some([1, 1, 0, 2])
+        out = self.some([CHANNELS, self.channels(source)])
+        stride = self.some([1, 1, 2])
+        total = self.apply(_conv(out, (3, 3), stride=stride, padding=max(0, 1 - inset)), source)
+        rows, columns = (
+            (slice(None), slice(None), slice(inset or None, -inset or None)),
+            (slice(None), slice(None), slice(None), slice(inset or None, -inset or None)),
+        )
+        for kernel, cut, said in (((1, 3), rows, "rows"), ((3, 1), columns, "columns")):
+            branch = source
+            if inset:
+                said = f"without the {inset} outer {said}"
+                branch = self.take(said, (source,), lambda m, x, c=cut: x[c]) or source
+            padding = (kernel[0] // 2, kernel[1] // 2) if not inset else (0, 0)
+            branch = self.apply(_conv(out, kernel, stride=stride, padding=padding), branch)
+            if self.sometimes():
+                branch = self.apply(steps.norm, branch)
+            total = self.take("x + y", (total, branch), lambda m, x, y: x + y) or total
+
+    def readers(self) -> None:
+        """Convs of equal geometry over one source, perhaps a BatchNorm, that go different ways."""
+        source = self.operand()
+        if self.draw(st.booleans()):
+            source = self.apply(self.some([steps.norm, steps.affine]), source)
+        kernel, padding = self.some([((1, 1), 0), ((1, 1), 0), ((3, 3), 1), ((3, 3), 0)])
+        how = {"padding": padding, "stride": self.some([1, 1, 2]), "groups": self.some([1, 1, 2])}
+        same = steps.table({n: f for n, f in steps.POINTWISE.items() if n == "relu"})
+        after = self.some([[], [steps.norm]] if self.linear else [[], [same], [steps.norm, same]])
+        if not self.linear and self.sometimes(6):
+            after = [steps.activation]  # another one each
+        values = []
+        for _ in range(self.draw(st.integers(2, 4))):
+            out = self.some([CHANNELS, CHANNELS, 2, 6])
+            if self.sometimes(8):
+                kernel = (1, 3)
+            values.append(self.in_a_row([_conv(out, kernel, **how), *after], source))
+        way = self.some(["cat", "out", "separate", "sum"])
+        if way == "cat":
+            self._after(self._join(values))
+        elif way == "out":
+            self.results.update(values)
+        elif way == "sum":
+            self.take("x + y", values[:2], lambda m, x, y: x + y)
+
+    def dead(self) -> None:
+        """A conv that nobody reads."""
+        value = self.apply(steps.convolution, self.operand())
+        if value == self.usable[-1] and value:
+            self.usable.pop()
+
+    def pixel(self) -> None:
+        """One pixel that broadcasts: a sum of sizes that agree at some input sizes only."""
+        source = self.operand()
+        value = self.in_a_row([steps.averaged, _conv(self.channels(source), (1, 1))], source)
+        if not self.linear and self.sometimes():
+            value = self.apply(steps.activation, value)
+        added = self.take("x + y", (source, value), lambda m, x, y: x + y)
+        self.apply(_conv(CHANNELS, (3, 3), padding=1), source if added is None else added)
+
+    def view_of_written(self) -> None:
+        """A view is taken, what it looks at is written, and the view is read."""
+        source = self.operand()
+        view = self.apply(self.some([steps.crop, steps.rearranged, steps.plain]), source)
+        written = self.some([steps.plain, steps.affine, steps.plain])
+        self.apply(written, source)
+        self.in_a_row([self.some([steps.convolution, steps.norm])], view)
 
 
-def _build(draw: st.DrawFn, inputs: list[Tensor], most: int, *, nested: bool = False) -> Net:
-    builder = _Builder(draw, inputs)
+def _on(value: int, made: Made) -> tuple[str, tuple[int], Callable[..., Any]]:
+    return made[0], (value,), made[1]
+
+
+def _padded(widths: tuple[int, ...]) -> Kind:
+    return lambda draw, net, channels: (
+        f"F.pad {widths}",
+        lambda m, x: torch.nn.functional.pad(x, widths),
+    )
+
+
+def _conv(out: int, kernel: tuple[int, int], **how: Any) -> Kind:
+    return lambda draw, net, channels: steps.conv(draw, net, channels, out, kernel, **how)
+
+
+def _sane(value: Any) -> bool:
+    """Four axes, a bearable size, and numbers whose rounding says something."""
+    for y in tree_leaves(value):
+        if not isinstance(y, Tensor) or y.dim() != 4 or not 0 < y.numel() <= MOST_ELEMENTS:
+            return False
+        if y.shape[1] > MOST_CHANNELS or not bool(y.isfinite().all()):
+            return False
+        # All but zero is what a sum that cancels leaves: rounding, equal to nothing.
+        largest = float(y.abs().max())
+        if largest > 1e4 or 0 < largest < 1e-4:
+            return False
+    return True
+
+
+def _build(
+    draw: st.DrawFn, inputs: Sequence[Tensor], most: int, *, linear: bool, nested: bool = False
+) -> Net:
+    builder = _Builder(draw, inputs, linear=linear)
     kinds: list[Callable[[], None]] = [
-        lambda: builder.layer(_convolution),
-        lambda: builder.layer(_convolution),
+        builder.convolution,
+        builder.layer,
+        builder.layer,
+        builder.layer,
+        builder.siblings,
         builder.siblings,
         builder.siblings,
         builder.addition,
-        lambda: builder.layer(_norm),
-        lambda: builder.layer(_constant),
-        lambda: builder.layer(_unary),
+        builder.neighbourhood,
+        builder.neighbourhood,
+        builder.chain,
+        builder.chain,
+        builder.concat,
+        builder.concat,
+        builder.split,
+        builder.bias_padded,
+        builder.readers,
+        builder.readers,
+        builder.thin,
+        builder.focus,
+        builder.pixel,
         builder.again,
-        lambda: builder.layer(_transposed),
+        builder.dead,
+        builder.view_of_written,
     ]
     if not nested:
         kinds.append(builder.block)
     for _ in range(draw(st.integers(1, most))):
         draw(st.sampled_from(kinds))()
-    last = len(builder.values) - 1
-    extra = {max(0, last - i) for i in draw(st.lists(st.integers(1, 4), max_size=2))}
-    builder.net.outputs = (*sorted(extra - {last}), last)
-    return builder.net
+    *earlier, last = builder.usable
+    back = draw(st.lists(st.integers(1, 4), max_size=2))
+    extra = {earlier[-i] for i in back if i <= len(earlier)} | builder.results
+    net = builder.net
+    net.outputs = (*sorted(extra - {last}), last)
+    net.sizes = tuple(tuple(x.shape) for x in builder.values[0])
+    return net
 
 
 @st.composite
-def nets(draw: st.DrawFn, most: int = 8) -> Net:
-    """A random module tree in eval mode that runs at both of `SIZES`."""
+def nets(draw: st.DrawFn, most: int = 6, linear: bool = False) -> Net:
+    """A random module tree in eval mode that runs at each of its `sizes`.
+
+    A `linear` one has nothing but linear steps: whatever is in the walk of a pass meets all else.
+    """
     torch.manual_seed(draw(st.integers(0, 3)))
     generator = torch.Generator().manual_seed(0)
-    net = _build(draw, [torch.randn(size, generator=generator) for size in SIZES], most)
-    return net.eval()
+    sizes = (*draw(st.sampled_from(SIZES)), *MORE_SIZES)
+    inputs = [torch.randn(size, generator=generator) for size in sizes]
+    return _build(draw, inputs, most, linear=linear).eval()

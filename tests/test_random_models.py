@@ -6,25 +6,33 @@ import pytest
 from check import check
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import SIZES, Net, nets
+from steps import Net
+from strategies import nets
+
+# More merges, more chances to be wrong; and nothing on the spot to catch it.
+WITHOUT_GUARDS = {"cost": "always", "more_work": True, "validate": False}
 
 
 @given(net=nets(), example_inputs=st.booleans())
 def test_any_model(net: Net, example_inputs: bool) -> None:
-    check(
-        net, SIZES, batchnorms=None, again=not net.reads_after_writes, example_inputs=example_inputs
-    )
+    again = not net.reads_after_writes
+    check(net, net.sizes, batchnorms=None, again=again, example_inputs=example_inputs)
 
 
 @given(net=nets())
 def test_any_model_without_the_cost_rule(net: Net) -> None:
-    """More merges, more chances to be wrong; and nothing on the spot to catch it."""
     again = not net.reads_after_writes
-    how = {"cost": "always", "more_work": True, "validate": False}
-    check(net, SIZES, batchnorms=None, again=again, **how)
+    check(net, net.sizes, batchnorms=None, again=again, **WITHOUT_GUARDS)
+
+
+@pytest.mark.parametrize("how", [{}, WITHOUT_GUARDS], ids=["macs", "always"])
+@given(net=nets(linear=True))
+def test_any_linear_model(net: Net, how: dict[str, object]) -> None:
+    """Nothing stops a walk: every rule meets every other."""
+    check(net, net.sizes, batchnorms=None, again=not net.reads_after_writes, **how)
 
 
 @pytest.mark.slow
-@given(net=nets(most=20))
+@given(net=nets(most=14))
 def test_any_large_model(net: Net) -> None:
-    check(net, SIZES, batchnorms=None, again=not net.reads_after_writes)
+    check(net, net.sizes, batchnorms=None, again=not net.reads_after_writes)
