@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxrep.proxies import value_type
+
 _Key = tuple[int, ...]
 
 
@@ -128,6 +130,39 @@ class Aliasing:
             if group is not None and node in _effect(user, self._module.get_submodule).touched:
                 found.append(group)
         return found
+
+
+def rename_written(graph: fx.Graph, module: nn.Module) -> None:
+    """Let those who read a value after an operation wrote it read the operation's result.
+
+    ``y.add_(a); return y`` becomes ``z = y.add_(a); return z``: both are one tensor, and what y was
+    before is no longer in the way.
+    """
+    modules = dict(module.named_modules(remove_duplicate=False))
+    for node in graph.nodes:
+        effect = _effect(node, modules.__getitem__)
+        written = effect.writes
+        if len(written) != 1 or effect.aliases != written or effect.reshapes or effect.outside:
+            continue
+        source = written[0]
+        if not _returns_it(node) or not _is_tensor(source):
+            continue
+        for user in list(source.users):
+            if user is not node and node < user:
+                user.replace_input_with(source, node)
+
+
+def _returns_it(node: fx.Node) -> bool:
+    """Whether an operation that writes its operand gives that very tensor back."""
+    if node.op == "call_module":
+        return True
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name not in ("setitem", "delitem", "__setitem__", "__delitem__") and "out" not in node.kwargs
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    """Whether a value is certainly a tensor: ``n += 1`` of a number makes a new one."""
+    return node.op not in ("placeholder", "get_attr") and value_type(node) is torch.Tensor
 
 
 def analyse(graph: fx.Graph, module: nn.Module) -> Aliasing:

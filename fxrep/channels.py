@@ -35,6 +35,7 @@ from fxrep.skeleton import foreign_hooks
 _MOST_ASKED = 128
 _MOST_USERS = 32
 _MOST_STEPS = 8
+_MOST_PARTS = 16
 
 _Size = tuple[fx.Node, int]  # of a value, at an axis
 _Convert = Callable[..., int | None]
@@ -393,7 +394,7 @@ def _joined(call: _Call, axis: int) -> tuple[fx.Node, ...]:
         return ()
     parts = call.get(0, "tensors")
     dim = call.channels.negative(call.get(1, "dim", "axis", default=0), call.node)
-    if dim != axis or not isinstance(parts, (tuple, list)) or len(parts) > _MOST_ASKED:
+    if dim != axis or not isinstance(parts, (tuple, list)) or len(parts) > _MOST_PARTS:
         return ()
     return tuple(parts) if all(isinstance(part, fx.Node) for part in parts) else ()
 

@@ -6,7 +6,7 @@ concatenation, of convolutions of these" is a candidate. The best legal candidat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,7 +18,9 @@ from fxrep.cost import SIZES, TYPICAL, CostModel, Work, total
 from fxrep.geometry import Diagonal, Linear, Map, Refusal
 from fxrep.recipe import Call, Expr
 from fxrep.view import Affine, View, writes
-from fxrep.walk import Path, Rule, Walk, merged, sizeless, start, steps, unread, where
+from fxrep.walk import (
+    SAME_VALUE, Frame, Path, Rule, Walk, merged, sizeless, start, steps, unread, where,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,31 +108,43 @@ def search(
     """
     best: Plan | None = None
     objections: list[str] = []
-    for through_survivors in (False, True):
-        walk = start(view, root, moves=moves)
-        for _ in steps(walk, reads, through_survivors):
-            if moves and walk.before is None and not walk.after:
-                continue  # what needs no moving is for the other passes
-            plan = _plan(walk, cost)
-            if isinstance(plan, Plan):
-                objection = cost.objection(plan.saved, plan.spent)
-                if objection is not None:
-                    objections.append(_objection(plan, objection))
-                elif best is None or plan.score > best.score:
-                    best = plan
-            elif plan is not None:
-                objections.append(plan.reason)
-        if len(walk.expanded) <= 1:  # it did not get past the root's own operand
-            objections.extend(
-                why if where(node) == where(root) else f"{where(node)}: {why}"
-                for node, why in walk.frozen.items()
-                if why
-            )
-        if moves or not walk.survivors:
-            break
+    walk = start(view, root, moves=moves)
+    best = _best(walk, steps(walk, reads), cost, best, objections)
+    if best is None and walk.joins > 1:
+        # Past a second sum or concatenation no plan paid: stop before it.
+        again = start(view, root, moves=moves)
+        best = _best(again, steps(again, reads, one_join=True), cost, best, objections)
+    if walk.survivors and not moves:
+        through = start(view, root)
+        best = _best(through, steps(through, reads, survivors=True), cost, best, objections)
     if best is not None:
         return best
     return Refusal(objections[-1]) if objections else None
+
+
+def _best(
+    walk: Walk, steps: Iterator[None], cost: CostModel, best: Plan | None, objections: list[str]
+) -> Plan | None:
+    """The best plan of one walk, or `best` if that is better; appends why others are none."""
+    for _ in steps:
+        if walk.moves and walk.before is None and not walk.after:
+            continue  # what needs no moving is for the other passes
+        plan = _plan(walk, cost)
+        if isinstance(plan, Plan):
+            objection = cost.objection(plan.saved, plan.spent)
+            if objection is not None:
+                objections.append(_objection(plan, objection))
+            elif best is None or plan.score > best.score:
+                best = plan
+        elif plan is not None:
+            objections.append(plan.reason)
+    if len(walk.expanded) <= 1:  # it did not get past the root's own operand
+        objections.extend(
+            why if where(node) == where(walk.root) else f"{where(node)}: {why}"
+            for node, why in walk.frozen.items()
+            if why
+        )
+    return best
 
 
 def _objection(plan: Plan, objection: str) -> str:
@@ -241,7 +255,8 @@ def _draft(walk: Walk, cost: CostModel) -> _Draft | Refusal | None:
             if not isinstance(piece, Piece):
                 return piece
             draft.pieces.append(piece)
-    return _with_frame(walk, draft) if walk.frames else _with_bias(walk, draft)
+    frames = _visible(walk)
+    return _with_frame(walk, draft, frames) if frames else _with_bias(walk, draft)
 
 
 def _unavailable(path: Path) -> bool:
@@ -325,25 +340,36 @@ def _unbanded(piece: Piece) -> Piece:
     return replace(piece, map=geometry.unbanded(piece.map), rows=None)
 
 
-def _with_frame(walk: Walk, draft: _Draft) -> _Draft | Refusal | None:
+def _visible(walk: Walk) -> list[Frame]:
+    """The frames, unless they add up to nothing: a shift before the padding, undone after it."""
+    if len(walk.frames) > 1 and len({frame.map.axes for frame in walk.frames}) == 1:
+        weights = [walk.view.value(frame.weight) for frame in walk.frames]
+        if bool((sum(weights).abs() <= SAME_VALUE * sum(w.abs() for w in weights)).all()):
+            return []
+    return walk.frames
+
+
+def _with_frame(
+    walk: Walk, draft: _Draft, frames: Sequence[Frame]
+) -> _Draft | Refusal | None:
     """Correct the border by one more input channel: ones, with the biases as its weights."""
     if len(draft.pieces) != 1 or walk.before is not None or walk.after:
         return None
     piece = draft.pieces[0]
     shape = piece.map
-    if any(frame.node is not piece.source for frame in walk.frames) or not isinstance(shape, Map):
+    if any(frame.node is not piece.source for frame in frames) or not isinstance(shape, Map):
         return None
     if shape.transposed or shape.padding_mode != "zeros" or shape.band.groups > 1:
         return Refusal("its border would need one more input channel for each group")
     inputs = shape.inputs + 1
     maps = (
         geometry.beside(geometry.unbanded(shape), inputs, 0),
-        *(geometry.beside(frame.map, inputs, inputs - 1) for frame in walk.frames),
+        *(geometry.beside(frame.map, inputs, inputs - 1) for frame in frames),
     )
     whole = geometry.add(maps)
     if isinstance(whole, Refusal):
         return whole
-    weights = (piece.weight, *(frame.weight for frame in walk.frames))
+    weights = (piece.weight, *(frame.weight for frame in frames))
     assert isinstance(whole, Map)
     draft.pieces = [
         replace(

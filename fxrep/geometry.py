@@ -290,6 +290,12 @@ def beside(shape: Map, inputs: int, first: int) -> Map:
     return replace(shape, channelwise=Band(band.starts + first, band.width, inputs, band.rows))
 
 
+def stacked(maps: Sequence[Map]) -> Map:
+    """Maps of one source and one geometry without groups, their outputs one after the other."""
+    starts = torch.cat([m.band.starts for m in maps])
+    return replace(maps[0], channelwise=Band(starts, maps[0].band.width, maps[0].inputs))
+
+
 def unbanded(shape: Map) -> Map:
     """The same map where outputs that read nothing are ordinary ones, with weights of zero."""
     return replace(shape, channelwise=replace(shape.band, rows=None))
@@ -613,6 +619,20 @@ def _add_axes(axes: Sequence[Axis], same_size: bool) -> Axis | Refusal:
         dilation=step or 1,
         rest=rest if rest < first.stride - 1 else None,
     )
+
+
+def symmetric(shape: Map) -> Map:
+    """The same map with equal padding on both sides, where what is read stays the same.
+
+    More padding behind the input changes nothing as long as it is not enough for one more window.
+    """
+    axes = tuple(
+        replace(a, high=a.low)
+        if a.low > a.high >= 0 and a.low - a.high <= a.stride - 1 - a.slack
+        else a
+        for a in shape.axes
+    )
+    return replace(shape, axes=axes) if not shape.transposed else shape
 
 
 def unavailable(shape: Map) -> Refusal | None:

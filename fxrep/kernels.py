@@ -160,6 +160,20 @@ def full_bias(bias: Tensor, outputs: int) -> Tensor:
     return bias.expand(outputs).contiguous()
 
 
+def stack(*weights: Tensor) -> Tensor:
+    """Weights of one geometry, their outputs one after the other."""
+    return torch.cat(weights)
+
+
+def stack_biases(outputs: Sequence[int], *biases: Weight) -> Tensor:
+    """Biases one after the other, zeros where there is none."""
+    device = _device(*biases)
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    return torch.cat(
+        [(zero if b is None else b.to(device)).expand(n) for n, b in zip(outputs, biases, strict=True)]
+    )
+
+
 def rows(tensor: Tensor, first: int, last: int) -> Tensor:
     """Some outputs of a weight or bias."""
     return tensor[first:last]

@@ -365,7 +365,23 @@ def _read_reshape_as(view: View, node: fx.Node, input: Any, other: Any) -> Readi
 
     Tokens (N, L, C) meet BatchNorm1d this way; the last dimension is the channels' throughout.
     """
+    return _unflattened(view, node, input, other)
+
+
+def _read_view(view: View, node: fx.Node, input: Any, shape: tuple[Any, ...]) -> Reading:
+    """The same as ``scale(v.reshape(-1, v.shape[-1])).view(v.shape)``."""
+    only = shape[0] if len(shape) == 1 else None
+    if not isinstance(only, fx.Node):
+        return None
+    by_attribute = only.target is getattr and only.args[1:] == ("shape",)
+    if not by_attribute and not (only.target == "size" and len(only.args) == 1):
+        return None
+    return _unflattened(view, node, input, only.args[0])
+
+
+def _unflattened(view: View, node: fx.Node, input: Any, other: Any) -> Reading:
     shape = IDENTITY
+    relies: tuple[fx.Node, ...] = ()
     weight: Expr | None = None
     biases: list[Expr] = []
     inside: list[fx.Node] = []
@@ -378,11 +394,15 @@ def _read_reshape_as(view: View, node: fx.Node, input: Any, other: Any) -> Readi
         if start is not None:
             if start is not other or shape.axis not in (None, -1):
                 return None
+            if view.ranks.rank(start) is None:
+                relies = (*relies, start)
             bias = Call(kernels.add_biases, tuple(biases)) if biases else None
-            return Affine("identity", (Term(start, shape, weight),), bias, inside=tuple(inside))
+            term = Term(start, shape, weight)
+            return Affine("identity", (term,), bias, relies, inside=tuple(inside))
         reading = view.read(value)
-        if not isinstance(reading, Affine) or len(reading.terms) > 1 or reading.relies:
+        if not isinstance(reading, Affine) or len(reading.terms) > 1:
             return reading if isinstance(reading, Refusal) else None
+        relies = (*relies, *reading.relies)
         term = reading.terms[0]
         composed = compose(shape, term.map, biased=reading.bias is not None)
         if not isinstance(composed, Diagonal):
@@ -396,6 +416,8 @@ def _read_reshape_as(view: View, node: fx.Node, input: Any, other: Any) -> Readi
 
 def _flattened(view: View, node: fx.Node) -> fx.Node | None:
     """The value whose leading dimensions, and not its last, `node` flattens."""
+    if node.target in ("reshape", "view", torch.reshape):
+        return _flattened_by_size(node)
     if node.target not in ("flatten", torch.flatten):
         return None
     args = [*node.args, *(node.kwargs[k] for k in ("start_dim", "end_dim") if k in node.kwargs)]
@@ -403,11 +425,30 @@ def _flattened(view: View, node: fx.Node) -> fx.Node | None:
         return None
     source = args[0]
     assert isinstance(source, fx.Node)
-    rank = view.ranks.rank(source)
+    rank, _ = view.rank(source)
     if rank is None:
         return None
     end = args[2] + rank if args[2] < 0 else args[2]
     return source if 0 <= end <= rank - 2 else None
+
+
+def _flattened_by_size(node: fx.Node) -> fx.Node | None:
+    """The value v of ``v.reshape(-1, v.shape[-1])``."""
+    source, *sizes = node.args
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+        sizes = list(sizes[0])
+    if len(sizes) != 2 or sizes[0] != -1 or not isinstance(sizes[1], fx.Node):
+        return None
+    last = sizes[1]
+    if last.target == "size":
+        return source if last.args == (source, -1) else None  # type: ignore[return-value]
+    if last.target is not operator.getitem or last.args[1] != -1:
+        return None
+    shape = last.args[0]
+    if not isinstance(shape, fx.Node) or shape.args[:1] != (source,):
+        return None
+    by_attribute = shape.target is getattr and shape.args[1] == "shape"
+    return source if by_attribute or shape.target == "size" else None  # type: ignore[return-value]
 
 
 _CONV = "input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1"
@@ -474,6 +515,7 @@ METHODS: dict[str, Spelling] = {
     **dict.fromkeys(("neg", "neg_", "negative"), _NEG),
     "contiguous": _CONTIGUOUS,
     **dict.fromkeys(("reshape_as", "view_as"), _RESHAPE_AS),
+    **dict.fromkeys(("view", "reshape"), Spelling(_read_view, "input, *shape")),
 }
 
 

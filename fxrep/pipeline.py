@@ -152,6 +152,7 @@ class Session:
 
     def __post_init__(self) -> None:
         for program in self.captured.programs:
+            aliasing.rename_written(program.graph, program.module)
             ranks = Ranks(program.graph, program.module, ranks_seen(program, self.example_inputs))
             view = View(
                 program.graph,

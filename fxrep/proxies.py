@@ -122,7 +122,7 @@ def is_instance(value: Any, kinds: Any) -> bool:
     """
     if not isinstance(value, _InPlace) or isinstance(value, kinds):
         return isinstance(value, kinds)
-    kind = _value_type(value.node)
+    kind = value_type(value.node)
     if kind is None:
         raise value.tracer.refuse(Unfaithful("forward asks for the type of a traced value"))
     if value.node.op == "placeholder":
@@ -135,7 +135,7 @@ def is_tensor(value: Any) -> bool:
     return is_instance(value, torch.Tensor)
 
 
-def _value_type(node: fx.Node) -> type | None:
+def value_type(node: fx.Node) -> type | None:
     """Tensor or int where that is certain (an argument is taken for a tensor), else None."""
     if node.op in ("placeholder", "get_attr"):
         return torch.Tensor
@@ -149,7 +149,7 @@ def _value_type(node: fx.Node) -> type | None:
         base = node.args[0]
         if isinstance(base, fx.Node) and item_count(base) is not None:
             return torch.Tensor
-        return _value_type(base) if isinstance(base, fx.Node) else None
+        return value_type(base) if isinstance(base, fx.Node) else None
     if node.target is getattr:
         return torch.Tensor if node.args[1] in ("data", "T", "mT", "real", "imag") else None
     if name in _NO_TENSOR:

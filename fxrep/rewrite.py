@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from fxrep import kernels
 from fxrep.collapse import Piece, Plan, metadata_readers
 from fxrep.commuting import Mover
-from fxrep.geometry import Map, Refusal, narrowed
+from fxrep.geometry import Map, Refusal, narrowed, symmetric
 from fxrep.view import Affine, View, scope
 from fxrep.recipe import Call, Expr, Recipe, record
 
@@ -66,7 +66,7 @@ def build(plan: Plan, view: View, lookup: Lookup) -> list[Layer] | Refusal:
 
 def _layer(piece: Piece, lookup: Lookup, like: Tensor, trains: bool) -> Layer | Refusal:
     assert isinstance(piece.map, Map)
-    shape = narrowed(piece.map)
+    shape = symmetric(narrowed(piece.map))
     weight = Call(kernels.to_convolution, (piece.weight, piece.map))
     bias = piece.bias
     full = None if bias is None else Call(kernels.full_bias, (bias, shape.outputs))
@@ -150,8 +150,8 @@ def _module(shape: Map, biased: bool) -> nn.Module:
 
 def pads(piece: Piece) -> list[tuple[tuple[int, ...], str, float | None]]:
     """Arguments, modes and values of each F.pad that a layer needs before it."""
-    shape = piece.map
-    assert isinstance(shape, Map)
+    assert isinstance(piece.map, Map)
+    shape = symmetric(piece.map)
     found: list[tuple[tuple[int, ...], str, float | None]] = []
     if piece.ones:
         found.append(((0, 0) * len(shape.axes) + (0, 1), "constant", 1.0))
@@ -191,6 +191,8 @@ class Editor:
         readers = metadata_readers(plan)
         single = len(plan.pieces) == 1
         first = min([plan.root, *readers]) if single else plan.root
+        if plan.outputs:  # their readers may come before the last of them
+            first = plan.region[0]
         with self.graph.inserting_before(first):
             total = self._result(plan, targets)
             values = self._parts(plan, total)
@@ -364,7 +366,7 @@ class Editor:
             return f"{called[0]}.{word}"
         if len(nodes) == 1 and called:
             return called[0]
-        if len(plan.pieces) == 1:
+        if len(plan.pieces) == 1 or not nodes:
             nodes = list(plan.expanded)
         common = _owner(nodes[0])
         for node in nodes[1:]:

@@ -158,7 +158,7 @@ def _shapes(plan: Plan, view: View) -> Iterator[dict[fx.Node, tuple[int, ...]]]:
     maps = [piece.map for piece in plan.pieces if isinstance(piece.map, Map)]
     rank, outputs = len(maps[0].axes), maps[0].outputs
     if rank == 0:
-        known = view.ranks.rank(plan.root) or 2
+        known = view.rank(plan.root)[0] or 2
         for lead in ((2,), (3,)):
             yield {s: lead * (known - 1) + (_channels(p, outputs),) for s, p in first.items()}
         return
@@ -187,7 +187,7 @@ def _size(piece: Piece, axis: int, outputs: int, residue: int) -> int:
     shape = piece.map.axes[axis]
     if piece.map.transposed:
         return max(1, -(-(outputs - 1 + shape.excess) // shape.stride) + 1)
-    return shape.needed(outputs) + residue % shape.stride
+    return shape.needed(outputs) + residue % (shape.slack + 1)
 
 
 def _sizes(maps: Sequence[Map], before: Mover | None) -> Iterator[tuple[list[int], list[int]]]:

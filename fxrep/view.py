@@ -293,4 +293,4 @@ def arguments(parameters: str, node: fx.Node) -> dict[str, Any] | None:
     except TypeError:
         return None
     bound.apply_defaults()
-    return dict(bound.arguments)
+    return bound.arguments

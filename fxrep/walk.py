@@ -26,7 +26,7 @@ from fxrep.view import Affine, Term, View, reads_metadata, scope
 LONGEST_WALK = 128
 
 # How far apart two values computed in float64 may be and count as one.
-_SAME_VALUE = 1e-12
+SAME_VALUE = 1e-12
 
 Rule = Callable[[Affine], bool]
 
@@ -118,6 +118,7 @@ class Walk:
         one_source: a spatial map was moved over an addition, which may broadcast.
         survivors: the walk stopped at a value that others read too.
         movers: it stopped at an operation that commutes.
+        joins: how many sums and concatenations of several values it has passed.
         works: of what was expanded, as far as a plan has asked.
     """
 
@@ -134,6 +135,7 @@ class Walk:
     one_source: bool = False
     survivors: bool = False
     movers: bool = False
+    joins: int = 0
     works: dict[fx.Node, Work] = field(default_factory=dict)
 
     @property
@@ -155,20 +157,33 @@ def start(view: View, root: fx.Node, *, moves: bool = False) -> Walk:
     return walk
 
 
-def steps(walk: Walk, reads: Rule, through_survivors: bool) -> Iterator[None]:
-    """Expand one value after the other; yields after each at which the frontier may be a plan."""
+def steps(
+    walk: Walk, reads: Rule, *, survivors: bool = False, one_join: bool = False
+) -> Iterator[None]:
+    """Expand one value after the other; yields after each at which the frontier may be a plan.
+
+    Args:
+        walk: as it was started.
+        reads: which readings it may pass.
+        survivors: pass values that others read too, as long as there is one source in the end.
+        one_join: pass the first sum or concatenation only.
+    """
+
+    def passes(reading: Affine) -> bool:
+        return reads(reading) and not (one_join and walk.joins and len(reading.terms) > 1)
+
     while len(walk.expanded) < LONGEST_WALK:
         open_nodes = [node for node in walk.frontier if node not in walk.frozen]
         if not open_nodes:
             return
         node = max(open_nodes)
-        refusal = _expand(walk, node, reads, through_survivors)
+        refusal = _expand(walk, node, passes, survivors)
         if refusal is not None:
             walk.frozen[node] = refusal.reason
-            if through_survivors and len(walk.frontier) > 1:
+            if survivors and len(walk.frontier) > 1:
                 return  # an earlier value can never lead back to a later one
             continue
-        if not through_survivors or len(walk.frontier) == 1:
+        if not survivors or len(walk.frontier) == 1:
             yield
 
 
@@ -207,6 +222,7 @@ def _expand(walk: Walk, node: fx.Node, reads: Rule, through_survivors: bool) -> 
     several = len({term.operand for term in reading.terms}) > 1
     if several and reading.kind != "cat" and not all(_pointwise(outer.map) for outer in outers):
         walk.one_source = True
+    walk.joins += several
     del walk.frontier[node]
     first = step.paths[-len(reading.terms)][1]
     seen = Seen(outers[-1].map, walk.crossed, first.map)
@@ -384,7 +400,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     """Equal in real arithmetic, as far as float64 can tell."""
     if a.dim() and b.dim() and a.shape != b.shape:
         return False
-    return bool(((a - b).abs() <= _SAME_VALUE * (a.abs() + b.abs())).all())
+    return bool(((a - b).abs() <= SAME_VALUE * (a.abs() + b.abs())).all())
 
 
 def merged(paths: Sequence[Path]) -> Path | Refusal:

@@ -89,7 +89,7 @@ def layer(
     written = positions(outer, rank, crossed)
     read = touched(shape if whole is None else whole, rank, crossed)
     computed = read if shape.transposed else written
-    copies = (not shape.symmetric) + ones
+    copies = (not geometry.symmetric(shape).symmetric) + ones
     return Work(
         macs=tuple(shape.weights * n for n in computed),
         traffic=tuple(

@@ -8,15 +8,17 @@ from fxrep.passes.chains import CHAINS
 from fxrep.passes.commute import COMMUTE
 from fxrep.passes.concat import CONCAT
 from fxrep.passes.constants import CONSTANTS
+from fxrep.passes.siblings import SIBLINGS
 from fxrep.rule import Pass
 
 default_passes: tuple[Pass, ...] = (
     CONSTANTS,  # first: weights that the graph computes become weights the others can read
+    COMMUTE,  # before a 1x1 and its pooling become one convolution, which costs as much as before
     BRANCHES,  # before batchnorm: a whole block at once, its BatchNorms inside, rounds once
     CONCAT,  # likewise for what ends in a concatenation
     CHAINS,  # what follows each other without a sum; its BatchNorms go with it
     BATCHNORM,  # what nothing has taken: a layer followed by per-channel scales and shifts
-    COMMUTE,  # last: a 1x1 is moved over a resize only when its BatchNorm is folded
+    SIBLINGS,  # last: what is joined and split again is in nobody's way any more
 )
 
 __all__ = [
@@ -26,5 +28,6 @@ __all__ = [
     "COMMUTE",
     "CONCAT",
     "CONSTANTS",
+    "SIBLINGS",
     "default_passes",
 ]

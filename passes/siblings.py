@@ -1,0 +1,183 @@
+"""Run several layers of one value as one.
+
+Given::
+
+    x -+-> conv (W1, b1) -> relu -> y1
+       +-> conv (W2, b2) -> relu -> y2
+       +-> conv (W3, b3) -> relu -> y3
+
+Result::
+
+    x -> conv (W1 above W2 above W3, b1 above b2 above b3) -> relu -> split -> y1, y2, y3
+
+for layers of equal kernel size, stride, padding and dilation without groups, whose outputs go
+different ways. x is read once instead of three times. Where the same element-by-element operation
+follows each of them, it too is run once: it commutes with taking channels apart.
+
+The parts are views of one result. A reader that wants its operand in one piece copies them, which
+the cost model counts; a reader that fails on a view (``.view(...)``) keeps its layer apart.
+
+Source: Szegedy et al., "Going Deeper with Convolutions", 2015 (the structure); Jia et al., "TASO",
+2019 (the rewrite).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from fxrep import geometry, kernels, work
+from fxrep.collapse import Piece, Plan, promotion
+from fxrep.commuting import Mover, mover
+from fxrep.cost import CostModel, Work, total
+from fxrep.geometry import IDENTITY, Map, Refusal
+from fxrep.pointwise import pointwise, writes_over
+from fxrep.recipe import Call, Expr
+from fxrep.rule import Pass
+from fxrep.view import Affine, View, writes
+from fxrep.walk import Seen
+
+# How many readers of one value are looked at.
+_MOST = 64
+
+# Functions besides the ones read as linear or pointwise that take views and give fresh values.
+_FRESH = {torch.matmul, torch.softmax, "softmax", "matmul"}
+
+
+def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None:
+    """Join the layers that read `node`, if there are several alike."""
+    if len(node.users) < 2:
+        return None
+    groups: dict[object, list[fx.Node]] = {}
+    for user in sorted(node.users)[:_MOST]:
+        key = _kind(view, user)
+        if key is not None:
+            groups.setdefault(key, []).append(user)
+    refusal: Refusal | None = None
+    for members in groups.values():
+        if len(members) > 1:
+            answer = _plan(view, node, members)
+            if isinstance(answer, Plan):
+                objection = cost.objection(answer.saved, answer.spent)
+                if objection is None:
+                    return answer
+                answer = Refusal(f"not worth it: {objection}")
+            refusal = answer
+    return refusal
+
+
+def _kind(view: View, node: fx.Node) -> object:
+    """Equal for layers that may be joined; None for what is no such layer."""
+    reading = view.read(node)
+    if not isinstance(reading, Affine) or reading.weight is None or reading.inside:
+        return None
+    shape = reading.terms[0].map
+    if not isinstance(shape, Map) or shape.transposed or shape.band.groups > 1:
+        return None
+    if view.aliasing.pinned(node) or not _may_be_view(view, node):
+        return None
+    return shape.axes, shape.inputs, shape.padding_mode, reading.weight.dtype
+
+
+def _may_be_view(view: View, node: fx.Node) -> bool:
+    """Whether every reader takes some channels of a larger value as well as a value of its own.
+
+    What is returned, or reshaped by who knows whom, stays a value of its own.
+    """
+    for user in node.users:
+        reading = view.read(user)
+        known = isinstance(reading, Affine) and reading.kind not in ("slice", "chunk")
+        known = known or pointwise(view, user) is not None or mover(view, user) is not None
+        if not known and user.target not in _FRESH:
+            return False
+        if _passes_on(view, user, node) and not _may_be_view(view, user):
+            return False
+    return True
+
+
+def _passes_on(view: View, user: fx.Node, node: fx.Node) -> bool:
+    """Whether a reader gives its operand's own memory on."""
+    reading = view.read(user)
+    if isinstance(reading, Affine):
+        return reading.kind == "identity" or (writes(user) and user.args[0] is node)
+    return pointwise(view, user) is not None and writes_over(view, user)
+
+
+def _is_copied(view: View, node: fx.Node) -> bool:
+    """Whether some reader has to copy a view to have it in one piece."""
+    for user in node.users:
+        reading = view.read(user)
+        plain = isinstance(reading, Affine) and not reading.is_layer and reading.kind != "avg_pool"
+        if not plain and pointwise(view, user) is None:
+            return True
+        if _passes_on(view, user, node) and _is_copied(view, user):
+            return True
+    return False
+
+
+def _plan(view: View, source: fx.Node, members: Sequence[fx.Node]) -> Plan | Refusal:
+    readings = [r for node in members if isinstance(r := view.read(node), Affine)]
+    maps = [m for r in readings if isinstance(m := r.terms[0].map, Map)]
+    followers = _followers(view, members)
+    roots = followers or list(members)
+    region = tuple(sorted({*members, *roots}))
+    if view.aliasing.writes_between(region[0], region[-1], [source], dying=set(region)):
+        return Refusal("its operand is written in place between its readers")
+    refusal = promotion(view, members)
+    if refusal is not None:
+        return refusal
+    whole = geometry.stacked(maps)
+    rank = len(whole.axes)
+    weight = Call(kernels.stack, tuple(r.terms[0].weight for r in readings))
+    bias: Expr | None = None
+    if any(r.bias is not None for r in readings):
+        parts = [r.bias for r in readings]
+        bias = Call(kernels.stack_biases, (tuple(m.outputs for m in maps), *parts))
+    after = (Mover(followers[0], members[0], rank),) if followers else ()
+    layers = [work.of(r, Seen(IDENTITY, (), m), m.outputs, rank) for r, m in zip(
+        readings, maps, strict=True
+    )]  # fmt: skip
+    return Plan(
+        region[-1], region, region,
+        (Piece(source, whole, weight, frozenset(members), bias),),
+        whole.channel_axis, (),
+        total([*layers, *_applied([m.outputs for m in maps] if followers else [], rank)]),
+        total([
+            work.layer(whole, IDENTITY, rank, bias is not None),
+            *_applied([whole.outputs] if followers else [], rank),
+            Work(operations=1),
+            *(_copied(m.outputs, rank) for root, m in zip(roots, maps, strict=True)
+              if _is_copied(view, root)),
+        ]),
+        after=after,
+        outputs=tuple((root, m.outputs) for root, m in zip(roots, maps, strict=True)),
+    )  # fmt: skip
+
+
+def _followers(view: View, members: Sequence[fx.Node]) -> list[fx.Node]:
+    """The same element-by-element operation on each of them, if there is one and it may move."""
+    found = []
+    for node in members:
+        if len(node.users) != 1:
+            return []
+        found.append(next(iter(node.users)))
+    kinds = {pointwise(view, node) for node in found}
+    if len(kinds) > 1 or None in kinds:
+        return []
+    safe = all(_may_be_view(view, node) and not view.aliasing.pinned(node) for node in found)
+    return found if safe else []
+
+
+def _applied(widths: Sequence[int], rank: int) -> list[Work]:
+    """The work of an element-by-element operation on values of so many channels."""
+    return [work.elementwise(1, width, IDENTITY, rank) for width in widths]
+
+
+def _copied(width: int, rank: int) -> Work:
+    count = work.positions(IDENTITY, rank, ())
+    return Work(traffic=tuple(2 * width * n for n in count))
+
+
+SIBLINGS = Pass("siblings", propose)
