@@ -435,8 +435,13 @@ def _item(call: _Call, axis: int) -> _Said:
     cut = cuts.get(axis)
     if cut is None or None in cuts:
         return _NOTHING
-    static = all(x is None or isinstance(x, int) for x in (cut.start, cut.stop, cut.step))
-    return _keep(call, axis, lambda size: len(range(size)[cut]), None) if static else _NOTHING
+    if not all(x is None or isinstance(x, int) for x in (cut.start, cut.stop, cut.step)):
+        return _NOTHING
+    back = None
+    if isinstance(cut.start, int) and cut.start >= 0 and cut.stop is None and cut.step in (None, 1):
+        start = cut.start
+        back = lambda size: size + start if size else None  # noqa: E731
+    return _keep(call, axis, lambda size: len(range(size)[cut]), back)
 
 
 def _part(call: _Call, index: int, axis: int) -> _Said:

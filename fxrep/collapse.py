@@ -122,6 +122,18 @@ def search(
     return Refusal(objections[-1]) if objections else None
 
 
+def absorbing(view: View, root: fx.Node, node: fx.Node, cost: CostModel) -> Plan | Refusal | None:
+    """The plan in which `root` takes up what `node` computes, whoever else reads that.
+
+    On its own it saves nothing; together with those of all other readers `node` dies.
+    """
+    walk = start(view, root)
+    for _ in steps(walk, lambda reading: reading is view.read(node), survivors=True):
+        if node in walk.expanded:
+            return _plan(walk, cost, alone=True)
+    return next((Refusal(why) for why in walk.frozen.values() if why), None)
+
+
 def _best(
     walk: Walk, steps: Iterator[None], cost: CostModel, best: Plan | None, objections: list[str]
 ) -> Plan | None:
@@ -177,8 +189,11 @@ class _Draft:
     concatenates: bool = False
 
 
-def _plan(walk: Walk, cost: CostModel) -> Plan | Refusal | None:
-    """The plan that the present frontier amounts to; None if it is not one at all."""
+def _plan(walk: Walk, cost: CostModel, *, alone: bool = False) -> Plan | Refusal | None:
+    """The plan that the present frontier amounts to; None if it is not one at all.
+
+    With `alone` one operation may take the place of one.
+    """
     draft = _draft(walk, cost)
     if not isinstance(draft, _Draft):
         return draft
@@ -208,7 +223,7 @@ def _plan(walk: Walk, cost: CostModel) -> Plan | Refusal | None:
     if refusal is not None:
         return refusal
     readings = [reading for node in expanded if (reading := _affine(walk.view, node)) is not None]
-    if _operations(walk, region) < 2 and not _pools(walk, region):
+    if not alone and _operations(walk, region) < 2 and not _pools(walk, region):
         return None  # one operation in place of one
     relies = tuple(value for reading in readings for value in reading.relies)
     rank, axis = len(shapes[0].axes), shapes[0].channel_axis

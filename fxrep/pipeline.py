@@ -25,7 +25,7 @@ from fxrep.reading import read
 from fxrep.recipe import Call, record
 from fxrep.report import Report, Rewrite, Skip
 from fxrep.rewrite import Editor, Layer, build, prune
-from fxrep.rule import Fold, Pass
+from fxrep.rule import Fold, Joint, Pass
 from fxrep.view import Affine, View, double
 from fxrep.walk import where
 
@@ -192,6 +192,9 @@ class Session:
             if isinstance(answer, Plan):
                 answer = self._apply(rule, part, answer)
                 changed = changed or answer is None
+            if isinstance(answer, Joint):
+                answer = self._apply_all(rule, part, answer)
+                changed = changed or answer is None
             if isinstance(answer, Refusal):
                 part.notes[node] = Skip(rule.name, self._where(part, node), answer.reason)
         return changed
@@ -215,6 +218,17 @@ class Session:
         else:
             plans = [plan]
         return self._carry_out(rule, part, plans)
+
+    def _apply_all(self, rule: Pass, part: Part, joint: Joint) -> Refusal | None:
+        """Carry out plans that pay together; None if all were carried out."""
+        if any(self._shared(part, plan) for plan in joint.plans):
+            return Refusal("a layer that reads it is called more than once")
+        for plan in joint.plans:
+            refusal = self._carry_out(rule, part, [plan])
+            if refusal is not None:
+                return refusal
+        part.editor.erase_tree(joint.node)
+        return None
 
     def _shared(self, part: Part, plan: Plan) -> dict[fx.Node, set[fx.Node]]:
         """Layers of the region whose weight is used elsewhere too, with all its users."""

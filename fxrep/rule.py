@@ -24,7 +24,15 @@ class Fold:
     expr: Call
 
 
-Answer = Plan | Fold | Refusal | None
+@dataclass(frozen=True, eq=False)
+class Joint:
+    """Plans that pay only together, after which nobody reads `node` any more."""
+
+    node: fx.Node
+    plans: tuple[Plan, ...]
+
+
+Answer = Plan | Fold | Joint | Refusal | None
 """A replacement, why there is none although the structure is there, or nothing of the kind."""
 
 

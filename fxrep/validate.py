@@ -27,7 +27,7 @@ from fxrep.geometry import Diagonal, Map, Refusal
 from fxrep.report import Report
 from fxrep.rewrite import Layer, Lookup, pads
 from fxrep.skeleton import skeleton, weight_hooks
-from fxrep.view import View
+from fxrep.view import View, reads_metadata
 
 # Both sides are float64 and only the order of summation differs.
 TOLERANCE = 1e-10
@@ -221,6 +221,11 @@ def _run(plan: Plan, view: View, values: dict[fx.Node, Tensor], exact: Lookup) -
             return values[arg]
         if arg.op == "get_attr":
             return exact(str(arg.target))
+        if arg.target in (getattr, operator.getitem):  # a size that is read on the way
+            return arg.target(*fx.map_arg(arg.args, value))
+        if arg.op == "call_method" and reads_metadata(arg):
+            owner, *rest = fx.map_arg(arg.args, value)
+            return getattr(owner, str(arg.target))(*rest)
         raise ValueError(f"{arg.name} is not part of the region")
 
     for node in plan.expanded:

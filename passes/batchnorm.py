@@ -21,14 +21,15 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxrep.collapse import Plan, search
-from fxrep.cost import CostModel
-from fxrep.geometry import Diagonal, Refusal
-from fxrep.rule import Pass
+from fxrep import work
+from fxrep.collapse import Plan, absorbing, search
+from fxrep.cost import CostModel, total
+from fxrep.geometry import IDENTITY, Diagonal, Refusal
+from fxrep.rule import Joint, Pass
 from fxrep.view import Affine, View
 
 
-def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None:
+def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Joint | Refusal | None:
     """Fold the scales and shifts that end at `node`, or that its layer reads."""
     reading = view.read(node)
     if isinstance(reading, Refusal):
@@ -37,7 +38,32 @@ def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None
         return None
     if reading.is_layer:
         return search(view, node, _is_diagonal, cost)
-    return search(view, node, _is_near, cost) if _is_scale(reading) else None
+    if not _is_scale(reading):
+        return None
+    answer = search(view, node, _is_near, cost)
+    if isinstance(answer, Plan) or len(node.users) < 2:
+        return answer
+    return _into_all(view, node, cost) or answer
+
+
+def _into_all(view: View, node: fx.Node, cost: CostModel) -> Joint | Refusal | None:
+    """Fold a scale or shift into every layer that reads it."""
+    readings = [view.read(user) for user in node.users]
+    if not all(isinstance(reading, Affine) and reading.is_layer for reading in readings):
+        return None
+    plans = []
+    for user in sorted(node.users):
+        plan = absorbing(view, user, node, cost)
+        if not isinstance(plan, Plan):
+            return plan
+        plans.append(plan)
+    first = plans[0]
+    rank = -first.axis - 1
+    width = view.channels.of(node, first.axis) or 0
+    scale = work.elementwise(1, width, IDENTITY, rank)
+    saved = total([*(plan.saved for plan in plans), scale])
+    objection = cost.objection(saved, total([plan.spent for plan in plans]))
+    return Joint(node, tuple(plans)) if objection is None else Refusal(f"not worth it: {objection}")
 
 
 def _is_scale(reading: Affine) -> bool:

@@ -429,12 +429,12 @@ def _grouped() -> Iterator[Block]:
                 lambda m, x: normalise(
                     m.norm,
                     torch.concat(
-                        [call(c, y) for c, y in zip(m.convs, torch.split(x, 2, 1), strict=True)], -3
+                        [call(c, y) for c, y in zip(m.convs, torch.split(x, [2, 2, 2, 2], 1), strict=True)], -3
                     ),
                 ),
                 lambda m, x: m.norm(
                     torch.cat(
-                        dim=1, tensors=[m.convs[i](x[:, 2 * i : 2 * i + 2]) for i in range(4)]
+                        dim=1, tensors=[c(y) for c, y in zip(m.convs, x.tensor_split(4, 1), strict=True)]
                     )
                 ),
             )  # fmt: skip
@@ -442,7 +442,7 @@ def _grouped() -> Iterator[Block]:
         "chunk, conv-BN, cat",
         lambda: {"a": conv_bn(4, 6, 3), "b": conv_bn(4, 6, 3)},
         lambda m, x: torch.cat((m.a(x[:, :4]), m.b(x[:, 4:])), 1),
-        lambda m, x: torch.cat([m.a(x.narrow(1, 0, 4)), m.b(x.narrow(1, 4, 4))], -3),
+        lambda m, x: torch.cat([m.a(x.narrow(1, 0, 4)), m.b(x[:, 4:])], -3),
     )
 
 
