@@ -157,7 +157,10 @@ def _returns_it(node: fx.Node) -> bool:
     if node.op == "call_module":
         return True
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return name not in ("setitem", "delitem", "__setitem__", "__delitem__") and "out" not in node.kwargs
+    return (
+        name not in ("setitem", "delitem", "__setitem__", "__delitem__")
+        and "out" not in node.kwargs
+    )
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -95,7 +95,7 @@ class Plan:
 
 
 def search(
-    view: View, root: fx.Node, reads: Rule, cost: CostModel, *, moves: bool = False
+    view: View, root: fx.Node, reads: Rule, cost: CostModel, *, moves: bool = False, maps: int = 0
 ) -> Plan | Refusal | None:
     """The best plan for `root`, why there is none, or None if nothing was in sight.
 
@@ -105,17 +105,17 @@ def search(
         reads: which readings a walk may pass.
         cost: decides between legal plans.
         moves: whether operations that commute are moved out of the way.
+        maps: how many operations other than scales and shifts a plan must replace.
     """
-    best: Plan | None = None
     objections: list[str] = []
-    walk = start(view, root, moves=moves)
-    best = _best(walk, steps(walk, reads), cost, best, objections)
+    walk = start(view, root, moves=moves, maps=maps)
+    best = _best(walk, steps(walk, reads), cost, None, objections)
     if best is None and walk.joins > 1:
         # Past a second sum or concatenation no plan paid: stop before it.
-        again = start(view, root, moves=moves)
+        again = start(view, root, moves=moves, maps=maps)
         best = _best(again, steps(again, reads, one_join=True), cost, best, objections)
     if walk.survivors and not moves:
-        through = start(view, root)
+        through = start(view, root, maps=maps)
         best = _best(through, steps(through, reads, survivors=True), cost, best, objections)
     if best is not None:
         return best
@@ -150,7 +150,8 @@ def _best(
                 best = plan
         elif plan is not None:
             objections.append(plan.reason)
-    if len(walk.expanded) <= 1:  # it did not get past the root's own operand
+    # It did not get past the root's own operand, or not far enough.
+    if len(walk.expanded) <= 1 or (walk.maps and best is None and not objections):
         objections.extend(
             why if where(node) == where(walk.root) else f"{where(node)}: {why}"
             for node, why in walk.frozen.items()
@@ -223,6 +224,8 @@ def _plan(walk: Walk, cost: CostModel, *, alone: bool = False) -> Plan | Refusal
     if refusal is not None:
         return refusal
     readings = [reading for node in expanded if (reading := _affine(walk.view, node)) is not None]
+    if sum(_is_map(walk.view, node) for node in region) < walk.maps:
+        return None
     if not alone and _operations(walk, region) < 2 and not _pools(walk, region):
         return None  # one operation in place of one
     relies = tuple(value for reading in readings for value in reading.relies)
@@ -237,6 +240,14 @@ def _plan(walk: Walk, cost: CostModel, *, alone: bool = False) -> Plan | Refusal
 def _affine(view: View, node: fx.Node) -> Affine | None:
     reading = view.read(node)
     return reading if isinstance(reading, Affine) else None
+
+
+def _is_map(view: View, node: fx.Node) -> bool:
+    """More than a scale or shift."""
+    reading = _affine(view, node)
+    if reading is None:
+        return False
+    return len(reading.terms) > 1 or isinstance(reading.terms[0].map, Map)
 
 
 def _operations(walk: Walk, region: Sequence[fx.Node]) -> int:
@@ -364,9 +375,7 @@ def _visible(walk: Walk) -> list[Frame]:
     return walk.frames
 
 
-def _with_frame(
-    walk: Walk, draft: _Draft, frames: Sequence[Frame]
-) -> _Draft | Refusal | None:
+def _with_frame(walk: Walk, draft: _Draft, frames: Sequence[Frame]) -> _Draft | Refusal | None:
     """Correct the border by one more input channel: ones, with the biases as its weights."""
     if len(draft.pieces) != 1 or walk.before is not None or walk.after:
         return None

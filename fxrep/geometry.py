@@ -27,9 +27,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why something that looks like a rewrite is not one: the answer a user reads."""
+    """Why something that looks like a rewrite is not one: the answer a user reads.
+
+    Attributes:
+        reason: in words.
+        kind: the operation that could not be read, where it is no layer or BatchNorm.
+    """
 
     reason: str
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)

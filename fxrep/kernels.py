@@ -170,7 +170,10 @@ def stack_biases(outputs: Sequence[int], *biases: Weight) -> Tensor:
     device = _device(*biases)
     zero = torch.zeros((), dtype=torch.float64, device=device)
     return torch.cat(
-        [(zero if b is None else b.to(device)).expand(n) for n, b in zip(outputs, biases, strict=True)]
+        [
+            (zero if b is None else b.to(device)).expand(n)
+            for n, b in zip(outputs, biases, strict=True)
+        ]
     )
 
 

@@ -133,7 +133,18 @@ class Part:
     editor: Editor
     # Plans for layers called more than once, until there is an equal one for every call.
     waiting: dict[object, list[Plan]] = field(default_factory=lambda: defaultdict(list))
-    notes: dict[fx.Node, Skip] = field(default_factory=dict)
+    # Why a pass declined a node, by its name.
+    notes: dict[fx.Node, dict[str, Skip]] = field(default_factory=lambda: defaultdict(dict))
+
+    def note(self, node: fx.Node) -> Skip | None:
+        """Why a node stayed as it is, by the pass that looked last.
+
+        What folding scales has to say of a layer is said of the scale that stays.
+        """
+        found = [s for name, s in self.notes.get(node, {}).items() if name != "batchnorm"]
+        if not _is_layer(self, node) and node in self.notes:
+            found = list(self.notes[node].values())
+        return found[-1] if found else None
 
 
 @dataclass(eq=False)
@@ -196,7 +207,10 @@ class Session:
                 answer = self._apply_all(rule, part, answer)
                 changed = changed or answer is None
             if isinstance(answer, Refusal):
-                part.notes[node] = Skip(rule.name, self._where(part, node), answer.reason)
+                note = Skip(rule.name, self._where(part, node), answer.reason)
+                part.notes[node][rule.name] = note
+            else:
+                part.notes.get(node, {}).pop(rule.name, None)
         return changed
 
     def _apply(self, rule: Pass, part: Part, plan: Plan) -> Refusal | None:
@@ -315,8 +329,7 @@ class Session:
                 note = self._batchnorm_note(part, node) if _is_batchnorm(part, node) else None
                 if node.op == "call_module" and node.meta.get("leaf_type"):
                     found.extend(self._inner_notes(part, node))
-                if note is None and not _is_layer(part, node):
-                    note = part.notes.get(node)
+                note = note or part.note(node)
                 if note is not None:
                     found.append(note)
         return list(dict.fromkeys(found))
@@ -333,13 +346,14 @@ class Session:
 
     def _batchnorm_note(self, part: Part, node: fx.Node) -> Skip:
         """Why a BatchNorm stayed: what its own rewrite said, or that of the layer it feeds."""
-        if node in part.notes:
-            return part.notes[node]
+        note = part.note(node)
+        if note is not None:
+            return note
         place = self._where(part, node)
         users = _readers(part, node)
         for user in users:
-            if user in part.notes and _is_layer(part, user):
-                return Skip("batchnorm", place, part.notes[user].reason)
+            if _is_layer(part, user) and part.notes.get(user):
+                return Skip("batchnorm", place, list(part.notes[user].values())[-1].reason)
         feeds = ", ".join(sorted({_name(part, user) for user in users})) or "nothing"
         source = node.all_input_nodes[0]
         while _is_identity(part, source):

@@ -17,10 +17,7 @@ _NAMES = (
 )
 
 _FUNCTIONS = {
-    getattr(home, name)
-    for home in (torch, F)
-    for name in _NAMES.split()
-    if hasattr(home, name)
+    getattr(home, name) for home in (torch, F) for name in _NAMES.split() if hasattr(home, name)
 }
 
 _METHODS = frozenset({"relu", "sigmoid", "tanh", "hardshrink"})

@@ -33,7 +33,7 @@ def _place(view: View, node: fx.Node, dim: int) -> tuple[int, tuple[fx.Node, ...
         return dim, ()
     rank, assumed = view.rank(node)
     if rank is None:
-        return Refusal(f"dimension {dim} of a value of unknown rank: pass example_inputs")
+        return Refusal(f"dimension {dim} of a value of unknown rank: pass example_inputs", "cat")
     return dim - rank, ((node,) if assumed else ())
 
 
@@ -57,7 +57,7 @@ def _read_cat(view: View, node: fx.Node, tensors: Any, dim: Any = 0) -> Reading:
     axis, relies = placed
     counts = [view.channels.of(each, axis) for each in operands]
     if not all(counts):
-        return Refusal("the channels of what it concatenates are not known")
+        return Refusal("the channels of what it concatenates are not known", "cat")
     sizes = [count for count in counts if count is not None]
     total, first, terms = sum(sizes), 0, []
     for operand, size in zip(operands, sizes, strict=True):
@@ -275,16 +275,16 @@ def _written_pad(
     """
     readers = [user for user in node.users if user not in written]
     if not readers or min(readers) < max(written):
-        return Refusal("its padding is written over after others have read it")
+        return Refusal("its padding is written over after others have read it", "pad")
     if view.aliasing.writes_between(node, max(readers), [node], dying=set(written)):
-        return Refusal("its padding is written over by more than assignments")
+        return Refusal("its padding is written over by more than assignments", "pad")
     values: list[Expr] = []
     sides = set()
     for write in written:
         side = _side(write.args[1], rank)
         value = per_channel(view, node, write.args[2], -1 - len(range(2, rank)))
         if side is None or value is None:
-            return Refusal("its padding is written over, but not with one value per channel")
+            return Refusal("its padding is written over, but not with one value per channel", "pad")
         values.append(value)
         sides.add(side)
     expected = {
@@ -294,10 +294,10 @@ def _written_pad(
         if size[which]
     }
     if sides != expected or any(size < 0 for pair in sizes for size in pair):
-        return Refusal("its padding is written over, but not on exactly the padded sides")
+        return Refusal("its padding is written over, but not on exactly the padded sides", "pad")
     first = view.value(values[0])
     if not all(torch.equal(view.value(v).expand_as(first), first) for v in values[1:]):
-        return Refusal("its padding is written over with different values")
+        return Refusal("its padding is written over with different values", "pad")
     shape = channel_map([Axis(1, 1, low, high) for low, high in sizes], "constant")
     _, assumed = view.rank(node)
     return Affine(
@@ -343,9 +343,11 @@ def _read_avg_pool(rank: int) -> Callable[..., Reading]:
         if not isinstance(input, fx.Node) or kernel is None or strides is None or pads is None:
             return None
         if any(pads) and not count_include_pad and divisor_override is None:
-            return Refusal("average pooling divides by fewer values at the border")
+            return Refusal("average pooling divides by fewer values at the border", "avg_pool")
         if ceil_mode and any(s > 1 for s in strides):
-            return Refusal("average pooling in ceil mode: its last window depends on the size")
+            return Refusal(
+                "average pooling in ceil mode: its last window depends on the size", "avg_pool"
+            )
         if not isinstance(divisor_override or 1, int):
             return None
         axes = [Axis(k, s, p, p) for k, s, p in zip(kernel, strides, pads, strict=True)]

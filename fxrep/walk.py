@@ -113,6 +113,7 @@ class Walk:
 
     Attributes:
         moves: operations that commute may be moved: over the root, or down to the sources.
+        maps: how many operations other than scales and shifts a plan must replace.
         before: an operation at the root that is applied to the sources instead.
         after: operations met on the way that are applied to the result instead, outermost first.
         one_source: a spatial map was moved over an addition, which may broadcast.
@@ -125,6 +126,7 @@ class Walk:
     view: View
     root: fx.Node
     moves: bool = False
+    maps: int = 0
     frontier: dict[fx.Node, list[Path]] = field(default_factory=dict)
     expanded: dict[fx.Node, Seen] = field(default_factory=dict)
     frozen: dict[fx.Node, str] = field(default_factory=dict)
@@ -144,9 +146,9 @@ class Walk:
         return (*self.after, *((self.before,) if self.before is not None else ()))
 
 
-def start(view: View, root: fx.Node, *, moves: bool = False) -> Walk:
+def start(view: View, root: fx.Node, *, moves: bool = False, maps: int = 0) -> Walk:
     """A walk that has not gone anywhere yet."""
-    walk = Walk(view, root, moves)
+    walk = Walk(view, root, moves, maps)
     found = mover(view, root) if moves else None
     if found is not None and found.shrinks:
         walk.before = found

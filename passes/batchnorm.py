@@ -33,7 +33,7 @@ def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Joint | Refusa
     """Fold the scales and shifts that end at `node`, or that its layer reads."""
     reading = view.read(node)
     if isinstance(reading, Refusal):
-        return reading
+        return None if reading.kind else reading
     if not isinstance(reading, Affine) or len(reading.terms) > 1:
         return None
     if reading.is_layer:

@@ -34,6 +34,9 @@ from fxrep.view import Affine, View
 
 def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None:
     """Merge the maps that follow each other and end at `node`."""
+    refused = view.read(node)
+    if isinstance(refused, Refusal) and refused.kind in ("avg_pool", "pad"):
+        return refused if _has_neighbour(view, node) else None
     last = tail(view, node)
     if last is None or len(last.terms) > 1 or not isinstance(last.terms[0].map, Map):
         return None
@@ -42,7 +45,14 @@ def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None
         return None
     if before is not None and not _is_map(before):
         return None
-    return search(view, node, lambda _: True, cost)
+    pools = cost.name == "always" and last.kind == "avg_pool"
+    return search(view, node, lambda _: True, cost, maps=1 if pools else 2)
+
+
+def _has_neighbour(view: View, node: fx.Node) -> bool:
+    """Whether something linear is next to a node, so that it could have been merged."""
+    around = [*node.all_input_nodes, *node.users]
+    return any(isinstance(view.read(each), Affine) for each in around)
 
 
 def _is_map(reading: Affine) -> bool:

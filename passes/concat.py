@@ -28,11 +28,15 @@ from fxrep.collapse import Plan, search
 from fxrep.cost import CostModel
 from fxrep.geometry import Refusal
 from fxrep.rule import Pass, tail
-from fxrep.view import View
+from fxrep.view import Affine, View
 
 
 def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None:
     """Merge the operands of the concatenation at or above `node`."""
+    refused = view.read(node)
+    if isinstance(refused, Refusal) and refused.kind == "cat":
+        sources = [view.read(each) for each in node.all_input_nodes]
+        return refused if sum(isinstance(each, Affine) for each in sources) > 1 else None
     reading = tail(view, node)
     if reading is None or reading.kind != "cat":
         return None

@@ -316,9 +316,6 @@ def _dropout_alias(m: Any, x: Tensor) -> Any:
 
 
 WIDE = ((2, 6, 9, 10), (1, 6, 5, 10))  # output width 8: as many positions as channels
-# fx writes `z += 1` as an assignment to y as well, so that a second trace sees one name: the first
-# run leaves the pair alone, the second could fold it.
-ALIASED = "alias written"
 STAYS: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
     "training": (_training, None, {"batchnorms": 1, "reasons": ["training mode"], "rewrites": 0}),
     "no running statistics": (
@@ -399,7 +396,7 @@ STAYS: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
         lambda: nn.Sequential(conv(), nn.InstanceNorm2d(8, affine=True)), None,
         {"rewrites": 0, "batchnorms": None},
     ),
-    ALIASED: (
+    "alias written": (
         lambda: Body(_alias_written, conv=conv(), scale=nn.Parameter(torch.rand(8, 1, 1))),
         None, {},
     ),
@@ -423,15 +420,7 @@ STAYS: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-STAYING = [
-    pytest.param(n, marks=pytest.mark.xfail(reason="a second run folds", strict=True))
-    if n == ALIASED
-    else n
-    for n in STAYS
-]
-
-
-@pytest.mark.parametrize("name", STAYING)
+@pytest.mark.parametrize("name", STAYS)
 def test_stays_and_says_why(name: str) -> None:
     make, at, expected = STAYS[name]
     model = make()
@@ -440,7 +429,7 @@ def test_stays_and_says_why(name: str) -> None:
     check(model, at or shapes(6, 2), **expected)
 
 
-@pytest.mark.parametrize("name", STAYING)
+@pytest.mark.parametrize("name", STAYS)
 def test_stays_without_the_cost_rule_and_with_inputs(name: str) -> None:
     make, at, expected = STAYS[name]
     model = make()

@@ -106,7 +106,7 @@ WRONG = {
     ),
     "sizes equal for even inputs only": (
         wrap(geometry, "_add_axes", _any_size),
-        Sum(conv(8, 8, 2, stride=2), conv(8, 8, 1, stride=2)),
+        Sum(conv(8, 32, 2, stride=2), conv(8, 32, 1, stride=2)),
         ((2, 8, 8, 8), (2, 8, 3, 3)),
     ),
     "kernels off by one": (
