@@ -19,7 +19,17 @@ from fxrep.geometry import Diagonal, Linear, Map, Refusal
 from fxrep.recipe import Call, Expr
 from fxrep.view import Affine, View, writes
 from fxrep.walk import (
-    SAME_VALUE, Frame, Path, Rule, Walk, merged, sizeless, start, steps, unread, where,
+    SAME_VALUE,
+    Frame,
+    Path,
+    Rule,
+    Walk,
+    merged,
+    sizeless,
+    start,
+    steps,
+    unread,
+    where,
 )  # fmt: skip
 
 
@@ -233,7 +243,8 @@ def _plan(walk: Walk, cost: CostModel, *, alone: bool = False) -> Plan | Refusal
     return Plan(
         walk.root, region, expanded, tuple(pieces), axis, relies,
         _saved(walk, region, draft, rank), _spent(walk, draft, rank),
-        draft.concatenates, draft.apart, next((f.reason for f in walk.frames), None), walk.before, tuple(walk.after),
+        draft.concatenates, draft.apart, next((f.reason for f in walk.frames), None),
+        walk.before, tuple(walk.after),
     )  # fmt: skip
 
 
@@ -349,10 +360,10 @@ def _with_bias(walk: Walk, draft: _Draft) -> _Draft | Refusal | None:
     # Outputs that read nothing are rows of zeros here.
     draft.pieces = pieces = [_unbanded(piece) for piece in pieces]
     if biases:
-        first = next((i for i, p in enumerate(pieces) if isinstance(p.map, Map)), None)
-        if first is None:
+        layer = next((i for i, p in enumerate(pieces) if isinstance(p.map, Map)), None)
+        if layer is None:
             return None
-        pieces[first] = replace(pieces[first], bias=_sum([b.expr for b in biases]))
+        pieces[layer] = replace(pieces[layer], bias=_sum([b.expr for b in biases]))
     return draft
 
 
@@ -370,7 +381,8 @@ def _visible(walk: Walk) -> list[Frame]:
     """The frames, unless they add up to nothing: a shift before the padding, undone after it."""
     if len(walk.frames) > 1 and len({frame.map.axes for frame in walk.frames}) == 1:
         weights = [walk.view.value(frame.weight) for frame in walk.frames]
-        if bool((sum(weights).abs() <= SAME_VALUE * sum(w.abs() for w in weights)).all()):
+        largest = kernels.add_biases(*(w.abs() for w in weights))
+        if bool((kernels.add_biases(*weights).abs() <= SAME_VALUE * largest).all()):
             return []
     return walk.frames
 

@@ -291,7 +291,7 @@ class Map:
 
 
 def beside(shape: Map, inputs: int, first: int) -> Map:
-    """The same map as part of one that reads `inputs` channels, of which its own start at `first`."""
+    """The same map as part of one of `inputs` channels, of which its own start at `first`."""
     band = shape.band
     return replace(shape, channelwise=Band(band.starts + first, band.width, inputs, band.rows))
 

@@ -2,9 +2,9 @@
 
 A `Map` has a weight ``(O, width, *kernel)``: output channel o reads ``width`` inputs from its
 band's start on, zeros for an output that reads nothing. Without a band the weight is ``(1, 1,
-*kernel)``. A `Diagonal` has a weight ``()`` or ``(C,)``. A weight ``()`` is the same everywhere, and
-None stands for ones. A bias is ``()`` or ``(O,)``. Nothing here knows of graphs, and no function
-changes its arguments.
+*kernel)``. A `Diagonal` has a weight ``()`` or ``(C,)``. A weight ``()`` is the same everywhere,
+and None stands for ones. A bias is ``()`` or ``(O,)``. Nothing here knows of graphs, and no
+function changes its arguments.
 """
 
 from __future__ import annotations

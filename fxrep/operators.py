@@ -19,7 +19,14 @@ from fxrep import kernels
 from fxrep.geometry import IDENTITY, Axis, Diagonal, Refusal, compose, conv_map
 from fxrep.recipe import Call, Expr
 from fxrep.view import (
-    Affine, Constant, ModuleReader, Reading, Spelling, Term, View, number,
+    Affine,
+    Constant,
+    ModuleReader,
+    Reading,
+    Spelling,
+    Term,
+    View,
+    number,
 )  # fmt: skip
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from fxrep import aliasing
 from fxrep import validate as validation
 from fxrep.capture import Capture, Program, capture
-from fxrep.collapse import Plan
 from fxrep.channels import Channels
+from fxrep.collapse import Plan
 from fxrep.cost import SIZES, CostModel, cost_model
 from fxrep.errors import OptionError, ReportError
 from fxrep.examples import ranks_seen

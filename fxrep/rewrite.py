@@ -17,8 +17,8 @@ from fxrep import kernels
 from fxrep.collapse import Piece, Plan, metadata_readers
 from fxrep.commuting import Mover
 from fxrep.geometry import Map, Refusal, narrowed, symmetric
-from fxrep.view import Affine, View, scope
 from fxrep.recipe import Call, Expr, Recipe, record
+from fxrep.view import Affine, View, scope
 
 # A weight row may lose this many epsilons to rounding, relative to its largest value.
 WORST_ROUNDING = 4

@@ -18,12 +18,26 @@ from torch import Tensor, fx, nn
 
 from fxrep import kernels
 from fxrep.geometry import (
-    IDENTITY, POINT, Axis, Band, Map, Refusal, channel_map, placement_band, selection_band,
+    IDENTITY,
+    POINT,
+    Axis,
+    Band,
+    Map,
+    Refusal,
+    channel_map,
+    placement_band,
+    selection_band,
 )  # fmt: skip
 from fxrep.operators import as_tuple, per_channel
 from fxrep.recipe import Call, Expr
 from fxrep.view import (
-    Affine, ModuleReader, Reading, Spelling, Term, View, number,
+    Affine,
+    ModuleReader,
+    Reading,
+    Spelling,
+    Term,
+    View,
+    number,
 )  # fmt: skip
 
 

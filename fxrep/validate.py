@@ -11,7 +11,7 @@ import copy
 import functools
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +47,7 @@ def check(plan: Plan, layers: Sequence[Layer], view: View, exact: Lookup) -> flo
     device = layers[0].exact[0].device
     generator = torch.Generator().manual_seed(0)
     worst, compared, failure = 0.0, 0, "no size"
+    calls: Calls = {}
     for shapes in _shapes(plan, view):
         values = {
             source: torch.randn(shape, dtype=torch.float64, generator=generator).to(device)
@@ -54,7 +55,7 @@ def check(plan: Plan, layers: Sequence[Layer], view: View, exact: Lookup) -> flo
         }
         with torch.no_grad():
             try:
-                expected = _run(plan, view, dict(values), exact)
+                expected = _run(plan, view, dict(values), exact, calls)
             except (RuntimeError, ValueError, IndexError) as error:
                 failure = str(error).splitlines()[0]
                 continue  # the original refuses this size: nothing to keep
@@ -213,7 +214,12 @@ def _sizes(maps: Sequence[Map], before: Mover | None) -> Iterator[tuple[list[int
             yield different, [residue + i for i in range(rank)]
 
 
-def _run(plan: Plan, view: View, values: dict[fx.Node, Tensor], exact: Lookup) -> list[Tensor]:
+Calls = dict[str, Callable[..., Any]]
+
+
+def _run(
+    plan: Plan, view: View, values: dict[fx.Node, Tensor], exact: Lookup, calls: Calls
+) -> list[Tensor]:
     """The values that the old nodes give the roots, as they stand in the graph, in float64."""
 
     def value(arg: fx.Node) -> Any:
@@ -221,8 +227,9 @@ def _run(plan: Plan, view: View, values: dict[fx.Node, Tensor], exact: Lookup) -
             return values[arg]
         if arg.op == "get_attr":
             return exact(str(arg.target))
-        if arg.target in (getattr, operator.getitem):  # a size that is read on the way
-            return arg.target(*fx.map_arg(arg.args, value))
+        target: Any = arg.target
+        if target in (getattr, operator.getitem):  # a size that is read on the way
+            return target(*fx.map_arg(arg.args, value))
         if arg.op == "call_method" and reads_metadata(arg):
             owner, *rest = fx.map_arg(arg.args, value)
             return getattr(owner, str(arg.target))(*rest)
@@ -232,7 +239,10 @@ def _run(plan: Plan, view: View, values: dict[fx.Node, Tensor], exact: Lookup) -
         args: Any = fx.map_arg(node.args, value)
         kwargs: Any = fx.map_arg(node.kwargs, value)
         if node.op == "call_module":
-            values[node] = _call(view.module, str(node.target), args, kwargs, exact)
+            path = str(node.target)
+            if path not in calls:
+                calls[path] = _in_float64(view.submodule(path), path, exact)
+            values[node] = calls[path](*args, **kwargs)
         elif node.op == "call_method":
             owner, *rest = args
             # A clone, since the method may write in place what is compared later.
@@ -245,18 +255,26 @@ def _run(plan: Plan, view: View, values: dict[fx.Node, Tensor], exact: Lookup) -
     return [values[root] for root in plan.roots]
 
 
-def _call(
-    root: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], exact: Lookup
-) -> Any:
-    module = root.get_submodule(path)
+def _in_float64(module: nn.Module, path: str, exact: Lookup) -> Callable[..., Any]:
+    """A module's call with all its tensors in float64."""
     tensors = {
         name: exact(f"{path}.{name}")
         for name, _ in (*module.named_parameters(), *module.named_buffers())
     }
-    result = torch.func.functional_call(module, tensors, args, kwargs)
-    for hook in weight_hooks(module):
-        hook(module, None)  # it left the float64 weight on the module
-    return result
+    if not module._modules and not weight_hooks(module):
+        twin = copy.copy(module)
+        for kind in ("_parameters", "_buffers"):
+            own: dict[str, Tensor | None] = vars(module)[kind]
+            setattr(twin, kind, {name: tensors.get(name, value) for name, value in own.items()})
+        return twin.forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = torch.func.functional_call(module, tensors, args, kwargs)
+        for hook in weight_hooks(module):
+            hook(module, None)  # it left the float64 weight on the module
+        return result
+
+    return call
 
 
 def _replacement(

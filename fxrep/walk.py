@@ -296,13 +296,9 @@ def _through(walk: Walk, step: _Step, outer: Path) -> Refusal | None:
     bias: Expr = reading.bias
     if outer.weight is not None or isinstance(outer.map, Map):
         bias = Call(kernels.compose_bias, (outer.map, outer.weight, bias))
-    rows = outer.map.band.rows if _banded(outer.map) else None
-    step.biases.append(Bias(bias, rows))
+    band = outer.map.channelwise if isinstance(outer.map, Map) else None
+    step.biases.append(Bias(bias, None if band is None else band.rows))
     return None
-
-
-def _banded(shape: Linear) -> bool:
-    return isinstance(shape, Map) and shape.channelwise is not None
 
 
 def _can_frame(outer: Path, reading: Affine) -> bool:
@@ -338,10 +334,13 @@ def _composed(shape: Linear, outer: Path, term: Term) -> Expr | None:
         return outer.weight
     if outer.weight is None and isinstance(outer.map, Diagonal):
         return term.weight
-    if outer.weight is None and term.weight is None and outer.map.selects:  # type: ignore[union-attr]
-        if isinstance(term.map, Map) and term.map.selects:
-            return None
+    if outer.weight is None and term.weight is None and _selects(outer.map) and _selects(term.map):
+        return None
     return Call(kernels.compose, (shape, outer.map, term.map, outer.weight, term.weight))
+
+
+def _selects(shape: Linear) -> bool:
+    return isinstance(shape, Diagonal) or shape.selects
 
 
 def _proven(reading: Affine, outer: Path) -> bool:

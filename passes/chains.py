@@ -12,10 +12,11 @@ and the same with average pooling, padding, crops, strided slices, channel slice
 of these in place of a convolution: all are affine convolution maps, and so is what they compose to.
 Strides multiply, paddings and taps of the second are spread by the stride of the first.
 
-Exact at the borders where the padding of the second sees only zeros: it does not pad, or the first
-has no bias and reads nothing there. The usual formula for a biased 1x1 before a padded 3x3 is wrong
-there; the padding then is corrected by one more input channel, of ones, or the pair stays. Where the
-model itself pads with what the first layer gives for zeros (DBB, ECBSR, RRRB), it is zero padding.
+Exact at the borders where the padding of the second sees only zeros: it does not pad, or the
+first has no bias and reads nothing there. The usual formula for a biased 1x1 before a padded 3x3
+is wrong there; the border then is corrected by one more input channel, of ones, or the pair stays.
+Where the model itself pads with what the first layer gives for zeros (DBB, ECBSR, RRRB), that is
+zero padding of the merged convolution.
 
 Source: Ding et al., "Diverse Branch Block", 2021; Bhardwaj et al., "Collapsible Linear Blocks for
 Super-Efficient Super Resolution", 2022; Zhang et al., "Edge-oriented Convolution Block", 2021.

@@ -413,6 +413,10 @@ class HeadsFunctional(Heads):
         return {str(i): y for i, y in enumerate(reversed(outputs))}
 
 
+def pairs(a: Any, b: Any) -> Any:
+    return zip(a, b, strict=True)
+
+
 def _grouped() -> Iterator[Block]:
     """Equal convs of equal chunks in their order, concatenated: one grouped conv."""
     for how in ({}, {"stride": 2, "padding": 1}, {"groups": 2}, {"bias": False, "dilation": 2}):
@@ -429,12 +433,12 @@ def _grouped() -> Iterator[Block]:
                 lambda m, x: normalise(
                     m.norm,
                     torch.concat(
-                        [call(c, y) for c, y in zip(m.convs, torch.split(x, [2, 2, 2, 2], 1), strict=True)], -3
+                        [call(c, y) for c, y in pairs(m.convs, torch.split(x, [2] * 4, 1))], -3
                     ),
                 ),
                 lambda m, x: m.norm(
                     torch.cat(
-                        dim=1, tensors=[c(y) for c, y in zip(m.convs, x.tensor_split(4, 1), strict=True)]
+                        dim=1, tensors=[c(y) for c, y in pairs(m.convs, x.tensor_split(4, 1))]
                     )
                 ),
             )  # fmt: skip

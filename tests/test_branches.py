@@ -393,7 +393,7 @@ STAYS: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
     "biased 1x1 before a padded 3x3": (
         lambda: Sum(
             nn.Sequential(conv(8, 8, 1), conv(8, 8, 3, padding=1, groups=8)), nn.Identity()
-        ), None, {"layers": 2, "reasons": ["see the inner bias; correcting its border is not worth it"]},
+        ), None, {"layers": 2, "reasons": ["inner bias; correcting its border is not worth it"]},
     ),
     "padded 3x3 after padded 3x3": (
         lambda: Sum(
