@@ -99,6 +99,11 @@ class Plan:
         )
 
     @property
+    def saves(self) -> bool:
+        """Whether it leaves fewer operations or multiply-accumulates, whatever else it costs."""
+        return max(self.score) > 0
+
+    @property
     def roots(self) -> tuple[fx.Node, ...]:
         """The nodes whose values are replaced."""
         return tuple(node for node, _ in self.outputs) or (self.root,)
@@ -141,7 +146,7 @@ def absorbing(view: View, root: fx.Node, node: fx.Node, cost: CostModel) -> Plan
     for _ in steps(walk, lambda reading: reading is view.read(node), survivors=True):
         if node in walk.expanded:
             return _plan(walk, cost, alone=True)
-    return next((Refusal(why) for why in walk.frozen.values() if why), None)
+    return next((why for why in walk.frozen.values() if why.reason), None)
 
 
 def _best(
@@ -154,18 +159,19 @@ def _best(
         plan = _plan(walk, cost)
         if isinstance(plan, Plan):
             objection = cost.objection(plan.saved, plan.spent)
-            if objection is not None:
+            if objection is not None and (plan.saves or plan.apart or plan.border):
                 objections.append(_objection(plan, objection))
-            elif best is None or plan.score > best.score:
+            elif objection is None and (best is None or plan.score > best.score):
                 best = plan
         elif plan is not None:
             objections.append(plan.reason)
-    # It did not get past the root's own operand, or not far enough.
-    if len(walk.expanded) <= 1 or (walk.maps and best is None and not objections):
+    # It did not get past the root's own operand, or not as far as the pass looks.
+    near = len(walk.expanded) <= 1 and not walk.maps
+    if near or (walk.maps and best is None and not objections):
         objections.extend(
-            why if where(node) == where(walk.root) else f"{where(node)}: {why}"
+            why.reason if where(node) == where(walk.root) else f"{where(node)}: {why.reason}"
             for node, why in walk.frozen.items()
-            if why
+            if why.reason and (near or why.kind != "shared")
         )
     return best
 

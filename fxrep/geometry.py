@@ -31,7 +31,8 @@ class Refusal:
 
     Attributes:
         reason: in words.
-        kind: the operation that could not be read, where it is no layer or BatchNorm.
+        kind: "shared" if others need a value, or the operation that could not be read where it
+            is no layer or BatchNorm.
     """
 
     reason: str

@@ -25,7 +25,7 @@ from fxrep.reading import read
 from fxrep.recipe import Call, record
 from fxrep.report import Report, Rewrite, Skip
 from fxrep.rewrite import Editor, Layer, build, prune
-from fxrep.rule import Fold, Joint, Pass
+from fxrep.rule import Drop, Fold, Joint, Pass
 from fxrep.view import Affine, View, double
 from fxrep.walk import where
 
@@ -203,10 +203,14 @@ class Session:
             if isinstance(answer, Plan):
                 answer = self._apply(rule, part, answer)
                 changed = changed or answer is None
+            if isinstance(answer, Drop):
+                self._drop(rule, part, answer)
+                changed = True
+                continue
             if isinstance(answer, Joint):
                 answer = self._apply_all(rule, part, answer)
                 changed = changed or answer is None
-            if isinstance(answer, Refusal):
+            if isinstance(answer, Refusal) and not _is_identity(part, node):
                 note = Skip(rule.name, self._where(part, node), answer.reason)
                 part.notes[node][rule.name] = note
             else:
@@ -308,6 +312,11 @@ class Session:
         steps = tuple(step.name for step in record(fold.expr).steps if isinstance(step, Call))
         part.editor.erase_tree(node)
         self.rewrites.append(Rewrite(rule.name, location, steps, ("constant",), 0, 0, 0, 0, 0.0))
+
+    def _drop(self, rule: Pass, part: Part, drop: Drop) -> None:
+        location = self._where(part, drop.node)
+        part.editor.erase(drop.node)
+        self.rewrites.append(Rewrite(rule.name, location, (drop.kind,), (), 0, 0, 0, 0, 0.0))
 
     def _where(self, part: Part, node: fx.Node) -> str:
         return ".".join(name for name in (part.program.path, where(node)) if name)

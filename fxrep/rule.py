@@ -32,7 +32,15 @@ class Joint:
     plans: tuple[Plan, ...]
 
 
-Answer = Plan | Fold | Joint | Refusal | None
+@dataclass(frozen=True, eq=False)
+class Drop:
+    """Nobody reads `node`, and it does nothing else."""
+
+    node: fx.Node
+    kind: str
+
+
+Answer = Plan | Fold | Joint | Drop | Refusal | None
 """A replacement, why there is none although the structure is there, or nothing of the kind."""
 
 

@@ -129,7 +129,7 @@ class Walk:
     maps: int = 0
     frontier: dict[fx.Node, list[Path]] = field(default_factory=dict)
     expanded: dict[fx.Node, Seen] = field(default_factory=dict)
-    frozen: dict[fx.Node, str] = field(default_factory=dict)
+    frozen: dict[fx.Node, Refusal] = field(default_factory=dict)
     biases: list[Bias] = field(default_factory=list)
     frames: list[Frame] = field(default_factory=list)
     before: Mover | None = None
@@ -181,7 +181,7 @@ def steps(
         node = max(open_nodes)
         refusal = _expand(walk, node, passes, survivors)
         if refusal is not None:
-            walk.frozen[node] = refusal.reason
+            walk.frozen[node] = refusal
             if survivors and len(walk.frontier) > 1:
                 return  # an earlier value can never lead back to a later one
             continue
@@ -212,7 +212,8 @@ def _expand(walk: Walk, node: fx.Node, reads: Rule, through_survivors: bool) -> 
         if not all(unread(node, Seen(o.map, walk.crossed), gone) for o in outers):
             walk.survivors = True
             others = sum(user not in gone for user in node.users)
-            return Refusal(f"its output is read by {others} other operation{'s' * (others > 1)}")
+            plural = "s" * (others > 1)
+            return Refusal(f"its output is read by {others} other operation{plural}", "shared")
     step = _Step(node, reading)
     for outer in outers:
         refusal = _through(walk, step, outer)

@@ -8,11 +8,13 @@ from fxrep.passes.chains import CHAINS
 from fxrep.passes.commute import COMMUTE
 from fxrep.passes.concat import CONCAT
 from fxrep.passes.constants import CONSTANTS
+from fxrep.passes.dead import DEAD
 from fxrep.passes.siblings import SIBLINGS
 from fxrep.rule import Pass
 
 default_passes: tuple[Pass, ...] = (
     CONSTANTS,  # first: weights that the graph computes become weights the others can read
+    DEAD,  # what nobody reads is in the way of what others read
     COMMUTE,  # before a 1x1 and its pooling become one convolution, which costs as much as before
     BRANCHES,  # before batchnorm: a whole block at once, its BatchNorms inside, rounds once
     CONCAT,  # likewise for what ends in a concatenation
@@ -28,6 +30,7 @@ __all__ = [
     "COMMUTE",
     "CONCAT",
     "CONSTANTS",
+    "DEAD",
     "SIBLINGS",
     "default_passes",
 ]

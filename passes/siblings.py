@@ -36,7 +36,7 @@ from fxrep.geometry import IDENTITY, Map, Refusal
 from fxrep.pointwise import pointwise, writes_over
 from fxrep.recipe import Call, Expr
 from fxrep.rule import Pass
-from fxrep.view import Affine, View, writes
+from fxrep.view import Affine, View, reads_metadata, writes
 from fxrep.walk import Seen
 
 # How many readers of one value are looked at.
@@ -87,6 +87,8 @@ def _may_be_view(view: View, node: fx.Node) -> bool:
     What is returned, or reshaped by who knows whom, stays a value of its own.
     """
     for user in node.users:
+        if reads_metadata(user):
+            continue
         reading = view.read(user)
         known = isinstance(reading, Affine) and reading.kind not in ("slice", "chunk")
         known = known or pointwise(view, user) is not None or mover(view, user) is not None
@@ -108,6 +110,8 @@ def _passes_on(view: View, user: fx.Node, node: fx.Node) -> bool:
 def _is_copied(view: View, node: fx.Node) -> bool:
     """Whether some reader has to copy a view to have it in one piece."""
     for user in node.users:
+        if reads_metadata(user):
+            continue
         reading = view.read(user)
         plain = isinstance(reading, Affine) and not reading.is_layer and reading.kind != "avg_pool"
         if not plain and pointwise(view, user) is None:

@@ -1,0 +1,41 @@
+"""Remove what nobody reads.
+
+Given::
+
+    x -+-> conv -> relu -> (nobody)
+       +-> ...
+
+Result::
+
+    x -> ...
+
+An auxiliary branch that is left out in eval mode, a layer whose result a model throws away. Only
+operations that do nothing but compute their value are removed: layers, BatchNorm, arithmetic,
+structure and element-by-element functions, none of which writes in place or has a hook.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fxrep.cost import CostModel
+from fxrep.pointwise import pointwise, writes_over
+from fxrep.rule import Drop, Pass
+from fxrep.view import Affine, View, writes
+
+
+def propose(view: View, node: fx.Node, cost: CostModel) -> Drop | None:
+    """Drop `node` if nobody reads it and it has no effect."""
+    if node.users or node.op in ("placeholder", "output", "get_attr"):
+        return None
+    reading = view.read(node)
+    if isinstance(reading, Affine):
+        # What is written over afterwards is part of the reading, and would be left without it.
+        return None if writes(node) or reading.settled else Drop(node, reading.kind)
+    kind = pointwise(view, node)
+    if kind is None or writes_over(view, node):
+        return None
+    return Drop(node, str(getattr(node.target, "__name__", node.target)))
+
+
+DEAD = Pass("dead", propose)
