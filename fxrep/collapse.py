@@ -99,6 +99,11 @@ class Plan:
         )
 
     @property
+    def moved(self) -> tuple[Mover, ...]:
+        """The operations that something is moved over."""
+        return self.after if self.before is None else (*self.after, self.before)
+
+    @property
     def saves(self) -> bool:
         """Whether it leaves fewer operations or multiply-accumulates, whatever else it costs."""
         return max(self.score) > 0
@@ -216,7 +221,9 @@ def _plan(walk: Walk, cost: CostModel, *, alone: bool = False) -> Plan | Refusal
         return draft
     pieces = draft.pieces
     shapes = [piece.map for piece in pieces if isinstance(piece.map, Map)]
-    if not shapes or ((walk.one_source or walk.before) and len(pieces) > 1):
+    if not shapes and not _is_copy(walk, draft):
+        return None
+    if (walk.one_source or walk.before) and len(pieces) > 1:
         return None
     if len({len(shape.axes) for shape in shapes}) > 1:
         return None
@@ -245,13 +252,33 @@ def _plan(walk: Walk, cost: CostModel, *, alone: bool = False) -> Plan | Refusal
     if not alone and _operations(walk, region) < 2 and not _pools(walk, region):
         return None  # one operation in place of one
     relies = tuple(value for reading in readings for value in reading.relies)
-    rank, axis = len(shapes[0].axes), shapes[0].channel_axis
+    axis = shapes[0].channel_axis if shapes else _axis(pieces[0])
+    rank = -axis - 1
     return Plan(
         walk.root, region, expanded, tuple(pieces), axis, relies,
         _saved(walk, region, draft, rank), _spent(walk, draft, rank),
         draft.concatenates, draft.apart, next((f.reason for f in walk.frames), None),
         walk.before, tuple(walk.after),
     )  # fmt: skip
+
+
+def _axis(piece: Piece) -> int:
+    """The channels' dimension of a value that is taken as it is."""
+    assert isinstance(piece.map, Diagonal) and piece.map.axis is not None
+    return piece.map.axis
+
+
+def _is_copy(walk: Walk, draft: _Draft) -> bool:
+    """Whether values apart are put together again, and nobody would see that it is no copy."""
+    if any(isinstance(p.map, Map) or p.map.axis is None for p in draft.pieces):
+        return False
+    root, aliasing = walk.root, walk.view.aliasing
+    if draft.concatenates:
+        return True
+    source = draft.pieces[0].source
+    if len(draft.pieces) > 1 or aliasing.written(root) or aliasing.written(source):
+        return False
+    return source.op != "placeholder" and all(user.op != "output" for user in root.users)
 
 
 def _affine(view: View, node: fx.Node) -> Affine | None:
@@ -306,14 +333,7 @@ def _unavailable(path: Path) -> bool:
     """Whether no layer is left that could compute a path: it computes nothing, or a scale."""
     if isinstance(path.map, Diagonal):
         return path.weight is not None
-    return path.weight is None and not _places(path.map)
-
-
-def _places(shape: Map) -> bool:
-    """Whether a map gives its whole source, as some of the outputs."""
-    if shape.channelwise is None or not shape.pointwise:
-        return False
-    return shape.band.narrowed.is_diagonal
+    return path.weight is None and not geometry.places(path.map)
 
 
 def _piece(walk: Walk, source: fx.Node, path: Path) -> Piece | Refusal | None:
@@ -340,6 +360,7 @@ def _with_bias(walk: Walk, draft: _Draft) -> _Draft | Refusal | None:
     """Give each layer its part of the bias, and decide how the pieces are put together."""
     pieces = draft.pieces
     outputs = {piece.map.outputs for piece in pieces if isinstance(piece.map, Map)}
+    outputs = outputs or {max((p.rows or (0, 0))[1] for p in pieces)}
     if len(outputs) > 1:
         return Refusal("branches of different channels broadcast against each other")
     biases = walk.biases
@@ -548,4 +569,7 @@ def _spent(walk: Walk, draft: _Draft, rank: int) -> Work:
 
 
 def _width(draft: _Draft) -> int:
-    return next(piece.map.outputs for piece in draft.pieces if isinstance(piece.map, Map))
+    for piece in draft.pieces:
+        if isinstance(piece.map, Map):
+            return piece.map.outputs
+    return sum(p.map.channels or 0 for p in draft.pieces if isinstance(p.map, Diagonal))

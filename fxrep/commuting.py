@@ -51,6 +51,12 @@ class Mover:
     factors: tuple[float, ...] = ()
 
     @property
+    def name(self) -> str:
+        """The operation's name, as reports show it."""
+        target = self.node.meta.get("leaf_type") or self.node.target
+        return str(getattr(target, "__name__", target))
+
+    @property
     def mixes(self) -> bool:
         """Whether a map that mixes channels moves over it."""
         return not self.orders and self.spread == 1

@@ -63,14 +63,19 @@ class CostModel(Protocol):
 
 @dataclass(frozen=True)
 class MacsCost:
-    """Never more multiply-accumulates, memory traffic or convolutions; and something less."""
+    """Never more multiply-accumulates, memory traffic, convolutions or operations, and some less.
+
+    Less of operations or multiply-accumulates, that is: traffic alone is no reason.
+    """
 
     name: str = "macs"
 
     def objection(self, before: Work, after: Work) -> str | None:
         """See `CostModel`."""
-        if after.convolutions > before.convolutions:
-            return f"convolutions {before.convolutions} -> {after.convolutions}"
+        for what in ("convolutions", "operations"):
+            old, new = getattr(before, what), getattr(after, what)
+            if new > old:
+                return f"{what} {old} -> {new}"
         for what in ("macs", "traffic"):
             old, new = getattr(before, what), getattr(after, what)
             for size, a, b in zip(SIZES, old, new, strict=True):

@@ -308,6 +308,11 @@ def unbanded(shape: Map) -> Map:
     return replace(shape, channelwise=replace(shape.band, rows=None))
 
 
+def places(shape: Map) -> bool:
+    """Whether a map gives its operand as it is, as some or all of the outputs."""
+    return shape.channelwise is not None and shape.pointwise and shape.band.narrowed.is_diagonal
+
+
 def narrowed(shape: Map) -> Map:
     """The map of the outputs that read something, alone."""
     return replace(shape, channelwise=shape.band.narrowed)

@@ -24,7 +24,7 @@ from fxrep.ranks import Ranks
 from fxrep.reading import read
 from fxrep.recipe import Call, record
 from fxrep.report import Report, Rewrite, Skip
-from fxrep.rewrite import Editor, Layer, build, prune
+from fxrep.rewrite import Editor, Layer, build, pads, prune
 from fxrep.rule import Drop, Fold, Joint, Pass
 from fxrep.view import Affine, View, double
 from fxrep.walk import where
@@ -322,7 +322,7 @@ class Session:
         return ".".join(name for name in (part.program.path, where(node)) if name)
 
     def _location(self, part: Part, targets: Sequence[str], plan: Plan) -> str:
-        names = ", ".join(targets)
+        names = ", ".join(targets) or where(plan.root)
         return ".".join(name for name in (part.program.path, names) if name)
 
     def in_order(self, passes: Sequence[Pass]) -> tuple[Rewrite, ...]:
@@ -459,8 +459,28 @@ def _signature(plan: Plan, view: View) -> object:
 
 
 def _kinds(plan: Plan, view: View) -> tuple[str, ...]:
-    readings = [view.read(node) for node in plan.region]
-    return tuple(r.kind for r in readings if isinstance(r, Affine) and r.kind != "identity")
+    """The operations that a plan replaces, in the field's words."""
+    moved = {each.node: each.name for each in plan.moved}
+    found = []
+    for node in plan.region:
+        reading = view.read(node)
+        if node in moved:
+            found.append(moved[node])
+        elif isinstance(reading, Affine) and reading.kind != "identity":
+            found.append(reading.kind)
+        elif reading is None and plan.outputs:  # what follows each of several siblings
+            found += moved.values()
+    return tuple(found)
+
+
+def _new_kinds(plan: Plan, layers: Sequence[Layer]) -> tuple[str, ...]:
+    """The operations that take their place."""
+    found = ["pad" for layer in layers for _ in pads(layer.piece)]
+    found += [_kind(layer) for layer in layers]
+    joins = len(plan.pieces) - 1
+    found += ["cat"] * plan.concatenates or ["add"] * joins
+    found += [each.name for each in plan.moved]
+    return tuple(found) + ("split",) * bool(plan.outputs)
 
 
 def _rewrite(
@@ -471,15 +491,12 @@ def _rewrite(
     layers: Sequence[Layer],
     error: float | None,
 ) -> Rewrite:
-    after = [_kind(layer) for layer in layers] + ["add"] * (len(plan.pieces) - 1)
-    shape = layers[0].piece.map
-    assert isinstance(shape, Map)
-    positions = SIZES[-1] ** len(shape.axes)
+    positions = SIZES[-1] ** (-plan.axis - 1)
     return Rewrite(
         rule.name,
         location,
         before,
-        tuple(after),
+        _new_kinds(plan, layers),
         round(plan.saved.macs[-1] / positions),
         round(plan.spent.macs[-1] / positions),
         plan.saved.parameters,

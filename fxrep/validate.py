@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fxrep.collapse import Piece, Plan
 from fxrep.commuting import Mover
 from fxrep.errors import EquivalenceError, InputError
-from fxrep.geometry import Diagonal, Map, Refusal
+from fxrep.geometry import Diagonal, Map, Refusal, channel_map, lifted, points
 from fxrep.report import Report
 from fxrep.rewrite import Layer, Lookup, pads
 from fxrep.skeleton import skeleton, weight_hooks
@@ -44,7 +44,7 @@ def check(plan: Plan, layers: Sequence[Layer], view: View, exact: Lookup) -> flo
         view: the graph it belongs to.
         exact: gives the float64 value of a tensor of the traced module by its path.
     """
-    device = layers[0].exact[0].device
+    device = layers[0].exact[0].device if layers else torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
     worst, compared, failure = 0.0, 0, "no size"
     calls: Calls = {}
@@ -77,6 +77,8 @@ def check(plan: Plan, layers: Sequence[Layer], view: View, exact: Lookup) -> flo
     if not compared:
         reason = f"validation failed: the original could not be run ({failure})"
         return Refusal(plan.apart or reason)
+    if not layers:
+        return worst
     dtype = next(layers[0].module.parameters()).dtype
     if not worst <= ROUNDED_TOLERANCE * torch.finfo(dtype).eps:
         return Refusal(f"validation failed: relative error {worst:.1e} once rounded to {dtype}")
@@ -157,6 +159,9 @@ def _shapes(plan: Plan, view: View) -> Iterator[dict[fx.Node, tuple[int, ...]]]:
     for piece in sorted(plan.pieces, key=lambda p: isinstance(p.map, Diagonal)):
         first.setdefault(piece.source, piece)
     maps = [piece.map for piece in plan.pieces if isinstance(piece.map, Map)]
+    if not maps:  # values put together again
+        channels = max((p.rows or (0, _channels(p, 0)))[1] for p in plan.pieces)
+        maps = [lifted(channel_map(points(-plan.axis - 1)), channels)]
     rank, outputs = len(maps[0].axes), maps[0].outputs
     if rank == 0:
         known = view.rank(plan.root)[0] or 2
@@ -179,7 +184,7 @@ def _shapes(plan: Plan, view: View) -> Iterator[dict[fx.Node, tuple[int, ...]]]:
 def _channels(piece: Piece, outputs: int) -> int:
     if isinstance(piece.map, Map):
         return piece.map.inputs - piece.ones
-    return piece.map.channels if piece.rows is not None and piece.map.channels else outputs
+    return piece.map.channels or outputs
 
 
 def _size(piece: Piece, axis: int, outputs: int, residue: int) -> int:

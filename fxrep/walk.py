@@ -419,7 +419,9 @@ def merged(paths: Sequence[Path]) -> Path | Refusal:
     alive = [path for path in paths if not path.zero]
     if 0 < len(alive) < len(paths):  # sizes agree: what is zero need not be added
         return merged(alive)
-    weight = Call(kernels.add, (shape, shapes, *(path.weight for path in paths)))
+    weight: Expr | None = None
+    if not _gathers(shape, paths):
+        weight = Call(kernels.add, (shape, shapes, *(path.weight for path in paths)))
     operands = 0
     for path in paths:
         operands |= path.operands
@@ -432,6 +434,17 @@ def merged(paths: Sequence[Path]) -> Path | Refusal:
         frozenset[fx.Node]().union(*(path.layers for path in paths)),
         meets,
     )
+
+
+def _gathers(whole: Linear, paths: Sequence[Path]) -> bool:
+    """Whether paths bring each channel of a value to a place of its own, in order and once."""
+    if isinstance(whole, Diagonal) or not geometry.places(whole):
+        return False
+    shapes = [path.map for path in paths if isinstance(path.map, Map) and path.weight is None]
+    if len(shapes) < len(paths) or not all(map(_selects, shapes)):
+        return False
+    count = [len(s.band.narrowed.starts) for s in shapes if s.channelwise is not None]
+    return len(count) == len(paths) and sum(count) == whole.band.narrowed.outputs
 
 
 def _pointwise(shape: Linear) -> bool:
