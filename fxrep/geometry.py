@@ -107,7 +107,7 @@ class Band:
     @property
     def outputs(self) -> int:
         """Number of output channels."""
-        return len(self.starts)
+        return self.starts.shape[0]
 
     @property
     def live(self) -> slice:
@@ -636,15 +636,17 @@ def _add_axes(axes: Sequence[Axis], same_size: bool) -> Axis | Refusal:
 def symmetric(shape: Map) -> Map:
     """The same map with equal padding on both sides, where what is read stays the same.
 
-    More padding behind the input changes nothing as long as it is not enough for one more window.
+    More zeros behind the input change nothing as long as they are not enough for one more window.
     """
+    if shape.transposed or shape.padding_mode != "zeros":
+        return shape
     axes = tuple(
         replace(a, high=a.low)
         if a.low > a.high >= 0 and a.low - a.high <= a.stride - 1 - a.slack
         else a
         for a in shape.axes
     )
-    return replace(shape, axes=axes) if not shape.transposed else shape
+    return replace(shape, axes=axes)
 
 
 def unavailable(shape: Map) -> Refusal | None:

@@ -303,15 +303,14 @@ def _pick_outputs(
     shape: Map, outer: Map, inner: Map, outer_weight: Tensor, inner_weight: Tensor
 ) -> Tensor:
     """The outer map only picks channels and pixels: rows of the inner weight."""
-    picked = _per_output(outer_weight.reshape(-1), inner_weight[outer.band.starts])
+    rows = outer.band.live
+    starts = outer.band.starts[rows]
+    picked = _per_output(outer_weight.reshape(-1)[rows], inner_weight[starts])
     live = torch.zeros(inner.outputs, dtype=torch.bool)
     live[inner.band.live] = True
-    reads = live[outer.band.starts]
-    if outer.band.rows is not None:
-        reads[: outer.band.live.start], reads[outer.band.live.stop :] = False, False
-    offsets = inner.band.starts[outer.band.starts] - shape.band.starts
+    offsets = inner.band.starts[starts] - shape.band.starts[rows]
     full = picked.new_zeros(shape.outputs, shape.band.width, *shape.kernel)
-    _accumulate(full, picked, offsets.masked_fill(~reads, 0))
+    _accumulate(full[rows], picked, offsets.masked_fill(~live[starts], 0))
     return full
 
 

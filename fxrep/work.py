@@ -89,16 +89,17 @@ def layer(
     written = positions(outer, rank, crossed)
     read = touched(shape if whole is None else whole, rank, crossed)
     computed = read if shape.transposed else written
+    weights = shape.weights
     copies = (not geometry.symmetric(shape).symmetric) + ones
     return Work(
-        macs=tuple(shape.weights * n for n in computed),
+        macs=tuple(weights * n for n in computed),
         traffic=tuple(
             (1 + 2 * copies) * shape.inputs * a + shape.outputs * b
             for a, b in zip(read, written, strict=True)
         ),
         convolutions=1,
         operations=1 + copies,
-        parameters=shape.weights + (shape.outputs if biased else 0),
+        parameters=weights + (shape.outputs if biased else 0),
     )
 
 
