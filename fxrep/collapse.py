@@ -7,50 +7,26 @@ concatenation, of convolutions of these" is a candidate. The best legal candidat
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from fxrep import geometry, kernels, work
+from fxrep import geometry, work
 from fxrep.commuting import Mover
-from fxrep.cost import SIZES, TYPICAL, CostModel, Work, total
-from fxrep.geometry import Diagonal, Linear, Map, Refusal
-from fxrep.recipe import Call, Expr
+from fxrep.cost import TYPICAL, CostModel, Work, total
+from fxrep.geometry import Map, Refusal
+from fxrep.pieces import Draft, Piece, pieces_of
 from fxrep.view import Affine, View, writes
 from fxrep.walk import (
-    SAME_VALUE,
-    Frame,
-    Path,
     Rule,
     Walk,
-    merged,
     sizeless,
     start,
     steps,
     unread,
     where,
 )  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """One part of a plan: a convolution of `source`, or `source` itself if its map is diagonal.
-
-    Attributes:
-        bias: (O,) or () that this layer adds, or None.
-        layers: the convolution and linear layers it is made of.
-        ones: the last input channel of its map is a channel of ones, to be added to the source.
-        rows: the outputs it gives, where the plan concatenates; else None.
-    """
-
-    source: fx.Node
-    map: Linear
-    weight: Expr | None
-    layers: frozenset[fx.Node] = frozenset()
-    bias: Expr | None = None
-    ones: bool = False
-    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,22 +178,13 @@ def metadata_readers(plan: Plan) -> list[fx.Node]:
 # --- from a frontier to a plan ----------------------------------------------------------------
 
 
-@dataclass(eq=False)
-class _Draft:
-    """The pieces of a frontier in the making."""
-
-    pieces: list[Piece] = field(default_factory=list)
-    apart: str | None = None
-    concatenates: bool = False
-
-
 def _plan(walk: Walk, cost: CostModel, *, alone: bool = False) -> Plan | Refusal | None:
     """The plan that the present frontier amounts to; None if it is not one at all.
 
     With `alone` one operation may take the place of one.
     """
-    draft = _draft(walk, cost)
-    if not isinstance(draft, _Draft):
+    draft = pieces_of(walk, cost)
+    if not isinstance(draft, Draft):
         return draft
     pieces = draft.pieces
     shapes = [piece.map for piece in pieces if isinstance(piece.map, Map)]
@@ -252,8 +219,7 @@ def _plan(walk: Walk, cost: CostModel, *, alone: bool = False) -> Plan | Refusal
     if not alone and _operations(walk, region) < 2 and not _pools(walk, region):
         return None  # one operation in place of one
     relies = tuple(value for reading in readings for value in reading.relies)
-    axis = shapes[0].channel_axis if shapes else _axis(pieces[0])
-    rank = -axis - 1
+    axis, rank = draft.axis, -draft.axis - 1
     return Plan(
         walk.root, region, expanded, tuple(pieces), axis, relies,
         _saved(walk, region, draft, rank), _spent(walk, draft, rank),
@@ -262,13 +228,7 @@ def _plan(walk: Walk, cost: CostModel, *, alone: bool = False) -> Plan | Refusal
     )  # fmt: skip
 
 
-def _axis(piece: Piece) -> int:
-    """The channels' dimension of a value that is taken as it is."""
-    assert isinstance(piece.map, Diagonal) and piece.map.axis is not None
-    return piece.map.axis
-
-
-def _is_copy(walk: Walk, draft: _Draft) -> bool:
+def _is_copy(walk: Walk, draft: Draft) -> bool:
     """Whether values apart are put together again, and nobody would see that it is no copy."""
     if any(isinstance(p.map, Map) or p.map.axis is None for p in draft.pieces):
         return False
@@ -304,184 +264,6 @@ def _operations(walk: Walk, region: Sequence[fx.Node]) -> int:
 def _pools(walk: Walk, region: Sequence[fx.Node]) -> bool:
     kinds = [r.kind for node in region if (r := _affine(walk.view, node)) is not None]
     return kinds == ["avg_pool"]
-
-
-def _draft(walk: Walk, cost: CostModel) -> _Draft | Refusal | None:
-    """The pieces that the frontier amounts to, with their biases."""
-    if any(node.op == "get_attr" for node in walk.frontier):
-        return None
-    for paths in walk.frontier.values():
-        only = paths[0] if len(paths) == 1 else None
-        if only and only.outside is None and _unavailable(only):
-            return None  # scaled, cropped or padded values that no layer takes up
-    draft = _Draft()
-    for source in sorted(walk.frontier):
-        if any(path.outside is not None for path in walk.frontier[source]):
-            return Refusal("it pads with values that its source does not give for zeros")
-        merged_paths, reason = _cheapest(walk.frontier[source], cost)
-        draft.apart = draft.apart or reason
-        for path in merged_paths:
-            piece = _piece(walk, source, path)
-            if not isinstance(piece, Piece):
-                return piece
-            draft.pieces.append(piece)
-    frames = _visible(walk)
-    return _with_frame(walk, draft, frames) if frames else _with_bias(walk, draft)
-
-
-def _unavailable(path: Path) -> bool:
-    """Whether no layer is left that could compute a path: it computes nothing, or a scale."""
-    if isinstance(path.map, Diagonal):
-        return path.weight is not None
-    return path.weight is None and not geometry.places(path.map)
-
-
-def _piece(walk: Walk, source: fx.Node, path: Path) -> Piece | Refusal | None:
-    if _unavailable(path):
-        return None
-    shape = path.map
-    if isinstance(shape, Diagonal):
-        return Piece(source, shape, None)
-    if shape.channelwise is None:
-        channels = walk.view.channels.of(source, shape.channel_axis)
-        if channels is None:
-            return Refusal(f"{where(source)}: not known how many channels it has")
-        shape = geometry.lifted(shape, channels)
-    elif not path.proven and walk.view.channels.of(source, shape.channel_axis) != shape.inputs:
-        return Refusal(f"{where(source)}: not known to have {shape.inputs} channels")
-    rows = shape.band.rows
-    if path.weight is None:
-        return Piece(source, Diagonal(shape.inputs, shape.channel_axis), None, rows=rows)
-    refusal = geometry.unavailable(shape)
-    return refusal or Piece(source, shape, path.weight, path.layers, rows=rows)
-
-
-def _with_bias(walk: Walk, draft: _Draft) -> _Draft | Refusal | None:
-    """Give each layer its part of the bias, and decide how the pieces are put together."""
-    pieces = draft.pieces
-    outputs = {piece.map.outputs for piece in pieces if isinstance(piece.map, Map)}
-    outputs = outputs or {max((p.rows or (0, 0))[1] for p in pieces)}
-    if len(outputs) > 1:
-        return Refusal("branches of different channels broadcast against each other")
-    biases = walk.biases
-    if any(piece.rows is not None for piece in pieces) and len(pieces) > 1:
-        ordered = sorted(pieces, key=lambda piece: piece.rows or (0, 0))
-        ends = [0, *((piece.rows or (0, 0))[1] for piece in ordered)]
-        starts = [*((piece.rows or (0, 0))[0] for piece in ordered), *outputs]
-        if ends != starts:
-            return None
-        draft.pieces = []
-        for piece in ordered:
-            first, last = piece.rows or (0, 0)
-            reached = [b for b in biases if b.rows is None or b.rows[0] < last > first < b.rows[1]]
-            if not reached:
-                draft.pieces.append(piece)
-            elif isinstance(piece.map, Diagonal):
-                return None
-            else:
-                whole = Call(kernels.full_bias, (_sum([b.expr for b in reached]), *outputs))
-                part = Call(kernels.rows, (whole, first, last))
-                draft.pieces.append(replace(piece, bias=part))
-        draft.concatenates = True
-        return draft
-    # Outputs that read nothing are rows of zeros here.
-    draft.pieces = pieces = [_unbanded(piece) for piece in pieces]
-    if biases:
-        layer = next((i for i, p in enumerate(pieces) if isinstance(p.map, Map)), None)
-        if layer is None:
-            return None
-        pieces[layer] = replace(pieces[layer], bias=_sum([b.expr for b in biases]))
-    return draft
-
-
-def _sum(exprs: Sequence[Expr]) -> Expr:
-    return exprs[0] if len(exprs) == 1 else Call(kernels.add_biases, tuple(exprs))
-
-
-def _unbanded(piece: Piece) -> Piece:
-    if piece.rows is None or not isinstance(piece.map, Map):
-        return replace(piece, rows=None)
-    return replace(piece, map=geometry.unbanded(piece.map), rows=None)
-
-
-def _visible(walk: Walk) -> list[Frame]:
-    """The frames, unless they add up to nothing: a shift before the padding, undone after it."""
-    if len(walk.frames) > 1 and len({frame.map.axes for frame in walk.frames}) == 1:
-        weights = [walk.view.value(frame.weight) for frame in walk.frames]
-        largest = kernels.add_biases(*(w.abs() for w in weights))
-        if bool((kernels.add_biases(*weights).abs() <= SAME_VALUE * largest).all()):
-            return []
-    return walk.frames
-
-
-def _with_frame(walk: Walk, draft: _Draft, frames: Sequence[Frame]) -> _Draft | Refusal | None:
-    """Correct the border by one more input channel: ones, with the biases as its weights."""
-    if len(draft.pieces) != 1 or walk.before is not None or walk.after:
-        return None
-    piece = draft.pieces[0]
-    shape = piece.map
-    if any(frame.node is not piece.source for frame in frames) or not isinstance(shape, Map):
-        return None
-    if shape.transposed or shape.padding_mode != "zeros" or shape.band.groups > 1:
-        return Refusal("its border would need one more input channel for each group")
-    inputs = shape.inputs + 1
-    maps = (
-        geometry.beside(geometry.unbanded(shape), inputs, 0),
-        *(geometry.beside(frame.map, inputs, inputs - 1) for frame in frames),
-    )
-    whole = geometry.add(maps)
-    if isinstance(whole, Refusal):
-        return whole
-    weights = (piece.weight, *(frame.weight for frame in frames))
-    assert isinstance(whole, Map)
-    draft.pieces = [
-        replace(
-            piece, map=whole, weight=Call(kernels.add, (whole, maps, *weights)), ones=True,
-            bias=_sum([b.expr for b in walk.biases]) if walk.biases else None, rows=None,
-        )
-    ]  # fmt: skip
-    return draft
-
-
-def _cheapest(paths: Sequence[Path], cost: CostModel) -> tuple[list[Path], str | None]:
-    """The ways from one source, merged where that is legal and worth it, and why not all are."""
-    if len(paths) == 1:
-        return list(paths), None
-    whole = _together(paths, cost)
-    if not isinstance(whole, Refusal):
-        return [whole], None
-    found: list[Path] = []
-    for path in sorted(paths, key=_weights, reverse=True):
-        for i, other in enumerate(found):
-            both = _together([other, path], cost)
-            if not isinstance(both, Refusal):
-                found[i] = both
-                break
-        else:
-            found.append(path)
-    return found, whole.reason
-
-
-def _together(paths: Sequence[Path], cost: CostModel) -> Path | Refusal:
-    """Several ways as one, or why that is not legal or not worth it."""
-    whole = merged(paths)
-    if isinstance(whole, Refusal):
-        return whole
-    before = total([_weight_work(path) for path in paths])
-    objection = cost.objection(before, _weight_work(whole))
-    return whole if objection is None else Refusal(f"not worth it: {objection}")
-
-
-def _weight_work(path: Path) -> Work:
-    """The work of a map per output position; the addition that merging saves counts with it."""
-    weights = _weights(path)
-    return Work((weights,) * len(SIZES), convolutions=min(weights, 1), operations=1)
-
-
-def _weights(path: Path) -> int:
-    if isinstance(path.map, Diagonal) or path.map.channelwise is None:
-        return 0
-    return path.map.weights
 
 
 def _separable(walk: Walk) -> bool:
@@ -524,9 +306,9 @@ def promotion(view: View, nodes: Sequence[fx.Node]) -> Refusal | None:
 # --- work ---------------------------------------------------------------------------------------
 
 
-def _saved(walk: Walk, region: Sequence[fx.Node], draft: _Draft, rank: int) -> Work:
+def _saved(walk: Walk, region: Sequence[fx.Node], draft: Draft, rank: int) -> Work:
     """The work of what dies."""
-    outputs = _width(draft)
+    outputs = draft.width
     moved = {m.node: m for m in walk.crossed}
     for node in region:
         if node in walk.works:
@@ -542,9 +324,9 @@ def _saved(walk: Walk, region: Sequence[fx.Node], draft: _Draft, rank: int) -> W
     return total([walk.works[node] for node in region if node in walk.works])
 
 
-def _spent(walk: Walk, draft: _Draft, rank: int) -> Work:
+def _spent(walk: Walk, draft: Draft, rank: int) -> Work:
     """The work of what replaces it."""
-    outputs = _width(draft)
+    outputs = draft.width
     crossed = tuple(walk.after)
     works = []
     for piece in draft.pieces:
@@ -566,10 +348,3 @@ def _spent(walk: Walk, draft: _Draft, rank: int) -> Work:
         work.moved(each, outputs, rank, tuple(walk.after[:i])) for i, each in enumerate(walk.after)
     ]
     return total(works)
-
-
-def _width(draft: _Draft) -> int:
-    for piece in draft.pieces:
-        if isinstance(piece.map, Map):
-            return piece.map.outputs
-    return sum(p.map.channels or 0 for p in draft.pieces if isinstance(p.map, Diagonal))

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxrep import kernels
-from fxrep.collapse import Piece, Plan, metadata_readers
+from fxrep.collapse import Plan, metadata_readers
 from fxrep.commuting import Mover
 from fxrep.geometry import Map, Refusal, narrowed, symmetric
+from fxrep.pieces import Piece
 from fxrep.recipe import Call, Expr, Recipe, record
 from fxrep.view import Affine, View, scope
 

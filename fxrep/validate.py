@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fxrep.collapse import Piece, Plan
+from fxrep.collapse import Plan
 from fxrep.commuting import Mover
 from fxrep.errors import EquivalenceError, InputError
 from fxrep.geometry import Diagonal, Map, Refusal, channel_map, lifted, points
+from fxrep.pieces import Piece
 from fxrep.report import Report
 from fxrep.rewrite import Layer, Lookup, pads
 from fxrep.skeleton import skeleton, weight_hooks

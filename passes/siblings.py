@@ -29,10 +29,11 @@ import torch
 from torch import fx
 
 from fxrep import geometry, kernels, work
-from fxrep.collapse import Piece, Plan, promotion
+from fxrep.collapse import Plan, promotion
 from fxrep.commuting import Mover, mover
 from fxrep.cost import CostModel, Work, total
 from fxrep.geometry import IDENTITY, Map, Refusal
+from fxrep.pieces import Piece
 from fxrep.pointwise import pointwise, writes_over
 from fxrep.recipe import Call, Expr
 from fxrep.rule import Pass
