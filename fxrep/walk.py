@@ -493,7 +493,8 @@ def _passes(walk: Walk, found: Mover, outer: Path) -> bool:
         return True
     if not found.mixes or not outer.map.pointwise or outer.outside is not None:
         return False
-    return len(outer.map.axes) == found.spatial and (found.shrinks or bool(found.factors))
+    # Below a mean over everything a layer would run at who knows how many positions.
+    return len(outer.map.axes) == found.spatial and bool(found.axes or found.factors)
 
 
 def _spread(path: Path, times: int) -> Path:
