@@ -67,6 +67,8 @@ class Mover:
             return tuple(a.needed(n) for a, n in zip(self.axes, sizes, strict=True))
         if self.factors:
             return tuple(math.ceil(n / f) for n, f in zip(sizes, self.factors, strict=True))
+        if self.shrinks:  # a mean over all there is: of more than one, or it is none
+            return tuple(2 * n for n in sizes)
         return sizes
 
 
@@ -136,7 +138,8 @@ def _avg_pool(rank: int) -> Callable[..., Mover | None]:
             return None
         if any(pads) and count_include_pad:
             return None  # its zeros are no constant image
-        if divisor_override is not None and (divisor_override != math.prod(kernel) or ceil_mode):
+        exact = divisor_override == math.prod(kernel) and not ceil_mode and not any(pads)
+        if divisor_override is not None and not exact:
             return None
         axes = tuple(Axis(k, s, p, p) for k, s, p in zip(kernel, strides, pads, strict=True))
         return Mover(node, input, rank, shrinks=True, axes=axes)

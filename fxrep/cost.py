@@ -10,7 +10,7 @@ from fxrep.errors import OptionError
 
 # Root sizes at which two plans are compared: inner positions a root of R needs grow at different
 # rates (padding, stride), so a collapse must pay at all of them.
-SIZES = (2, 4, 7, 16, 56, 224)
+SIZES = (1, 2, 4, 7, 16, 56, 224)
 TYPICAL = SIZES.index(16)
 
 
@@ -79,7 +79,8 @@ class MacsCost:
         for what in ("macs", "traffic"):
             old, new = getattr(before, what), getattr(after, what)
             for size, a, b in zip(SIZES, old, new, strict=True):
-                if b > a:
+                # At one position launching the operations is what takes time, not their traffic.
+                if b > a and (what == "macs" or size > 1):
                     label = "MACs" if what == "macs" else "elements moved"
                     return f"{label} {a} -> {b} at output size {size}"
         if after.operations >= before.operations and after.macs[TYPICAL] >= before.macs[TYPICAL]:
@@ -95,10 +96,12 @@ class AlwaysCost:
 
     def objection(self, before: Work, after: Work) -> str | None:
         """See `CostModel`."""
-        # A pooling alone becomes a convolution too.
-        if after.operations >= before.operations + (before.poolings > 0):
-            return f"operations {before.operations} -> {after.operations}"
-        return None
+        fewer = after.operations < before.operations
+        # A pooling alone becomes a convolution too, and a padding may take a layer's place.
+        other = before.poolings > 0 or after.convolutions < before.convolutions
+        if fewer or (other and after.operations == before.operations):
+            return None
+        return f"operations {before.operations} -> {after.operations}"
 
 
 _MODELS: dict[str, CostModel] = {"macs": MacsCost(), "always": AlwaysCost()}

@@ -658,6 +658,8 @@ def unavailable(shape: Map) -> Refusal | None:
                 return Refusal(
                     f"no transposed convolution has padding {axis.low} and output padding {extra}"
                 )
+    elif any(a.needed(1) + min(a.low, 0) + min(a.high, 0) < 1 for a in shape.axes):
+        return Refusal("it crops more than the smallest inputs have, before it pads")
     elif shape.padding_mode == "constant":
         return Refusal("it pads with values that are not what its source gives for zeros")
     elif shape.padding_mode != "zeros" and any(a.low < 0 or a.high < 0 for a in shape.axes):

@@ -136,6 +136,9 @@ class Part:
     # Why a pass declined a node, by its name.
     notes: dict[fx.Node, dict[str, Skip]] = field(default_factory=lambda: defaultdict(dict))
 
+    # The values that took the place of others.
+    made: list[fx.Node] = field(default_factory=list)
+
     def note(self, node: fx.Node) -> Skip | None:
         """Why a node stayed as it is, by the pass that looked last.
 
@@ -192,9 +195,12 @@ class Session:
         """One sweep, from the outputs to the inputs: the largest region is met first."""
         changed = False
         part.waiting.clear()
-        for node in reversed(list(part.program.graph.nodes)):
+        waiting = list(part.program.graph.nodes)
+        while waiting:
+            node = waiting.pop()
             if node._erased:
                 continue
+            made = len(part.made)
             answer = rule.propose(part.view, node, self.cost)
             if isinstance(answer, Fold):
                 self._fold(rule, part, answer)
@@ -215,6 +221,7 @@ class Session:
                 part.notes[node][rule.name] = note
             else:
                 part.notes.get(node, {}).pop(rule.name, None)
+            waiting += part.made[made:]  # what took a node's place may be rewritten in turn
         return changed
 
     def _apply(self, rule: Pass, part: Part, plan: Plan) -> Refusal | None:
@@ -280,7 +287,7 @@ class Session:
         targets = part.editor.place(plans, layers)
         location = self._location(part, targets, plan)
         for each in plans:
-            part.editor.replace(each, targets)
+            part.made.append(part.editor.replace(each, targets))
         for target, layer in zip(targets, layers, strict=True):
             part.editor.install(target, layer.module)
             for name, expr in zip(("weight", "bias"), layer.exprs, strict=True):

@@ -169,9 +169,9 @@ def _shapes(plan: Plan, view: View) -> Iterator[dict[fx.Node, tuple[int, ...]]]:
         for lead in ((2,), (3,)):
             yield {s: lead * (known - 1) + (_channels(p, outputs),) for s, p in first.items()}
         return
-    for sizes, residues in _sizes(maps, plan.before):
-        if plan.before is not None:
-            sizes = list(plan.before.below(tuple(sizes)))
+    for sizes, residues in _sizes(maps, plan.moved):
+        for each in plan.moved:
+            sizes = list(each.below(tuple(sizes)))
         yield {
             source: (
                 1,
@@ -197,14 +197,14 @@ def _size(piece: Piece, axis: int, outputs: int, residue: int) -> int:
     return shape.needed(outputs) + residue % (shape.slack + 1)
 
 
-def _sizes(maps: Sequence[Map], before: Mover | None) -> Iterator[tuple[list[int], list[int]]]:
+def _sizes(maps: Sequence[Map], moved: Sequence[Mover]) -> Iterator[tuple[list[int], list[int]]]:
     """Output sizes and residues per axis: the smallest, and one at which every tap is read.
 
     One position alone never shows the stride, so the larger has two at the least.
     """
     rank = len(maps[0].axes)
-    windows = () if before is None else before.axes
-    strides = max(axis.stride for axes in (windows, *(m.axes for m in maps)) for axis in axes)
+    windows = (*(each.axes for each in moved), *(m.axes for m in maps))
+    strides = max(axis.stride for axes in windows for axis in axes)
     large = [2] * rank
     for m in maps:
         for i, axis in enumerate(m.axes):

@@ -23,6 +23,7 @@ Source: Szegedy et al., "Going Deeper with Convolutions", 2015 (the structure); 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -44,7 +45,10 @@ from fxrep.walk import Seen
 _MOST = 64
 
 # Functions besides the ones read as linear or pointwise that take views and give fresh values.
-_FRESH = {torch.matmul, torch.softmax, "softmax", "matmul"}
+_FRESH = {operator.matmul, torch.matmul, torch.softmax, "softmax", "matmul"}
+
+# Functions that give another view of the same memory.
+_TURNS = {torch.transpose, torch.permute, "transpose", "permute"}
 
 
 def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None:
@@ -53,7 +57,7 @@ def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None
         return None
     groups: dict[object, list[fx.Node]] = {}
     for user in sorted(node.users)[:_MOST]:
-        key = _kind(view, user)
+        key = _kind(view, user, node)
         if key is not None:
             groups.setdefault(key, []).append(user)
     refusal: Refusal | None = None
@@ -69,12 +73,14 @@ def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None
     return refusal
 
 
-def _kind(view: View, node: fx.Node) -> object:
-    """Equal for layers that may be joined; None for what is no such layer."""
+def _kind(view: View, node: fx.Node, source: fx.Node) -> object:
+    """Equal for layers of `source` that may be joined; None for what is no such layer."""
     reading = view.read(node)
     if not isinstance(reading, Affine) or reading.weight is None or reading.inside:
         return None
     shape = reading.terms[0].map
+    if reading.terms[0].operand is not source:  # it reads its weight there
+        return None
     if not isinstance(shape, Map) or shape.transposed or shape.band.groups > 1:
         return None
     if view.aliasing.pinned(node) or not _may_be_view(view, node):
@@ -92,7 +98,12 @@ def _may_be_view(view: View, node: fx.Node) -> bool:
             continue
         reading = view.read(user)
         known = isinstance(reading, Affine) and reading.kind not in ("slice", "chunk")
-        known = known or pointwise(view, user) is not None or mover(view, user) is not None
+        known = (
+            known
+            or user.target in _TURNS
+            or pointwise(view, user) is not None
+            or mover(view, user) is not None
+        )
         if not known and user.target not in _FRESH:
             return False
         if _passes_on(view, user, node) and not _may_be_view(view, user):
@@ -103,6 +114,8 @@ def _may_be_view(view: View, node: fx.Node) -> bool:
 def _passes_on(view: View, user: fx.Node, node: fx.Node) -> bool:
     """Whether a reader gives its operand's own memory on."""
     reading = view.read(user)
+    if user.target in _TURNS:
+        return True
     if isinstance(reading, Affine):
         return reading.kind == "identity" or (writes(user) and user.args[0] is node)
     return pointwise(view, user) is not None and writes_over(view, user)

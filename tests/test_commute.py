@@ -75,7 +75,6 @@ def test_1x1_runs_after_what_shrinks(name: str, bias: bool) -> None:
     assert left == round(8 * 6 * 64 * share), f"{left} MACs"
 
 
-@pytest.mark.xfail(strict=True, reason="the cost takes a pooling to one pixel to read one pixel")
 @pytest.mark.parametrize("out", [6, 8, 16])
 @pytest.mark.parametrize("name", [name for name in SMALLER if SMALLER[name][1] == 1 / 64])
 def test_1x1_runs_after_a_global_pooling(name: str, out: int) -> None:
@@ -85,7 +84,6 @@ def test_1x1_runs_after_a_global_pooling(name: str, out: int) -> None:
     assert convolved(optimized, EVEN[0]) == 8 * out
 
 
-@pytest.mark.xfail(strict=True, reason="the scale moves first, then conv and pooling are merged")
 def test_1x1_runs_after_a_pooling_of_2_that_is_scaled() -> None:
     model = nn.Sequential(conv(8, 6, 1), nn.AvgPool2d(2), nn.BatchNorm2d(6)).eval()
     optimized = check(model, (*EVEN, *ODD), layers=1)
@@ -188,7 +186,6 @@ WINDOWS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="validated at sizes that what lies between cannot run at")
 @pytest.mark.parametrize("name", WINDOWS)
 def test_batchnorm_folds_over_windows_of_more_than_two(name: str) -> None:
     model = Body(WINDOWS[name], a=conv(padding=1), norm=nn.BatchNorm2d(8)).eval()
@@ -288,14 +285,12 @@ def test_a_batchnorm_with_a_negative_scale_stays_after_max_pooling() -> None:
         check(model, (*EVEN, *ODD), layers=1, batchnorms=left, validate=False)
 
 
-@pytest.mark.xfail(strict=True, reason="the cost takes a pooling to one pixel to read one pixel")
 def test_a_1x1_never_moves_to_the_larger_side() -> None:
     """A classifier over BN -> global pooling: the BatchNorm may not take the 1x1 along."""
     model = nn.Sequential(nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), conv(8, 6, 1)).eval()
     check(model, (*EVEN, *ODD), batchnorms=None)
 
 
-@pytest.mark.xfail(strict=True, reason="its divisor counts the padding although it is not counted")
 def test_a_divisor_counts_the_padding() -> None:
     """What validation catches, the algebra must not propose."""
     pool = nn.AvgPool2d(2, 1, 1, count_include_pad=False, divisor_override=4)

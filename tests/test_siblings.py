@@ -102,9 +102,7 @@ def _linear_attention(m: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("forward", [
     pytest.param(_linear_attention, id="over features"),
-    pytest.param(_attention, id="over tokens", marks=pytest.mark.xfail(
-        strict=True, reason="a reader that turns k keeps its layer apart; two save no operation"
-    )),
+    pytest.param(_attention, id="over tokens"),
 ])  # fmt: skip
 def test_queries_keys_and_values_are_one_layer(forward: Forward, bias: bool) -> None:
     parts = {name: nn.Linear(32, 8, bias=bias or name == "q") for name in "qkv"}
