@@ -47,6 +47,7 @@ class Plan:
         border: what a padding would see if its border were not corrected.
         before: an operation applied to the sources first.
         after: operations applied to the result, outermost first.
+        contiguous: what dies made its value contiguous, and a reader may count on that.
         outputs: nodes that get some channels of the result each, with their number; the root's
             own value if there are none.
     """
@@ -64,6 +65,7 @@ class Plan:
     border: str | None = None
     before: Mover | None = None
     after: tuple[Mover, ...] = ()
+    contiguous: bool = False
     outputs: tuple[tuple[fx.Node, int], ...] = ()
 
     @property
@@ -224,7 +226,7 @@ def _plan(walk: Walk, cost: CostModel, *, alone: bool = False) -> Plan | Refusal
         walk.root, region, expanded, tuple(pieces), axis, relies,
         _saved(walk, region, draft, rank), _spent(walk, draft, rank),
         draft.concatenates, draft.apart, next((f.reason for f in walk.frames), None),
-        walk.before, tuple(walk.after),
+        walk.before, tuple(walk.after), any(n.target == "contiguous" for n in region),
     )  # fmt: skip
 
 

@@ -96,13 +96,15 @@ def points(count: int) -> tuple[Axis, ...]:
 class Band:
     """Which input channels each output channel reads: ``start[o] <= i < start[o] + width``.
 
-    Outputs outside ``rows`` (first, past the last) read nothing; None stands for all of them.
+    Outputs outside ``rows`` (first, past the last) read nothing; None stands for all of them. With
+    ``holes`` some between them read nothing either: their weights are zeros.
     """
 
     starts: Tensor  # (O,) int64, on the CPU
     width: int
     inputs: int
     rows: tuple[int, int] | None = None
+    holes: bool = False
 
     @property
     def outputs(self) -> int:
@@ -119,7 +121,7 @@ class Band:
         """The outputs that read something, alone."""
         if self.rows is None:
             return self
-        return Band(self.starts[self.live], self.width, self.inputs)
+        return Band(self.starts[self.live], self.width, self.inputs, holes=self.holes)
 
     @cached_property
     def groups(self) -> int:
@@ -143,6 +145,7 @@ class Band:
         return (
             self.width == 1
             and self.rows is None
+            and not self.holes
             and self.outputs == self.inputs
             and bool((self.starts == torch.arange(self.outputs)).all())
         )
@@ -209,14 +212,16 @@ def _band(low: Tensor, high: Tensor, inputs: int, rows: tuple[int, int] | None) 
     if rows is not None:
         reads[: rows[0]] = False
         reads[rows[1] :] = False
+    holes = False
     if not bool(reads.all()):
         index = reads.nonzero()
         rows = (int(index[0]), int(index[-1]) + 1) if len(index) else (0, 0)
+        holes = len(index) < rows[1] - rows[0]
         low, high = low.masked_fill(~reads, 0), high.masked_fill(~reads, 0)
     else:
         rows = None
     width = max(1, int((high - low).max()))
-    return Band(low.clamp(max=inputs - width), width, inputs, rows)
+    return Band(low.clamp(max=inputs - width), width, inputs, rows, holes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,13 +299,19 @@ class Map:
 def beside(shape: Map, inputs: int, first: int) -> Map:
     """The same map as part of one of `inputs` channels, of which its own start at `first`."""
     band = shape.band
-    return replace(shape, channelwise=Band(band.starts + first, band.width, inputs, band.rows))
+    moved = replace(band, starts=band.starts + first, inputs=inputs)
+    return replace(shape, channelwise=moved)
 
 
 def stacked(maps: Sequence[Map]) -> Map:
     """Maps of one source and one geometry without groups, their outputs one after the other."""
     starts = torch.cat([m.band.starts for m in maps])
     return replace(maps[0], channelwise=Band(starts, maps[0].band.width, maps[0].inputs))
+
+
+def has_holes(shape: Linear) -> bool:
+    """Whether outputs among those that read something read nothing."""
+    return isinstance(shape, Map) and shape.channelwise is not None and shape.channelwise.holes
 
 
 def unbanded(shape: Map) -> Map:

@@ -16,7 +16,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxrep.geometry import POINT, Band, Diagonal, Linear, Map, aligned, lifted, narrowed
+from fxrep.geometry import (
+    POINT,
+    Band,
+    Diagonal,
+    Linear,
+    Map,
+    aligned,
+    has_holes,
+    lifted,
+    narrowed,
+)  # fmt: skip
 
 Weight = Tensor | None
 
@@ -65,7 +75,8 @@ def compose(
         return _product(outer_weight, inner_weight)
     if isinstance(inner, Diagonal) and inner_weight is None:
         return outer_weight
-    if outer_weight is None and inner_weight is None and _selects(outer) and _selects(inner):
+    ones = outer_weight is None and inner_weight is None and _selects(outer) and _selects(inner)
+    if ones and not has_holes(shape):
         return None
     assert isinstance(shape, Map)
     device = _device(outer_weight, inner_weight)

@@ -363,8 +363,9 @@ def _read_dropout(view: View, node: fx.Node, input: Any, training: Any, **_: Any
     return _identity(view, node, input) if training is False else None
 
 
-def _read_contiguous(view: View, node: fx.Node, input: Any, **_: Any) -> Reading:
-    return _identity(view, node, input)
+def _read_contiguous(view: View, node: fx.Node, input: Any, memory_format: Any) -> Reading:
+    plain = memory_format in (None, torch.contiguous_format)
+    return _identity(view, node, input) if plain else None
 
 
 def _read_reshape_as(view: View, node: fx.Node, input: Any, other: Any) -> Reading:

@@ -120,6 +120,8 @@ def _with_bias(walk: Walk, draft: Draft) -> Draft | Refusal | None:
         return Refusal("branches of different channels broadcast against each other")
     biases = walk.biases
     if any(piece.rows is not None for piece in pieces) and len(pieces) > 1:
+        if any(piece.rows is None for piece in pieces):
+            return None  # some outputs are a sum
         ordered = sorted(pieces, key=lambda piece: piece.rows or (0, 0))
         ends = [0, *((piece.rows or (0, 0))[1] for piece in ordered)]
         starts = [*((piece.rows or (0, 0))[0] for piece in ordered), *outputs]
@@ -161,7 +163,7 @@ def _unbanded(piece: Piece) -> Piece:
 
 def _visible(walk: Walk) -> list[Frame]:
     """The frames, unless they add up to nothing: a shift before the padding, undone after it."""
-    if len(walk.frames) > 1 and len({frame.map.axes for frame in walk.frames}) == 1:
+    if len(walk.frames) > 1 and len({(f.node, f.map.axes) for f in walk.frames}) == 1:
         weights = [walk.view.value(frame.weight) for frame in walk.frames]
         largest = kernels.add_biases(*(w.abs() for w in weights))
         if bool((kernels.add_biases(*weights).abs() <= SAME_VALUE * largest).all()):

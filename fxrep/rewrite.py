@@ -167,6 +167,21 @@ def _padding(shape: Map) -> tuple[tuple[int, ...], str, float | None]:
     return tuple(sizes), mode, None
 
 
+def _instead(plan: Plan, node: fx.Node, values: Sequence[fx.Node]) -> fx.Node:
+    """A value of the same shape, or at least dtype, as one that dies."""
+    if plan.outputs:  # each comes before the output that it leads to
+        place = next(i for i, (root, _) in enumerate(plan.outputs) if leads_to(node, root))
+        return values[place]
+    return values[0] if len(plan.pieces) == 1 else min(piece.source for piece in plan.pieces)
+
+
+def leads_to(node: fx.Node, root: fx.Node) -> bool:
+    """Whether a value is that of a root, or reaches it through operations with one operand."""
+    while root is not node and len(root.all_input_nodes) == 1:
+        root = root.all_input_nodes[0]
+    return root is node
+
+
 @dataclass(eq=False)
 class Editor:
     """The graph of one program, with the names its layers have taken."""
@@ -199,10 +214,9 @@ class Editor:
             values = self._parts(plan, total)
         self.view.forget(*readers)
         for reader in readers:
-            value = total if single else min(piece.source for piece in plan.pieces)
-            for node in plan.region:
-                if node not in plan.roots:
-                    reader.replace_input_with(node, value)
+            for node in reader.all_input_nodes:
+                if node in plan.region:
+                    reader.replace_input_with(node, _instead(plan, node, values))
         self.view.ranks.rely_leaned()
         for value in plan.relies:
             self.view.ranks.rely(value)
@@ -235,6 +249,8 @@ class Editor:
                 total = self._new(plan, "call_function", torch.add, (total, part))
         for each in reversed(plan.after):
             total = self._moved(plan, each, total)
+        if plan.contiguous:
+            total = self._new(plan, "call_method", "contiguous", (total,))
         return total
 
     def _parts(self, plan: Plan, total: fx.Node) -> list[fx.Node]:

@@ -262,6 +262,8 @@ def _through(walk: Walk, step: _Step, outer: Path) -> Refusal | None:
     """Compose one way to the root with what `step.node` computes."""
     reading = step.reading
     biased = reading.bias is not None
+    if outer.outside is not None and len(reading.terms) > 1:
+        return Refusal("it pads a sum with values of its own")  # each operand has a part in them
     framed: Refusal | None = None
     shapes: list[Linear] = []
     for term in reading.terms:
@@ -335,7 +337,8 @@ def _composed(shape: Linear, outer: Path, term: Term) -> Expr | None:
         return outer.weight
     if outer.weight is None and isinstance(outer.map, Diagonal):
         return term.weight
-    if outer.weight is None and term.weight is None and _selects(outer.map) and _selects(term.map):
+    ones = outer.weight is None and term.weight is None and _selects(outer.map)
+    if ones and _selects(term.map) and not geometry.has_holes(shape):
         return None
     return Call(kernels.compose, (shape, outer.map, term.map, outer.weight, term.weight))
 

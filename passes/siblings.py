@@ -138,9 +138,12 @@ def _is_copied(view: View, node: fx.Node) -> bool:
 def _plan(view: View, source: fx.Node, members: Sequence[fx.Node]) -> Plan | Refusal:
     readings = [r for node in members if isinstance(r := view.read(node), Affine)]
     maps = [m for r in readings if isinstance(m := r.terms[0].map, Map)]
-    followers = _followers(view, members)
+    ways = _followers(view, members)
+    followers = [way[-1] for way in ways]
     roots = followers or list(members)
-    region = tuple(sorted({*members, *roots}))
+    if any(_is_written(view, root) for root in roots):
+        return Refusal("some of its layers' results are written in place")
+    region = tuple(sorted({*members, *(node for way in ways for node in way)}))
     if view.aliasing.writes_between(region[0], region[-1], [source], dying=set(region)):
         return Refusal("its operand is written in place between its readers")
     refusal = promotion(view, members)
@@ -153,7 +156,7 @@ def _plan(view: View, source: fx.Node, members: Sequence[fx.Node]) -> Plan | Ref
     if any(r.bias is not None for r in readings):
         parts = [r.bias for r in readings]
         bias = Call(kernels.stack_biases, (tuple(m.outputs for m in maps), *parts))
-    after = (Mover(followers[0], members[0], rank),) if followers else ()
+    after = (Mover(followers[0], followers[0].all_input_nodes[0], rank),) if followers else ()
     layers = [work.of(r, Seen(IDENTITY, (), m), m.outputs, rank) for r, m in zip(
         readings, maps, strict=True
     )]  # fmt: skip
@@ -174,18 +177,47 @@ def _plan(view: View, source: fx.Node, members: Sequence[fx.Node]) -> Plan | Ref
     )  # fmt: skip
 
 
-def _followers(view: View, members: Sequence[fx.Node]) -> list[fx.Node]:
-    """The same element-by-element operation on each of them, if there is one and it may move."""
-    found = []
-    for node in members:
-        if len(node.users) != 1:
-            return []
-        found.append(next(iter(node.users)))
-    kinds = {pointwise(view, node) for node in found}
+def _followers(view: View, members: Sequence[fx.Node]) -> list[list[fx.Node]]:
+    """The same element-by-element operation on each of them, if there is one and it may move.
+
+    Each as the way there: identities on the way, then the operation.
+    """
+    ways = [_way(view, node) for node in members]
+    kinds = {pointwise(view, way[-1]) if way else None for way in ways}
     if len(kinds) > 1 or None in kinds:
         return []
-    safe = all(_may_be_view(view, node) and not view.aliasing.pinned(node) for node in found)
-    return found if safe else []
+    last = [way[-1] for way in ways]
+    safe = all(_may_be_view(view, node) and not view.aliasing.pinned(node) for node in last)
+    return ways if safe else []
+
+
+def _way(view: View, node: fx.Node) -> list[fx.Node]:
+    """From a value to the element-by-element operation that alone reads it."""
+    way: list[fx.Node] = []
+    while len(way) < 4:
+        users = [user for user in node.users if not reads_metadata(user)]
+        if len(users) != 1:
+            return []
+        (node,) = users
+        way.append(node)
+        if pointwise(view, node) is not None:
+            return way
+        reading = view.read(node)
+        plain = isinstance(reading, Affine) and reading.kind == "identity"
+        if not plain or node.target == "contiguous" or view.aliasing.pinned(node):
+            return []
+    return []
+
+
+def _is_written(view: View, node: fx.Node) -> bool:
+    """Whether some reader writes over a value, which autograd forbids for parts of one."""
+    for user in node.users:
+        over = pointwise(view, user) is not None and writes_over(view, user)
+        if over or (writes(user) and user.args[0] is node):
+            return True
+        if _passes_on(view, user, node) and _is_written(view, user):
+            return True
+    return False
 
 
 def _applied(widths: Sequence[int], rank: int) -> list[Work]:
