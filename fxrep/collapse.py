@@ -112,6 +112,11 @@ def search(
         # Past a second sum or concatenation no plan paid: stop before it.
         again = start(view, root, moves=moves, maps=maps)
         best = _best(again, steps(again, reads, one_join=True), cost, best, objections)
+    if best is None and walk.pools:
+        # A pooling as a convolution cost too much: leave it as it is.
+        again = start(view, root, moves=moves, maps=maps)
+        rest = steps(again, lambda r: reads(r) and r.kind != "avg_pool")
+        best = _best(again, rest, cost, best, objections)
     if walk.survivors and not moves:
         through = start(view, root, maps=maps)
         best = _best(through, steps(through, reads, survivors=True), cost, best, objections)

@@ -481,6 +481,8 @@ def _compose_maps(outer: Map, inner: Map, biased: bool) -> Map | Refusal:
             return replace(inner, channelwise=band)
         if inner.pointwise and not biased:
             return replace(outer, channelwise=band)
+        if inner.pointwise:
+            return Refusal("a transposed convolution after it spreads its bias unevenly")
         return Refusal("a transposed convolution composes with pointwise maps only")
     if inner.pointwise and outer.padding_mode != "zeros":
         return replace(outer, channelwise=band)

@@ -317,10 +317,13 @@ def _pick_outputs(
     rows = outer.band.live
     starts = outer.band.starts[rows]
     picked = _per_output(outer_weight.reshape(-1)[rows], inner_weight[starts])
+    size = (shape.outputs, shape.band.width, *shape.kernel)
+    if shape.band.rows == (0, 0):  # nothing of the inner map is picked
+        return picked.new_zeros(size)
     live = torch.zeros(inner.outputs, dtype=torch.bool)
     live[inner.band.live] = True
     offsets = inner.band.starts[starts] - shape.band.starts[rows]
-    full = picked.new_zeros(shape.outputs, shape.band.width, *shape.kernel)
+    full = picked.new_zeros(size)
     _accumulate(full[rows], picked, offsets.masked_fill(~live[starts], 0))
     return full
 

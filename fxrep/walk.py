@@ -119,6 +119,7 @@ class Walk:
         one_source: a spatial map was moved over an addition, which may broadcast.
         survivors: the walk stopped at a value that others read too.
         movers: it stopped at an operation that commutes.
+        pools: it has passed an average pooling.
         joins: how many sums and concatenations of several values it has passed.
         works: of what was expanded, as far as a plan has asked.
     """
@@ -138,6 +139,7 @@ class Walk:
     survivors: bool = False
     movers: bool = False
     joins: int = 0
+    pools: bool = False
     works: dict[fx.Node, Work] = field(default_factory=dict)
 
     @property
@@ -226,6 +228,7 @@ def _expand(walk: Walk, node: fx.Node, reads: Rule, through_survivors: bool) -> 
     if several and reading.kind != "cat" and not all(_pointwise(outer.map) for outer in outers):
         walk.one_source = True
     walk.joins += several
+    walk.pools = walk.pools or reading.kind == "avg_pool"
     del walk.frontier[node]
     first = step.paths[-len(reading.terms)][1]
     seen = Seen(outers[-1].map, walk.crossed, first.map)

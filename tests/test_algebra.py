@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -182,3 +184,236 @@ def test_sum_is_refused_with_its_reason(a, b, reason):
         [conv_map(outputs=2, inputs=2, groups=1, axes=(axis, axis)) for axis in (a, b)]
     )
     assert isinstance(answer, Refusal) and reason in answer.reason
+
+
+# --- bands against dense convolutions, case by case ----------------------------------------------
+
+
+def dense(shape: Map, weight: Tensor | None) -> Tensor:
+    """The weight over all input channels, zeros where the band reads nothing: no fxrep.kernels."""
+    band = shape.band
+    full = torch.zeros(shape.outputs, shape.inputs, *shape.kernel, dtype=torch.float64)
+    if weight is None or weight.dim() == 0:
+        one = torch.ones((), dtype=torch.float64) if weight is None else weight
+        weight = one.expand(shape.outputs, band.width, *shape.kernel)
+    for o in range(*(band.rows or (0, shape.outputs))):
+        first = int(band.starts[o])
+        full[o, first : first + band.width] = weight[o]
+    return full
+
+
+def convolve(shape: Map, weight: Tensor | None, x: Tensor) -> Tensor:
+    """The map by one dense convolution that reads padded and cropped input."""
+    full = dense(shape, weight)
+    if not shape.axes:
+        return F.linear(x, full)
+    for dim, axis in enumerate(shape.axes, 2):
+        pads = [0, 0] * (x.dim() - dim - 1)
+        x = F.pad(x, [*pads, max(axis.low, 0), max(axis.high, 0)])
+        cut = max(-axis.low, 0) + max(-axis.high, 0)
+        x = x.narrow(dim, max(-axis.low, 0), x.shape[dim] - cut)
+    strides, dilations = [a.stride for a in shape.axes], [a.dilation for a in shape.axes]
+    return CONV[len(shape.axes)](x, full, None, strides, 0, dilations)
+
+
+def bands(outputs: int, inputs: int) -> list[Band]:
+    """Every kind of band with so many channels."""
+    every = torch.arange(outputs)
+    found = [grouped_band(outputs, inputs, g) for g in (1, 2) if not (outputs % g or inputs % g)]
+    found.append(
+        geometry.selection_band((every * 5 + 1) % inputs, inputs)
+    )  # a permutation, repeats
+    found.append(Band((every % (inputs - 1)).clamp(max=inputs - 2), 2, inputs))
+    found.append(Band((every * 3) % inputs, 1, inputs, (1, outputs - 1)))
+    found.append(Band(every.clamp(max=inputs - 2), 2, inputs, (0, 1)))
+    if inputs == outputs:
+        found.append(grouped_band(outputs, inputs, inputs))
+    if outputs > inputs:
+        found += [
+            geometry.placement_band(first, inputs, outputs)
+            for first in {0, 1, outputs - inputs}
+        ]  # fmt: skip
+    return found
+
+
+AXES = (
+    (), (Axis(),), (Axis(3, 1, 1, 1),), (Axis(3, 2, 1, 0, 2),), (Axis(1, 2, -1, 0),),
+    (Axis(2, 1, 0, -1),), (Axis(), Axis(2, 2, 1, 1)),
+)  # fmt: skip
+
+
+def weights_of(shape: Map) -> list[Tensor | None]:
+    """A full weight, zero where nothing is read, one number for all, and ones."""
+    full, rows = torch.zeros_like(weight_of(shape)), shape.band.live
+    full[rows] = weight_of(shape)[rows]
+    return [full, torch.tensor(0.7, dtype=torch.float64), None]
+
+
+def images(shape: Map) -> list[Tensor]:
+    rank = len(shape.axes)
+    sizes = [()] if not rank else [tuple(n + i for i in range(rank)) for n in (9, 10)]
+    return [
+        torch.randn(*((2, shape.inputs) if not rank else (1, shape.inputs, *size)),
+                    dtype=torch.float64)
+        for size in sizes
+    ]  # fmt: skip
+
+
+def live(outer: Band, inner: Band) -> list[bool]:
+    """Which outputs of a selection of a selection read something."""
+    rows, below = (range(*(band.rows or (0, band.outputs))) for band in (outer, inner))
+    return [o in rows and int(outer.starts[o]) in below for o in range(outer.outputs)]
+
+
+def has_gap(outer: Map, inner: Map) -> bool:
+    """Some output between two that read something reads nothing: no weight of ones says that."""
+    if not (outer.selects and inner.selects):
+        return False
+    reads = live(outer.band, inner.band)
+    return any(reads) and not all(reads[reads.index(True) : len(reads) - reads[::-1].index(True)])
+
+
+COLUMNS = [(a, b) for a, b in itertools.product(AXES, repeat=2) if len(a) == len(b)]
+
+
+@pytest.mark.parametrize("columns", COLUMNS, ids=range(len(COLUMNS)))
+@pytest.mark.parametrize("counts", [(4, 4, 4), (3, 5, 4), (6, 3, 5)], ids=str)
+def test_all_bands_compose(counts: Sequence[int], columns: Sequence[tuple[Axis, ...]]) -> None:
+    inputs, middle, outputs = counts
+    composed = 0
+    for a, b in itertools.product(bands(outputs, middle), bands(middle, inputs)):
+        outer, inner = Map(columns[0], a), Map(columns[1], b)
+        shape = geometry.compose(outer, inner, biased=False)
+        if isinstance(shape, Refusal):
+            assert any(axis.padded for axis in columns[0])
+            continue
+        if shape.band.rows == (0, 0):
+            continue  # see below
+        for one, two in itertools.product(weights_of(outer), weights_of(inner)):
+            if one is two is None and has_gap(outer, inner):
+                continue  # see below
+            weight = kernels.compose(shape, outer, inner, one, two)
+            x = images(inner)[composed % 2 if columns[0] else 0]
+            try:
+                expected = convolve(outer, one, convolve(inner, two, x))
+            except RuntimeError:
+                continue
+            composed += 1
+            assert same(convolve(shape, weight, x), expected), (a, b)
+            bias = torch.randn(middle, dtype=torch.float64)
+            constant = dense(outer, one).reshape(outputs, middle, -1).sum(2) @ bias
+            assert same(kernels.compose_bias(outer, one, bias), constant)
+    assert composed or any(axis.padded for axis in columns[0])
+
+
+def test_interleaved_selections_leave_gaps() -> None:
+    """Channels of x at 0 and 2 of a shuffled cat([x, y]): 1 and 3 read nothing of x."""
+    place = Map((), geometry.placement_band(0, 2, 4))
+    shuffle = Map((), geometry.selection_band([0, 2, 1, 3], 4))
+    shape = geometry.compose(shuffle, place, biased=False)
+    weight = kernels.compose(shape, shuffle, place, None, None)
+    assert torch.equal(dense(shape, weight), dense(shuffle, None) @ dense(place, None))
+
+
+def test_a_selection_of_nothing_has_a_weight_of_zeros() -> None:
+    """cat([x, a(h)])[:, :2] reads nothing of h."""
+    nothing = Map((), Band(torch.zeros(2).long(), 1, 3, (0, 0)))
+    layer = conv_map(outputs=3, inputs=4, groups=1, axes=())
+    shape = geometry.compose(nothing, layer, biased=False)
+    weight = kernels.compose(shape, nothing, layer, None, weight_of(layer))
+    assert not dense(shape, weight).any()
+
+
+@pytest.mark.parametrize("column", AXES, ids=str)
+@pytest.mark.parametrize("counts", [(4, 4), (3, 5), (5, 3)], ids=str)
+def test_all_bands_add(counts: Sequence[int], column: tuple[Axis, ...]) -> None:
+    inputs, outputs = counts
+    every = bands(outputs, inputs)
+    for chosen in itertools.chain(itertools.product(every, repeat=2), [every]):
+        terms = [Map(column, band) for band in chosen]
+        shape = geometry.add(terms)
+        assert isinstance(shape, Map)
+        for which in range(3):
+            given_ = [weights_of(term)[(which + i) % 3] for i, term in enumerate(terms)]
+            weight = kernels.add(shape, terms, *given_)
+            expected = sum(dense(term, w) for term, w in zip(terms, given_, strict=True))
+            assert same(dense(shape, weight), expected), chosen
+
+
+@pytest.mark.parametrize("column", AXES, ids=str)
+@pytest.mark.parametrize("counts", [(4, 4), (3, 5), (4, 6), (6, 4)], ids=str)
+def test_all_bands_are_layers(counts: Sequence[int], column: tuple[Axis, ...]) -> None:
+    """A layer of the largest groups that hold the band gives the rows that read something."""
+    for band in bands(counts[1], counts[0]):
+        shape = Map(column, band)
+        for weight in weights_of(shape):
+            layer, groups = kernels.to_convolution(weight, shape), band.narrowed.groups
+            if band.rows is None:
+                assert layer.numel() == shape.weights
+            rows = slice(*(band.rows or (0, shape.outputs)))
+            blocks = [
+                F.pad(part, (*(0, 0) * len(column), before, shape.inputs - before - part.shape[1]))
+                for i, part in enumerate(layer.chunk(groups))
+                for before in [i * (shape.inputs // groups)]
+            ]
+            assert same(torch.cat(blocks), dense(shape, weight)[rows]), band
+
+
+def test_slices_of_concatenations_pick_their_rows() -> None:
+    """cat([a(x), b(x)])[:, i:j] reads rows of a and of b,."""
+    axes = (Axis(3, 1, 1, 1),)
+    maps_ = [conv_map(outputs=n, inputs=4, groups=g, axes=axes) for n, g in ((2, 2), (4, 1))]
+    weights, x = [weight_of(m) for m in maps_], torch.randn(1, 4, 6, dtype=torch.float64)
+    whole = torch.cat([convolve(m, w, x) for m, w in zip(maps_, weights, strict=True)], 1)
+    firsts = (0, 2)
+    for i, j in itertools.product(range(2), range(3, 7)):  # some of both: see above
+        cut = Map((geometry.POINT,), geometry.selection_band(range(i, j), 6))
+        parts, used = [], []
+        for first, each, weight in zip(firsts, maps_, weights, strict=True):
+            place = Map((geometry.POINT,), geometry.placement_band(first, each.outputs, 6))
+            outer = geometry.compose(cut, place, biased=True)
+            shape = geometry.compose(outer, each, biased=True)
+            parts.append(shape)
+            picked = kernels.compose(outer, cut, place, None, None)
+            used.append(kernels.compose(shape, outer, each, picked, weight))
+        total = geometry.add(parts)
+        weight = kernels.add(total, parts, *used)
+        assert same(convolve(total, weight, x), whole[:, i:j]), (i, j)
+
+
+@pytest.mark.parametrize("stride, rest", [(s, r) for s in (2, 3, 4) for r in range(s)])
+def test_symmetric_padding_where_little_is_left_unread(stride: int, rest: int) -> None:
+    """`rest` bounds what the last window leaves: more padding on the high side is free then."""
+    changed = 0
+    for kernel, low, high in itertools.product(range(1, 5), range(4), range(4)):
+        shape = Map((Axis(kernel, stride, low, high, rest=rest),), grouped_band(1, 1, 1))
+        other, weight = geometry.symmetric(shape), weight_of(shape)
+        changed += other.axes != shape.axes
+        for n in range(4, 16):
+            if (n + low + high - kernel) % stride > rest:
+                continue  # the graph says that no such size is met
+            x = torch.randn(1, 1, n, dtype=torch.float64)
+            assert same(convolve(other, weight, x), convolve(shape, weight, x)), (shape.axes, n)
+    assert bool(changed) == (rest < stride - 1)
+
+
+@pytest.mark.parametrize("mode", ["frame", "pad"])
+def test_a_frame_is_the_padded_image_of_the_bias(mode: str) -> None:
+    """What a padded map makes of b + 0s is its frame on an image of ones, at every small size."""
+    for band, column in itertools.product(bands(5, 4), AXES[1:]):
+        shape = Map(column, band)
+        if band.rows is not None:
+            continue
+        bias = torch.randn(4, dtype=torch.float64)
+        for weight in weights_of(shape) if mode == "frame" else [weight_of(shape)]:
+            framed = kernels.frame(shape, weight, bias)
+            ones = Map(column, Band(torch.zeros(5).long(), 1, 1))
+            for n in range(1, 7):
+                size = [n + i for i in range(len(column))]
+                image = bias.reshape(1, 4, *(1 for _ in size)).expand(1, 4, *size)
+                try:
+                    expected = convolve(shape, weight, image)
+                except RuntimeError:
+                    continue
+                got = convolve(ones, framed, torch.ones(1, 1, *size, dtype=torch.float64))
+                assert same(got, expected), (band, column, n)
