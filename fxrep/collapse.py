@@ -21,6 +21,7 @@ from fxrep.view import Affine, View, writes
 from fxrep.walk import (
     Rule,
     Walk,
+    is_structure,
     sizeless,
     start,
     steps,
@@ -112,10 +113,10 @@ def search(
         # Past a second sum or concatenation no plan paid: stop before it.
         again = start(view, root, moves=moves, maps=maps)
         best = _best(again, steps(again, reads, one_join=True), cost, best, objections)
-    if best is None and walk.pools:
-        # A pooling as a convolution cost too much: leave it as it is.
+    if best is None and walk.structure:
+        # A pooling as a convolution cost too much, or a part as a layer of the whole: leave them.
         again = start(view, root, moves=moves, maps=maps)
-        rest = steps(again, lambda r: reads(r) and r.kind != "avg_pool")
+        rest = steps(again, lambda r: reads(r) and not is_structure(r))
         best = _best(again, rest, cost, best, objections)
     if walk.survivors and not moves:
         through = start(view, root, maps=maps)

@@ -109,6 +109,11 @@ def _resize(
     return Mover(node, input, rank - 2, factors=tuple(map(float, given)) if known else ())
 
 
+def _overhang(stride: int, ceil_mode: Any) -> int:
+    """How far the last window may reach beyond the padding."""
+    return stride - 1 if ceil_mode else 0
+
+
 def _max_pool(rank: int) -> Callable[..., Mover | None]:
     def read(
         view: View, node: fx.Node, input: Any, kernel_size: Any, stride: Any = None,
@@ -120,7 +125,7 @@ def _max_pool(rank: int) -> Callable[..., Mover | None]:
         if return_indices or None in (kernel, pads, strides, dilations):
             return None
         columns = zip(kernel, strides, pads, dilations, strict=True)  # type: ignore[arg-type]
-        axes = tuple(Axis(k, s, p, p, d) for k, s, p, d in columns)
+        axes = tuple(Axis(k, s, p, p + _overhang(s, ceil_mode), d) for k, s, p, d in columns)
         return Mover(node, input, rank, orders=True, axes=axes)
 
     return read
@@ -141,7 +146,8 @@ def _avg_pool(rank: int) -> Callable[..., Mover | None]:
         exact = divisor_override == math.prod(kernel) and not ceil_mode and not any(pads)
         if divisor_override is not None and not exact:
             return None
-        axes = tuple(Axis(k, s, p, p) for k, s, p in zip(kernel, strides, pads, strict=True))
+        columns = zip(kernel, strides, pads, strict=True)
+        axes = tuple(Axis(k, s, p, p + _overhang(s, ceil_mode)) for k, s, p in columns)
         return Mover(node, input, rank, shrinks=True, axes=axes)
 
     return read

@@ -35,8 +35,8 @@ def pointwise(view: View, node: fx.Node) -> object:
         return None
     if node.op == "call_module":
         module = view.submodule(str(node.target))
-        base: Any = next((kind for kind in _MODULES if type(module).forward is kind.forward), None)
-        if base is None or not isinstance(module, base) or foreign_hooks(module):
+        base: Any = next((kind for kind in type(module).__mro__ if kind in _MODULES), None)
+        if base is None or type(module).forward is not base.forward or foreign_hooks(module):
             return None
         return None if "forward" in vars(module) else (base, module.extra_repr())
     known = _FUNCTIONS if node.op == "call_function" else _METHODS

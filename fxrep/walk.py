@@ -25,6 +25,9 @@ from fxrep.view import Affine, Term, View, reads_metadata, scope
 # part, so that the time stays linear in their length.
 LONGEST_WALK = 128
 
+# How many sources a plan may have to be considered on the way.
+WIDEST_FRONTIER = 24
+
 # How far apart two values computed in float64 may be and count as one.
 SAME_VALUE = 1e-12
 
@@ -119,7 +122,7 @@ class Walk:
         one_source: a spatial map was moved over an addition, which may broadcast.
         survivors: the walk stopped at a value that others read too.
         movers: it stopped at an operation that commutes.
-        pools: it has passed an average pooling.
+        structure: it has passed a pooling, a pad, a slice or the like.
         joins: how many sums and concatenations of several values it has passed.
         works: of what was expanded, as far as a plan has asked.
     """
@@ -139,7 +142,7 @@ class Walk:
     survivors: bool = False
     movers: bool = False
     joins: int = 0
-    pools: bool = False
+    structure: bool = False
     works: dict[fx.Node, Work] = field(default_factory=dict)
 
     @property
@@ -176,10 +179,11 @@ def steps(
     def passes(reading: Affine) -> bool:
         return reads(reading) and not (one_join and walk.joins and len(reading.terms) > 1)
 
+    passed_over = False
     while len(walk.expanded) < LONGEST_WALK:
         open_nodes = [node for node in walk.frontier if node not in walk.frozen]
         if not open_nodes:
-            return
+            break
         node = max(open_nodes)
         refusal = _expand(walk, node, passes, survivors)
         if refusal is not None:
@@ -187,8 +191,12 @@ def steps(
             if survivors and len(walk.frontier) > 1:
                 return  # an earlier value can never lead back to a later one
             continue
-        if not survivors or len(walk.frontier) == 1:
+        # Wide frontiers are looked at only once, at the end: each look costs their width.
+        passed_over = len(walk.frontier) > WIDEST_FRONTIER
+        if not passed_over and (not survivors or len(walk.frontier) == 1):
             yield
+    if passed_over and not survivors:
+        yield
 
 
 def _expand(walk: Walk, node: fx.Node, reads: Rule, through_survivors: bool) -> Refusal | None:
@@ -228,7 +236,7 @@ def _expand(walk: Walk, node: fx.Node, reads: Rule, through_survivors: bool) -> 
     if several and reading.kind != "cat" and not all(_pointwise(outer.map) for outer in outers):
         walk.one_source = True
     walk.joins += several
-    walk.pools = walk.pools or reading.kind == "avg_pool"
+    walk.structure = walk.structure or is_structure(reading)
     del walk.frontier[node]
     first = step.paths[-len(reading.terms)][1]
     seen = Seen(outers[-1].map, walk.crossed, first.map)
@@ -534,6 +542,12 @@ def sizeless(reader: fx.Node) -> bool:
     """A metadata read that gives the same answer for every value of the region."""
     name = reader.args[1] if reader.op == "call_function" else reader.target
     return name not in ("shape", "size")
+
+
+def is_structure(reading: Affine) -> bool:
+    """Pooling, padding, slices: maps of one value that are no layers."""
+    single = len(reading.terms) == 1 and not reading.is_layer
+    return single and isinstance(reading.terms[0].map, Map)
 
 
 def where(node: fx.Node) -> str:

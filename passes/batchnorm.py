@@ -38,12 +38,20 @@ def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Joint | Refusa
         return None
     if reading.is_layer:
         return search(view, node, _is_diagonal, cost)
-    if not _is_scale(reading):
+    if not _is_scale(reading) or _goes_on(view, node):
         return None
     answer = search(view, node, _is_near, cost)
     if isinstance(answer, Plan) or len(node.users) < 2:
         return answer
     return _into_all(view, node, cost) or answer
+
+
+def _goes_on(view: View, node: fx.Node) -> bool:
+    """Whether the only reader scales on: the walk from the last of them passes this one too."""
+    if len(node.users) != 1:
+        return False
+    reading = view.read(next(iter(node.users)))
+    return isinstance(reading, Affine) and _is_scale(reading) and not reading.relies
 
 
 def _into_all(view: View, node: fx.Node, cost: CostModel) -> Joint | Refusal | None:
