@@ -192,6 +192,9 @@ _SPLITS = {
     for spelt in (name, getattr(torch, name))
 }
 
+# What takes a value apart, and its parts: views, without effect.
+PARTS = {*_SPLITS, operator.getitem}
+
 _HOW = ("chunks", "split_size_or_sections", "split_size", "split_sizes", "indices_or_sections")
 
 

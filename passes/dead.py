@@ -21,6 +21,7 @@ from torch import fx
 from fxrep.cost import CostModel
 from fxrep.pointwise import pointwise, writes_over
 from fxrep.rule import Drop, Pass
+from fxrep.structure import PARTS
 from fxrep.view import Affine, View, writes
 
 
@@ -32,8 +33,8 @@ def propose(view: View, node: fx.Node, cost: CostModel) -> Drop | None:
     if isinstance(reading, Affine):
         # What is written over afterwards is part of the reading, and would be left without it.
         return None if writes(node) or reading.settled else Drop(node, reading.kind)
-    kind = pointwise(view, node)
-    if kind is None or writes_over(view, node):
+    parts = node.target in PARTS and bool(node.all_input_nodes)
+    if not parts and (pointwise(view, node) is None or writes_over(view, node)):
         return None
     return Drop(node, str(getattr(node.target, "__name__", node.target)))
 
