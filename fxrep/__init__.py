@@ -12,6 +12,7 @@ from fxrep.errors import SpecializationError as SpecializationError
 from fxrep.passes import default_passes as default_passes
 from fxrep.pipeline import optimize as optimize
 from fxrep.pipeline import report as report
+from fxrep.registry import refresh as refresh
 from fxrep.report import Report as Report
 from fxrep.report import Rewrite as Rewrite
 from fxrep.report import Skip as Skip

@@ -213,6 +213,16 @@ def analyse(graph: fx.Graph, module: nn.Module) -> Aliasing:
     )
 
 
+def may_share(node: fx.Node, module: nn.Module) -> set[fx.Node]:
+    """The tensors of the model whose memory a value may share: what it reads, or is a view of."""
+    seen, ahead = {node}, [node]
+    for each in ahead:
+        sources = _effect(each, module.get_submodule).aliases
+        ahead.extend(source for source in sources if source not in seen)
+        seen.update(sources)
+    return {each for each in seen if each.op == "get_attr"}
+
+
 def _judge(
     nodes: list[fx.Node],
     index: dict[fx.Node, int],
@@ -388,6 +398,8 @@ def _function_effect(node: fx.Node) -> _Effect:
     home = getattr(target, "__module__", None) or "torch"
     if target is getattr:
         return _FRESH if node.args[1] in _METADATA else _Effect(_first(node))
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
+        return _operator_effect(node, target)
     if home == "_operator":
         if name == "setitem" or name in _IN_PLACE_OPERATORS:
             return _Effect(_first(node), _first(node))
@@ -395,6 +407,17 @@ def _function_effect(node: fx.Node) -> _Effect:
     if isinstance(target, type) or home in ("builtins", "math"):
         return _Effect(tuple(node.all_input_nodes))
     return _call_effect(node, name, known=_is_torch(home))
+
+
+def _operator_effect(node: fx.Node, target: torch._ops.OpOverload) -> _Effect:
+    """What an ATen operator's schema says it writes; whether it shares memory it need not say."""
+    names = [a.name for a in target._schema.arguments if a.alias_info and a.alias_info.is_write]
+    places = {argument.name: i for i, argument in enumerate(target._schema.arguments)}
+    given = [
+        node.kwargs[name] if name in node.kwargs else (node.args[places[name] : places[name] + 1])
+        for name in names
+    ]
+    return _Effect(tuple(node.all_input_nodes), _nodes(given))
 
 
 def _is_torch(home: str) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
+from fxrep.aten import respelled
 from fxrep.mentions import Mentions
 from fxrep.report import Skip
 from fxrep.signature import Arguments
@@ -49,6 +50,7 @@ class Program:
         graph: nodes carry `meta["nn_module_stack"]`.
         arguments: the forward's arguments; specialised ones are constants of the graph.
         keep_modules: other code still calls or reads these submodules: add, never remove.
+        ranks: ranks that are certain, of tensors in the graph.
     """
 
     path: str
@@ -56,6 +58,7 @@ class Program:
     graph: fx.Graph
     arguments: Arguments
     keep_modules: bool = False
+    ranks: Mapping[fx.Node, int] = field(default_factory=dict)
 
     @property
     def is_root(self) -> bool:
@@ -89,7 +92,8 @@ def capture(model: nn.Module, example_inputs: object = None) -> Capture:
     """Trace a model, or every part of it that traces.
 
     Args:
-        model: a module in eval mode; torch.compile's and DataParallel's wrappers are taken off.
+        model: a module in eval mode, or an exported program's; torch.compile's and DataParallel's
+            wrappers are taken off.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
 
     Returns:
@@ -100,7 +104,7 @@ def capture(model: nn.Module, example_inputs: object = None) -> Capture:
         ModelError: no module, in training mode, or weights that are no plain tensors.
         InputError: example_inputs do not fit the forward's signature.
     """
-    model = unwrap(model)
+    model = respelled(unwrap(model))
     check(model)
     tree = skeleton(model)
     given = named_inputs(tree, example_inputs)

@@ -586,7 +586,12 @@ _OPERATORS: dict[str, _Reader] = {
 
 _FUNCTIONS: dict[Any, _Reader] = {
     getattr(home, name): reader
-    for home, readers in ((torch, _CALLS), (F, _CALLS), (operator, _OPERATORS))
+    for home, readers in (
+        (torch, _CALLS),
+        (torch._C._nn, _CALLS),
+        (F, _CALLS),
+        (operator, _OPERATORS),
+    )
     for name, reader in readers.items()
     if hasattr(home, name)
 }

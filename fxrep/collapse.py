@@ -200,6 +200,8 @@ def _plan(walk: Walk, cost: CostModel, *, alone: bool = False) -> Plan | Refusal
         return None
     if (walk.one_source or walk.before) and len(pieces) > 1:
         return None
+    if walk.before and not shapes:
+        return None  # nothing to move
     if len({len(shape.axes) for shape in shapes}) > 1:
         return None
     if len(pieces) > 1 and _separable(walk):

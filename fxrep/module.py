@@ -37,6 +37,9 @@ def assemble(capture: Capture) -> nn.Module:
     Returns:
         A GraphModule when the whole forward was traced, otherwise the model's own class.
     """
+    for program in capture.programs:
+        if isinstance(program.module, fx.GraphModule):  # it is copied by what its graph reads
+            program.module.__dict__["_graph"] = program.graph
     memo = _own_tensors(capture)
     tree: nn.Module = copy.deepcopy(capture.tree, memo)
     for program in capture.programs:

@@ -23,6 +23,7 @@ from fxrep.passes import default_passes
 from fxrep.ranks import Ranks
 from fxrep.reading import read
 from fxrep.recipe import Call, record
+from fxrep.registry import compiled_report
 from fxrep.report import Report, Rewrite, Skip
 from fxrep.rewrite import Editor, Layer, build, pads, prune
 from fxrep.rule import Drop, Fold, Joint, Pass
@@ -71,16 +72,10 @@ def optimize(
     Source: Ding et al., "RepVGG: Making VGG-style ConvNets Great Again", 2021, and the papers each
     pass names.
     """
-    chosen = _chosen(passes)
-    model_of_cost = cost_model(cost)
+    settings = Settings(chosen_passes(passes), cost_model(cost), validate)
     captured = capture(model, example_inputs)
-    session = Session(captured, example_inputs, model_of_cost, validate)
-    with torch.no_grad():
-        for program in session.parts:
-            session.rewrite(program, chosen)
-    session.finish()
+    report = rewrite(captured, settings, example_inputs).report()
     result = assemble(captured)
-    report = Report(session.in_order(chosen), tuple(session.skips()))
     if example_inputs is not None:
         report = validation.compare(captured.model, result, example_inputs, report)
     attach(result, report)
@@ -88,24 +83,51 @@ def optimize(
 
 
 def report(optimized: nn.Module) -> Report:
-    """What `optimize` did to a module, and what it left alone and why.
+    """What was done to a module, and what was left alone and why.
 
     Args:
-        optimized: what `fxrep.optimize` returned, or a copy of it.
+        optimized: what `fxrep.optimize` returned, or a copy of it; or a module that has run in
+            ``torch.compile(..., backend="fxrep")``: then the graphs its weights went through.
 
     Raises:
         ReportError: it was not made by `fxrep.optimize`.
     """
-    found = attached(optimized) if isinstance(optimized, nn.Module) else None
+    found = None
+    if isinstance(optimized, nn.Module):
+        found = attached(optimized) or compiled_report(optimized)
     if found is None:
         raise ReportError(
             f"optimized ({type(optimized).__name__}) carries no report: pass what fxrep.optimize "
-            "returned, or a copy of it"
+            "returned, or a copy of it, or what has run in torch.compile(backend='fxrep')"
         )
     return found
 
 
-def _chosen(passes: Sequence[Pass | str]) -> tuple[Pass, ...]:
+@dataclass(frozen=True)
+class Settings:
+    """What a rewrite is asked for."""
+
+    passes: tuple[Pass, ...]
+    cost: CostModel
+    validate: bool
+
+
+def rewrite(captured: Capture, settings: Settings, example_inputs: object = None) -> Session:
+    """Rewrite the graphs of a capture in place."""
+    session = Session(captured, example_inputs, settings)
+    with torch.no_grad():
+        for part in session.parts:
+            session.rewrite(part)
+    session.finish()
+    return session
+
+
+def chosen_passes(passes: Sequence[Pass | str]) -> tuple[Pass, ...]:
+    """The passes that `passes` names.
+
+    Raises:
+        OptionError: it is no sequence, or names something else.
+    """
     known = {p.name: p for p in default_passes}
     if isinstance(passes, (str, Pass)) or not isinstance(passes, Iterable):
         raise OptionError(
@@ -152,12 +174,11 @@ class Part:
 
 @dataclass(eq=False)
 class Session:
-    """One call of `optimize`."""
+    """One call of `optimize`, or one graph of `torch.compile`."""
 
     captured: Capture
     example_inputs: object
-    cost: CostModel
-    validate: bool
+    settings: Settings
     parts: list[Part] = field(default_factory=list)
     rewrites: list[Rewrite] = field(default_factory=list)
     # The nodes that use a layer's weight, by the weight's identity: a module called twice, or a
@@ -167,7 +188,8 @@ class Session:
     def __post_init__(self) -> None:
         for program in self.captured.programs:
             aliasing.rename_written(program.graph, program.module)
-            ranks = Ranks(program.graph, program.module, ranks_seen(program, self.example_inputs))
+            seen = ranks_seen(program, self.example_inputs)
+            ranks = Ranks(program.graph, program.module, seen, program.ranks)
             view = View(
                 program.graph,
                 program.module,
@@ -183,10 +205,10 @@ class Session:
                 if isinstance(reading, Affine) and reading.weight is not None:
                     self.users[id(reading.owner)].add(node)
 
-    def rewrite(self, part: Part, passes: Sequence[Pass]) -> None:
+    def rewrite(self, part: Part) -> None:
         """Run the passes over one graph until none of them changes it."""
         for _ in range(MOST_ROUNDS):
-            changed = [p.name for p in passes if self._run(p, part)]
+            changed = [p.name for p in self.settings.passes if self._run(p, part)]
             if not changed:
                 return
         raise AssertionError(f"the passes {changed} keep rewriting each other's result")
@@ -201,7 +223,7 @@ class Session:
             if node._erased:
                 continue
             made = len(part.made)
-            answer = rule.propose(part.view, node, self.cost)
+            answer = rule.propose(part.view, node, self.settings.cost)
             if isinstance(answer, Fold):
                 self._fold(rule, part, answer)
                 changed = True
@@ -278,7 +300,7 @@ class Session:
         if isinstance(layers, Refusal):
             return layers
         error: float | None = None
-        if self.validate:
+        if self.settings.validate:
             verdict = validation.check(plan, layers, view, exact)
             if isinstance(verdict, Refusal):
                 return verdict
@@ -303,6 +325,7 @@ class Session:
         part.view.forget(*node.users)
         location = self._where(part, node)
         if not isinstance(value, Tensor):
+            part.view.look(fold.expr)
             for user in list(node.users):
                 user.args = fx.map_arg(user.args, lambda n: value if n is node else n)
                 user.kwargs = fx.map_arg(user.kwargs, lambda n: value if n is node else n)
@@ -332,10 +355,11 @@ class Session:
         names = ", ".join(targets) or where(plan.root)
         return ".".join(name for name in (part.program.path, names) if name)
 
-    def in_order(self, passes: Sequence[Pass]) -> tuple[Rewrite, ...]:
-        """The rewrites by pass, from the inputs to the outputs."""
-        order = [p.name for p in passes]
-        return tuple(sorted(reversed(self.rewrites), key=lambda r: order.index(r.pass_name)))
+    def report(self) -> Report:
+        """What was done: by pass, from the inputs to the outputs; and what was not."""
+        order = [p.name for p in self.settings.passes]
+        rewrites = sorted(reversed(self.rewrites), key=lambda r: order.index(r.pass_name))
+        return Report(tuple(rewrites), tuple(self.skips()))
 
     def skips(self) -> list[Skip]:
         """What was left alone and why: every BatchNorm that stayed, and every refused merge."""

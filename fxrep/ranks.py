@@ -36,6 +36,7 @@ class Ranks:
         graph: as traced.
         module: the module its targets refer to.
         example_ranks: ranks seen when the model ran on an example: assumed where none is proven.
+        known: ranks that are certain, of tensors.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Ranks:
         graph: fx.Graph,
         module: nn.Module,
         example_ranks: Mapping[fx.Node, int] | None = None,
+        known: Mapping[fx.Node, int] | None = None,
     ) -> None:
         self._graph = graph
         self._modules = dict(module.named_modules(remove_duplicate=False))
@@ -54,7 +56,7 @@ class Ranks:
         self._proven: dict[int, int | None] = {}  # of a root; None: contradictory
         self._batched: dict[int, set[int]] = {}  # of a root: what convolutions suggest
         self._broadcasts: list[tuple[fx.Node, list[fx.Node], int]] = []
-        self._tensors: set[fx.Node] = set()
+        self._tensors: set[fx.Node] = set(known or ())
         self._numbers: set[fx.Node] = set()
         self._masks: dict[fx.Node, bool] = {}
         self._lists: dict[fx.Node, tuple[fx.Node, int]] = {}
@@ -62,6 +64,8 @@ class Ranks:
         self._leaned: set[int] = set()
         for node in self._nodes:
             self._read(node)
+        for node, rank in (known or {}).items():
+            self._set(node, rank)
         self._settle()
         self._values: dict[int, _Known] = {
             root: (rank, frozenset()) for root, rank in self._proven.items() if rank is not None

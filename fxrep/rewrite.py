@@ -84,7 +84,7 @@ def _layer(piece: Piece, lookup: Lookup, like: Tensor, trains: bool) -> Layer | 
         if value is None:
             continue
         rounded = value.to(dtype=like.dtype)
-        refusal = _rounding(name, value, rounded)
+        refusal = rounding(name, value, rounded)
         if refusal is not None:
             return refusal
         rounded = rounded.contiguous(memory_format=_memory_format(like, rounded))
@@ -104,7 +104,7 @@ def _memory_format(like: Tensor, value: Tensor) -> torch.memory_format:
     return wanted if like.is_contiguous(memory_format=wanted) else torch.contiguous_format
 
 
-def _rounding(name: str, exact: Tensor, rounded: Tensor) -> Refusal | None:
+def rounding(name: str, exact: Tensor, rounded: Tensor) -> Refusal | None:
     """Why the dtype cannot hold a fused tensor, or None."""
     limits = torch.finfo(rounded.dtype)
     largest = torch.linalg.vector_norm(exact.reshape(exact.shape[0], -1), math.inf, dim=1)

@@ -152,10 +152,13 @@ def _pick(
     else:
         constant = view.constant(entry) if isinstance(entry, fx.Node) else None
         value = None if constant is None else constant.value
-        if not isinstance(value, Tensor) or value.dim() != 1 or value.is_floating_point():
+        if constant is None or not isinstance(value, Tensor):
+            return None
+        if value.dim() != 1 or value.is_floating_point():
             return None
         if value.dtype == torch.bool or value.dtype == torch.uint8:
             return None
+        view.look(constant.expr)
         picked = [int(i) % size if -size <= i < size else -1 for i in value.tolist()]
     if not picked or -1 in picked:
         return None
@@ -462,7 +465,10 @@ FUNCTIONS: dict[Any, Spelling] = {
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _CAT),
     operator.getitem: Spelling(_read_item, "a, b"),
     torch.index_select: Spelling(_read_index_select, "input, dim, index"),
-    F.pad: Spelling(_read_pad, "input, pad, mode='constant', value=None"),
+    **dict.fromkeys(
+        (F.pad, torch._C._nn.pad),  # as torch.compile spells it
+        Spelling(_read_pad, "input, pad, mode='constant', value=None"),
+    ),
     F.avg_pool1d: Spelling(_read_avg_pool(1), _AVG_POOL_1D),
     F.avg_pool2d: Spelling(_read_avg_pool(2), _AVG_POOL),
     F.avg_pool3d: Spelling(_read_avg_pool(3), _AVG_POOL),

@@ -103,6 +103,7 @@ class View:
     constants: dict[fx.Node, bool] = field(default_factory=dict)
     submodules: dict[str, nn.Module] = field(default_factory=dict)
     trained: set[int] = field(default_factory=set)  # ids of constants made from trained parameters
+    looked: set[str] = field(default_factory=set)  # tensors whose content decided something
 
     def read(self, node: fx.Node) -> Reading:
         """What `node` computes, if it is linear in its operands."""
@@ -179,9 +180,14 @@ class View:
         return Constant(_Computed(module, name)().detach(), expr, module)
 
     def value(self, expr: Expr) -> Tensor:
-        """The value of an expression, in float64."""
+        """The value of an expression, in float64, to decide by."""
+        self.look(expr)
         value: Tensor = record(expr).run(lambda path: double(self.originals[path]))
         return value
+
+    def look(self, expr: Expr) -> None:
+        """Note that a decision rests on the content of what an expression reads."""
+        self.looked.update(record(expr).paths)
 
     def reads(self, node: fx.Node) -> list[Tensor]:
         """The tensors of the model that this very node reads."""

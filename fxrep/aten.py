@@ -1,0 +1,227 @@
+"""ATen operators as the functions and methods that make them: one spelling for all that follows.
+
+Given: a `GraphModule` of `torch.ops.aten` calls, as `torch.export` or `make_fx` writes it.
+Result: one that calls ``torch.conv2d`` and so on, with the same arguments. An exported program's
+module checks its inputs in hooks, which cannot be traced: the sizes it fixed are asserted instead.
+
+What is not listed stays as it is, an operator nobody looks into.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+
+from fxrep.proxies import words
+
+_Call = tuple[str, Any, tuple[Any, ...], dict[str, Any]]
+_aten = torch.ops.aten
+
+
+def respelled(model: nn.Module) -> nn.Module:
+    """A module of ATen operators in torch's spelling; any other as it is.
+
+    It shares its parameters and buffers with `model`, which is not changed.
+    """
+    if not isinstance(model, fx.GraphModule) or not any(map(_is_aten, model.graph.nodes)):
+        return model
+    exported = any(_checks_inputs(model, node) for node in model.graph.nodes)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(model.graph, {}))
+    graph.set_codegen(copy.deepcopy(model.graph._codegen))
+    for node in list(graph.nodes):
+        if _checks_inputs(model, node):
+            graph.erase_node(node)
+        elif _is_aten(node):
+            _respell(graph, node, model)
+    for node in reversed(list(graph.nodes)):
+        if not node.users and (node.op == "get_attr" or node.target == "permute"):
+            graph.erase_node(node)
+    if exported:
+        _assert_sizes(graph)
+    result = fx.GraphModule(model, graph, type(model).__name__)
+    # An exported program says of each BatchNorm whether it trains; it has no mode of its own.
+    result.training = model.training and not exported
+    return result
+
+
+def _is_aten(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target.namespace == "aten"
+
+
+def _checks_inputs(model: nn.Module, node: fx.Node) -> bool:
+    if node.op != "call_module":
+        return False
+    kind = type(model.get_submodule(str(node.target)))
+    return kind.__name__ == "GuardsFn" and kind.__module__.startswith("torch.export")
+
+
+def _respell(graph: fx.Graph, node: fx.Node, model: nn.Module) -> None:
+    schema_name = node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
+    reader = _SPECIAL.get(node.target)
+    if reader is not None:
+        call = reader(node, model)
+    elif schema_name in _FUNCTIONS:
+        call = "call_function", _FUNCTIONS[schema_name], node.args, dict(node.kwargs)
+    elif schema_name in _METHODS:
+        call = "call_method", schema_name, node.args, dict(node.kwargs)
+    else:
+        return
+    if call is None:
+        return
+    op, target, args, kwargs = call
+    with graph.inserting_before(node):
+        new = graph.create_node(op, target, args, kwargs)
+    new.meta = dict(node.meta)
+    if node.target in _FIRST_OF_SEVERAL:
+        for user in list(node.users):
+            user.replace_all_uses_with(new)
+            graph.erase_node(user)
+    else:
+        node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _convolution(node: fx.Node, model: nn.Module) -> _Call | None:
+    given: tuple[Any, ...] = node.args
+    source, weight, bias, stride, padding, dilation, transposed, extra, groups = given
+    shape = _shape(weight, model)
+    if shape is None or not 3 <= len(shape) <= 5:
+        return None
+    how: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
+    if transposed:
+        how["output_padding"] = extra
+    name = f"conv{'_transpose' if transposed else ''}{len(shape) - 2}d"
+    return "call_function", getattr(torch, name), (source, weight, bias), how | {"groups": groups}
+
+
+def _shape(weight: Any, model: nn.Module) -> torch.Size | None:
+    value = weight.meta.get("val") if isinstance(weight, fx.Node) else None
+    if value is None and isinstance(weight, fx.Node) and weight.op == "get_attr":
+        owner, _, name = str(weight.target).rpartition(".")
+        value = getattr(model.get_submodule(owner), name)
+    return value.shape if isinstance(value, Tensor) else None
+
+
+def _only_first(node: fx.Node) -> bool:
+    """Whether nobody reads any other of several results."""
+    return all(
+        user.target is operator.getitem and (user.args[1] == 0 or not user.users)
+        for user in node.users
+    )
+
+
+def _batch_norm(node: fx.Node, model: nn.Module) -> _Call | None:
+    if not _only_first(node):
+        return None
+    given: tuple[Any, ...] = node.args
+    source, weight, bias, mean, variance, *training, momentum, eps = given
+    if training not in ([], [False]):
+        return None
+    args = source, mean, variance, weight, bias, False, momentum, eps
+    return "call_function", F.batch_norm, args, {}
+
+
+def _max_pool(node: fx.Node, model: nn.Module) -> _Call | None:
+    return ("call_function", torch.max_pool2d, node.args, {}) if _only_first(node) else None
+
+
+def _constant_pad(node: fx.Node, model: nn.Module) -> _Call:
+    given: tuple[Any, ...] = node.args
+    source, pad, *value = given
+    return "call_function", F.pad, (source, pad, "constant", *value), {}
+
+
+def _slice(node: fx.Node, model: nn.Module) -> _Call | None:
+    given: tuple[Any, ...] = node.args
+    defaults: tuple[Any, ...] = (None, 0, None, None, 1)
+    source, dim, start, end, step = given + defaults[len(given) :]
+    if not isinstance(dim, int) or dim < 0 or node.kwargs:
+        return None
+    whole = None if end == sys.maxsize else end
+    key = (slice(None),) * dim + (slice(start or None, whole, None if step == 1 else step),)
+    return "call_function", operator.getitem, (source, key), {}
+
+
+def _linear(node: fx.Node, model: nn.Module) -> _Call | None:
+    """``addmm(bias, x, weight.t())``, as a linear layer decomposes."""
+    given: tuple[Any, ...] = node.args
+    bias, source, turned = given
+    if node.kwargs or not isinstance(turned, fx.Node) or not turned.args:
+        return None
+    by_t = turned.target in ("t", torch.t, _aten.t.default)
+    by_dims = turned.target in ("permute", _aten.permute.default) and turned.args[1] == [1, 0]
+    if not (by_t or by_dims) or len(_shape(bias, model) or (0, 0)) != 1:
+        return None
+    return "call_function", F.linear, (source, turned.args[0], bias), {}
+
+
+def _dropout(node: fx.Node, model: nn.Module) -> _Call:
+    return "call_function", F.dropout, node.args, {}
+
+
+_SPECIAL: dict[Any, Callable[[fx.Node, nn.Module], _Call | None]] = {
+    _aten.convolution.default: _convolution,
+    _aten._native_batch_norm_legit_no_training.default: _batch_norm,
+    _aten.native_batch_norm.default: _batch_norm,
+    _aten.max_pool2d_with_indices.default: _max_pool,
+    _aten.constant_pad_nd.default: _constant_pad,
+    _aten.slice.Tensor: _slice,
+    _aten.addmm.default: _linear,
+    _aten.dropout.default: _dropout,
+}
+
+_FIRST_OF_SEVERAL = {
+    _aten.native_batch_norm.default,
+    _aten._native_batch_norm_legit_no_training.default,
+    _aten.max_pool2d_with_indices.default,
+}
+
+# Functions that take the operator's arguments, in its order.
+_FUNCTIONS: dict[str, Any] = {
+    **{
+        name: getattr(torch, name)
+        for name in words(
+            "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d batch_norm "
+            "add sub mul div neg rsub cat split split_with_sizes chunk narrow index_select flatten "
+            "mean max_pool1d max_pool2d max_pool3d pixel_shuffle pixel_unshuffle relu sigmoid tanh "
+            "matmul exp sqrt rsqrt reciprocal"
+        )
+    },
+    **{
+        name: getattr(F, name)
+        for name in words(
+            "linear pad avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+            "adaptive_avg_pool3d gelu silu mish hardswish hardsigmoid hardtanh relu6 leaky_relu "
+            "softplus"
+        )
+    },
+    "_adaptive_avg_pool2d": F.adaptive_avg_pool2d,
+}
+
+_METHODS = words(
+    "add_ sub_ mul_ div_ neg_ relu_ sigmoid_ view reshape permute transpose expand contiguous clone"
+)
+
+
+def _assert_sizes(graph: fx.Graph) -> None:
+    """Refuse inputs of other sizes than those that were fixed while exporting."""
+    inputs = graph.find_nodes(op="placeholder")
+    first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
+    with graph.inserting_before(first):
+        for node in inputs:
+            value = node.meta.get("val")
+            for axis, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+                if isinstance(size, int):
+                    given = graph.call_method("size", (node, axis))
+                    equal = graph.call_function(operator.eq, (given, size))
+                    message = f"{node.name} was exported with size {size} at dimension {axis}"
+                    graph.call_function(torch._assert, (equal, message))
