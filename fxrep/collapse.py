@@ -292,10 +292,20 @@ def _separable(walk: Walk) -> bool:
 
 def dying(walk: Walk) -> tuple[fx.Node, ...]:
     """The expanded nodes that nobody needs once the root is replaced, in graph order."""
-    found = {walk.root}
+    # What is written into a value goes with it, or stays with it.
+    writes_of = {
+        node: reading.inside
+        for node in walk.expanded
+        if (reading := _affine(walk.view, node)) is not None and reading.settled
+    }
+    written = {write for writes in writes_of.values() for write in writes}
+    found = {walk.root, *writes_of.get(walk.root, ())}
     for node in sorted(walk.expanded, reverse=True):
-        if node is not walk.root and unread(node, walk.expanded[node], found):
-            found.add(node)
+        if node is walk.root or node in written:
+            continue
+        own = writes_of.get(node, ())
+        if unread(node, walk.expanded[node], found.union(own) if own else found):
+            found.update((node, *own))
     return tuple(sorted(found))
 
 

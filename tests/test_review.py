@@ -194,3 +194,28 @@ class ReadsChannels(nn.Module):
 
 def test_the_shape_of_a_value_with_other_channels():
     assert assert_same(ReadsChannels(), IMAGE).rewrites
+
+
+class ReadsPadded(nn.Module):
+    """A border written with the bias of the layer before: one reader merges, another returns it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(4, 4, 1)
+        self.outer = nn.Conv2d(4, 4, 3, bias=False)
+        self.beside = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        y = F.pad(self.inner(x), (1, 1, 1, 1))
+        value = self.inner.bias.detach().view(1, -1, 1, 1)
+        y[:, :, :1] = value
+        y[:, :, -1:] = value
+        y[:, :, :, :1] = value
+        y[:, :, :, -1:] = value
+        return y, self.outer(y) + self.beside(x)
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_a_written_border_stays_as_long_as_its_value(validate):
+    report = assert_same(ReadsPadded(), IMAGE, cost="always", validate=validate)
+    assert "branches" in {rewrite.pass_name for rewrite in report.rewrites}
