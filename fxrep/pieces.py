@@ -114,8 +114,11 @@ def _piece(walk: Walk, source: fx.Node, path: Path) -> Piece | Refusal | None:
 def _with_bias(walk: Walk, draft: Draft) -> Draft | Refusal | None:
     """Give each layer its part of the bias, and decide how the pieces are put together."""
     pieces = draft.pieces
-    outputs = {piece.map.outputs for piece in pieces if isinstance(piece.map, Map)}
-    outputs = outputs or {max((p.rows or (0, 0))[1] for p in pieces)}
+    # Of the ways too: what a concatenation takes as it is has no map any more, and outputs whose
+    # weights are zero may have no way at all.
+    maps = [piece.map for piece in pieces]
+    maps += [path.map for paths in walk.frontier.values() for path in paths]
+    outputs = {m.outputs for m in maps if isinstance(m, Map) and m.channelwise is not None}
     if len(outputs) > 1:
         return Refusal("branches of different channels broadcast against each other")
     biases = walk.biases

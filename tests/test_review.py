@@ -219,3 +219,22 @@ class ReadsPadded(nn.Module):
 def test_a_written_border_stays_as_long_as_its_value(validate):
     report = assert_same(ReadsPadded(), IMAGE, cost="always", validate=validate)
     assert "branches" in {rewrite.pass_name for rewrite in report.rewrites}
+
+
+class ConcatenatesZeros(nn.Module):
+    """One operand of a concatenation is a layer times zeros; another is the source itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(4, 4, 1, bias=False)
+        self.other = nn.Conv2d(4, 4, 1, bias=False)
+        self.register_buffer("mask", torch.zeros(1, 4, 1, 1))
+
+    def forward(self, x):
+        return torch.cat([x, self.one(x), self.other(x) * self.mask], 1)
+
+
+@pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.parametrize("cost", ["macs", "always"])
+def test_outputs_of_zeros_stay_in_a_concatenation(cost, validate):
+    assert_same(ConcatenatesZeros(), IMAGE, cost=cost, validate=validate)
