@@ -24,8 +24,9 @@ from fxrep.ranks import Ranks
 from fxrep.reading import read
 from fxrep.recipe import Call, record
 from fxrep.registry import compiled_report
+from fxrep.replacement import pads
 from fxrep.report import Report, Rewrite, Skip
-from fxrep.rewrite import Editor, Layer, build, pads, prune
+from fxrep.rewrite import Editor, Layer, build, prune
 from fxrep.rule import Drop, Fold, Joint, Pass
 from fxrep.view import Affine, View, double
 from fxrep.walk import where

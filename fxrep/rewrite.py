@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections import Counter
@@ -10,15 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxrep import kernels
 from fxrep.collapse import Plan, metadata_readers
-from fxrep.commuting import Mover
 from fxrep.geometry import Map, Refusal, narrowed, symmetric
 from fxrep.pieces import Piece
 from fxrep.recipe import Call, Expr, Recipe, record
+from fxrep.replacement import replacement
 from fxrep.view import Affine, View, scope
 
 # A weight row may lose this many epsilons to rounding, relative to its largest value.
@@ -149,24 +149,6 @@ def _module(shape: Map, biased: bool) -> nn.Module:
     return module
 
 
-def pads(piece: Piece) -> list[tuple[tuple[int, ...], str, float | None]]:
-    """Arguments, modes and values of each F.pad that a layer needs before it."""
-    assert isinstance(piece.map, Map)
-    shape = symmetric(piece.map)
-    found: list[tuple[tuple[int, ...], str, float | None]] = []
-    if piece.ones:
-        found.append(((0, 0) * len(shape.axes) + (0, 1), "constant", 1.0))
-    if not shape.symmetric:
-        found.append(_padding(shape))
-    return found
-
-
-def _padding(shape: Map) -> tuple[tuple[int, ...], str, float | None]:
-    sizes = [size for axis in reversed(shape.axes) for size in (axis.low, axis.high)]
-    mode = "constant" if shape.padding_mode == "zeros" else shape.padding_mode
-    return tuple(sizes), mode, None
-
-
 def _instead(plan: Plan, node: fx.Node, values: Sequence[fx.Node]) -> fx.Node:
     """A value of the same shape, or at least dtype, as one that dies."""
     if plan.outputs:  # each comes before the output that it leads to
@@ -209,9 +191,10 @@ class Editor:
         first = min([plan.root, *readers]) if single else plan.root
         if plan.outputs:  # their readers may come before the last of them
             first = plan.region[0]
+        make = functools.partial(self._new, plan)
+        total: fx.Node
         with self.graph.inserting_before(first):
-            total = self._result(plan, targets)
-            values = self._parts(plan, total)
+            total, values = replacement(plan, targets, lambda source: source, make)
         self.view.forget(*readers)
         for reader in readers:
             for node in reader.all_input_nodes:
@@ -227,47 +210,6 @@ class Editor:
         for node in reversed(plan.region):
             self.erase(node)
         return total
-
-    def _result(self, plan: Plan, targets: Sequence[str]) -> fx.Node:
-        """The layers' calls, put together."""
-        names = iter(targets)
-        parts: list[fx.Node] = []
-        for piece in plan.pieces:
-            value = piece.source
-            if plan.before is not None:
-                value = self._moved(plan, plan.before, value)
-            if isinstance(piece.map, Map):
-                for padding in pads(piece):
-                    value = self._new(plan, "call_function", F.pad, (value, *padding))
-                value = self._new(plan, "call_module", next(names), (value,))
-            parts.append(value)
-        if plan.concatenates:
-            total = self._new(plan, "call_function", torch.cat, (parts, plan.axis))
-        else:
-            total = parts[0]
-            for part in parts[1:]:
-                total = self._new(plan, "call_function", torch.add, (total, part))
-        for each in reversed(plan.after):
-            total = self._moved(plan, each, total)
-        if plan.contiguous:
-            total = self._new(plan, "call_method", "contiguous", (total,))
-        return total
-
-    def _parts(self, plan: Plan, total: fx.Node) -> list[fx.Node]:
-        """The values of the roots: views of the result if there are several."""
-        if not plan.outputs:
-            return [total]
-        sizes = [size for _, size in plan.outputs]
-        split = self._new(plan, "call_function", torch.split, (total, sizes, plan.axis))
-        return [
-            self._new(plan, "call_function", operator.getitem, (split, i))
-            for i in range(len(sizes))
-        ]
-
-    def _moved(self, plan: Plan, found: Mover, value: fx.Node) -> fx.Node:
-        """The call of a mover, on another value."""
-        args, kwargs = fx.map_arg((found.node.args, found.node.kwargs), lambda _: value)
-        return self._new(plan, found.node.op, found.node.target, args, kwargs)
 
     def _new(
         self, plan: Plan, op: str, target: Any, args: tuple[Any, ...], kwargs: Any = None

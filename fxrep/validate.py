@@ -8,7 +8,6 @@ residues, so that a wrong stride, padding or border has nowhere to hide.
 from __future__ import annotations
 
 import copy
-import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -25,8 +23,9 @@ from fxrep.commuting import Mover
 from fxrep.errors import EquivalenceError, InputError
 from fxrep.geometry import Diagonal, Map, Refusal, channel_map, lifted, points
 from fxrep.pieces import Piece
+from fxrep.replacement import replacement
 from fxrep.report import Report
-from fxrep.rewrite import Layer, Lookup, pads
+from fxrep.rewrite import Layer, Lookup
 from fxrep.skeleton import skeleton, weight_hooks
 from fxrep.view import View, reads_metadata
 
@@ -286,38 +285,21 @@ def _in_float64(module: nn.Module, path: str, exact: Lookup) -> Callable[..., An
 def _replacement(
     plan: Plan, layers: Sequence[Layer], values: dict[fx.Node, Tensor], view: View, *, rounded: bool
 ) -> list[Tensor]:
-    new = iter(layers)
-    parts: list[Tensor] = []
-    for piece in plan.pieces:
-        result = values[piece.source]
-        if plan.before is not None:
-            result = _moved(plan.before, result, view)
-        if isinstance(piece.map, Map):
-            layer = next(new)
-            for sizes, mode, fill in pads(piece):
-                result = F.pad(result, list(sizes), mode, fill)
-            weight, bias = layer.exact
-            tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-            if rounded:
-                tensors = {name: p.detach().double() for name, p in layer.module.named_parameters()}
-            result = torch.func.functional_call(layer.module, tensors, (result,))
-        parts.append(result)
-    total = torch.cat(parts, plan.axis) if plan.concatenates else functools.reduce(torch.add, parts)
-    for each in reversed(plan.after):
-        total = _moved(each, total, view)
-    if not plan.outputs:
-        return [total]
-    return list(torch.split(total, [size for _, size in plan.outputs], plan.axis))
+    """The values that the new layers give the roots, with their weights exact or rounded."""
+    targets = [f"new {i}" for i in range(len(layers))]
+    new = dict(zip(targets, layers, strict=True))
 
+    def make(op: str, target: Any, args: tuple[Any, ...], kwargs: Any = None) -> Any:
+        if op == "call_method":
+            return getattr(args[0], target)(*args[1:], **(kwargs or {}))
+        if op == "call_function":
+            return target(*args, **(kwargs or {}))
+        if target not in new:
+            return view.submodule(target)(*args, **(kwargs or {}))
+        module, (weight, bias) = new[target].module, new[target].exact
+        tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        if rounded:
+            tensors = {name: p.detach().double() for name, p in module.named_parameters()}
+        return torch.func.functional_call(module, tensors, args)
 
-def _moved(found: Mover, value: Tensor, view: View) -> Tensor:
-    """An operation that something was moved over, on another value."""
-    node = found.node
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: value)
-    if node.op == "call_module":
-        result: Tensor = view.submodule(str(node.target))(*args, **kwargs)
-    elif node.op == "call_method":
-        result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    else:
-        result = node.target(*args, **kwargs)  # type: ignore[operator]
-    return result
+    return replacement(plan, targets, values.__getitem__, make)[1]
