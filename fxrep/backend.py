@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fxrep.compiled import Folded, Inner, Untouched
-from fxrep.cost import CostModel, cost_model
+from fxrep.cost import CostModel, cost_models
 from fxrep.dynamo import Unfoldable, log, static_inputs
 from fxrep.errors import OptionError
 from fxrep.passes import default_passes
@@ -64,7 +64,7 @@ def compile_graph(
         OptionError: an option does not exist or has a value that does not.
     """
     chosen = _options(mode, options)
-    settings = Settings(chosen_passes(chosen.passes), cost_model(chosen.cost), chosen.validate)
+    settings = Settings(chosen_passes(chosen.passes), cost_models(chosen.cost), chosen.validate)
     inner = _inner(chosen)
     weights: list[Tensor] = []
     try:
@@ -91,6 +91,11 @@ def _options(mode: str | None, given: Mapping[str, Any] | None) -> Options:
     for name in ("freezing", "validate"):
         if not isinstance(getattr(chosen, name), bool):
             raise OptionError(f"options: {name}={getattr(chosen, name)!r} must be True or False")
+    if chosen.cost == "measure":
+        raise OptionError(
+            "options: cost='measure' times rewrites as eager runs them; pass it to fxrep.optimize "
+            "with example_inputs, or another cost here"
+        )
     if chosen.inner == "fxrep" or chosen.inner is compile_graph:
         raise OptionError("options: inner='fxrep' would call itself; name another backend")
     if chosen.mode not in (None, "default") and chosen.inner != "inductor":

@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
-from fxrep import aliasing
+from fxrep import aliasing, measure
 from fxrep import validate as validation
 from fxrep.capture import Capture, Program, capture
 from fxrep.channels import Channels
 from fxrep.collapse import Plan
-from fxrep.cost import SIZES, CostModel, cost_model
+from fxrep.cost import SIZES, CostModel, cost_models
 from fxrep.errors import OptionError, ReportError
-from fxrep.examples import ranks_seen
+from fxrep.examples import Examples, Values, watched
 from fxrep.geometry import Map, Refusal
+from fxrep.measure import Timing
 from fxrep.module import assemble, attach, attached
 from fxrep.passes import default_passes
 from fxrep.ranks import Ranks
@@ -51,7 +52,8 @@ def optimize(
             them the whole model is also compared before and after, in their dtype, with float64.
         passes: the passes to run, in order, or their names; `fxrep.default_passes` is all of them.
         cost: "macs" (never more multiply-accumulates, memory traffic or convolutions), "always"
-            (whenever legal), or a `fxrep.cost.CostModel`.
+            (whenever legal), "measure" (what is faster on `example_inputs`, where the model is: a
+            rewrite whose profit is in doubt is timed), or a `fxrep.cost.CostModel`.
         validate: check every rewrite in float64 on the spot and drop one that differs.
 
     Returns:
@@ -73,7 +75,12 @@ def optimize(
     Source: Ding et al., "RepVGG: Making VGG-style ConvNets Great Again", 2021, and the papers each
     pass names.
     """
-    settings = Settings(chosen_passes(passes), cost_model(cost), validate)
+    settings = Settings(chosen_passes(passes), cost_models(cost), validate, cost == "measure")
+    if settings.measures and example_inputs is None:
+        raise OptionError(
+            "cost='measure' times rewrites on example_inputs, and there are none: pass inputs of "
+            "the shapes the model will see, or cost='macs'"
+        )
     captured = capture(model, example_inputs)
     report = rewrite(captured, settings, example_inputs).report()
     result = assemble(captured)
@@ -106,11 +113,19 @@ def report(optimized: nn.Module) -> Report:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a rewrite is asked for."""
+    """What a rewrite is asked for.
+
+    Attributes:
+        passes: in order.
+        costs: decide what is worth it: one after the other, until none finds any more.
+        validate: check each rewrite.
+        measures: time each whose profit is in doubt.
+    """
 
     passes: tuple[Pass, ...]
-    cost: CostModel
+    costs: tuple[CostModel, ...]
     validate: bool
+    measures: bool = False
 
 
 def rewrite(captured: Capture, settings: Settings, example_inputs: object = None) -> Session:
@@ -154,6 +169,7 @@ class Part:
     program: Program
     view: View
     editor: Editor
+    values: Values
     # Plans for layers called more than once, until there is an equal one for every call.
     waiting: dict[object, list[Plan]] = field(default_factory=lambda: defaultdict(list))
     # Why a pass declined a node, by its name.
@@ -187,10 +203,13 @@ class Session:
     users: dict[int, set[fx.Node]] = field(default_factory=lambda: defaultdict(set))
 
     def __post_init__(self) -> None:
+        examples = Examples(self.example_inputs)
+        if self.settings.measures:
+            examples = watched(self.captured, self.example_inputs)
         for program in self.captured.programs:
             aliasing.rename_written(program.graph, program.module)
-            seen = ranks_seen(program, self.example_inputs)
-            ranks = Ranks(program.graph, program.module, seen, program.ranks)
+            values = examples.values(program)
+            ranks = Ranks(program.graph, program.module, values.ranks, program.ranks)
             view = View(
                 program.graph,
                 program.module,
@@ -200,7 +219,7 @@ class Session:
                 Channels(program.graph, program.module, ranks.lean),
             )
             editor = Editor(program.graph, program.module, view, program.keep_modules)
-            self.parts.append(Part(program, view, editor))
+            self.parts.append(Part(program, view, editor, values))
             for node in program.graph.nodes:
                 reading = view.read(node)
                 if isinstance(reading, Affine) and reading.weight is not None:
@@ -208,13 +227,20 @@ class Session:
 
     def rewrite(self, part: Part) -> None:
         """Run the passes over one graph until none of them changes it."""
-        for _ in range(MOST_ROUNDS):
-            changed = [p.name for p in self.settings.passes if self._run(p, part)]
+        costs = self.settings.costs
+        changed = True
+        while changed:
+            changed = any([self._settle(part, cost) for cost in costs]) and len(costs) > 1
+
+    def _settle(self, part: Part, cost: CostModel) -> bool:
+        """Run the passes with one cost model until none changes anything; whether any did."""
+        for turn in range(MOST_ROUNDS):
+            changed = [p.name for p in self.settings.passes if self._run(p, part, cost)]
             if not changed:
-                return
+                return turn > 0
         raise AssertionError(f"the passes {changed} keep rewriting each other's result")
 
-    def _run(self, rule: Pass, part: Part) -> bool:
+    def _run(self, rule: Pass, part: Part, cost: CostModel) -> bool:
         """One sweep, from the outputs to the inputs: the largest region is met first."""
         changed = False
         part.waiting.clear()
@@ -224,7 +250,7 @@ class Session:
             if node._erased:
                 continue
             made = len(part.made)
-            answer = rule.propose(part.view, node, self.settings.cost)
+            answer = rule.propose(part.view, node, cost)
             if isinstance(answer, Fold):
                 self._fold(rule, part, answer)
                 changed = True
@@ -268,13 +294,17 @@ class Session:
         return self._carry_out(rule, part, plans)
 
     def _apply_all(self, rule: Pass, part: Part, joint: Joint) -> Refusal | None:
-        """Carry out plans that pay together; None if all were carried out."""
+        """Carry out plans that pay together: all or none."""
         if any(self._shared(part, plan) for plan in joint.plans):
             return Refusal("a layer that reads it is called more than once")
+        ready = []
         for plan in joint.plans:
-            refusal = self._carry_out(rule, part, [plan])
-            if refusal is not None:
-                return refusal
+            layers = self._ready(part, plan)
+            if isinstance(layers, Refusal):
+                return layers
+            ready.append(layers)
+        for plan, layers in zip(joint.plans, ready, strict=True):
+            self._install(rule, part, [plan], *layers)
         part.editor.erase_tree(joint.node)
         return None
 
@@ -295,17 +325,30 @@ class Session:
         return shared
 
     def _carry_out(self, rule: Pass, part: Part, plans: Sequence[Plan]) -> Refusal | None:
-        plan, view = plans[0], part.view
-        exact = _memo(lambda path: _exact(view, path))
+        """Carry out equal plans, for they share their layers."""
+        timing = measure.judge(plans, part.view, part.values) if self.settings.measures else None
+        if isinstance(timing, Refusal):
+            return timing
+        ready = self._ready(part, plans[0])
+        if isinstance(ready, Refusal):
+            return ready
+        self._install(rule, part, plans, *ready, timing)
+        return None
+
+    def _ready(self, part: Part, plan: Plan) -> tuple[list[Layer], float | None] | Refusal:
+        """The layers of a plan, and their error if they were validated."""
+        view = part.view
         layers = build(plan, view, _memo(lambda path: double(view.originals[path])))
-        if isinstance(layers, Refusal):
-            return layers
-        error: float | None = None
-        if self.settings.validate:
-            verdict = validation.check(plan, layers, view, exact)
-            if isinstance(verdict, Refusal):
-                return verdict
-            error = verdict
+        if isinstance(layers, Refusal) or not self.settings.validate:
+            return layers if isinstance(layers, Refusal) else (layers, None)
+        error = validation.check(plan, layers, view, _memo(lambda path: _exact(view, path)))
+        return error if isinstance(error, Refusal) else (layers, error)
+
+    def _install(
+        self, rule: Pass, part: Part, plans: Sequence[Plan], layers: Sequence[Layer],
+        error: float | None, timing: Timing | None = None,
+    ) -> None:  # fmt: skip
+        plan, view = plans[0], part.view
         before = _kinds(plan, view)
         targets = part.editor.place(plans, layers)
         location = self._location(part, targets, plan)
@@ -317,8 +360,7 @@ class Session:
                 view.derived.pop(f"{target}.{name}", None)
                 if expr is not None:
                     view.derived[f"{target}.{name}"] = expr
-        self.rewrites.append(_rewrite(rule, location, plan, before, layers, error))
-        return None
+        self.rewrites.append(_rewrite(rule, location, plan, before, layers, error, timing))
 
     def _fold(self, rule: Pass, part: Part, fold: Fold) -> None:
         """Store the value of a constant expression, or write it where it is read."""
@@ -522,6 +564,7 @@ def _rewrite(
     before: tuple[str, ...],
     layers: Sequence[Layer],
     error: float | None,
+    timing: Timing | None,
 ) -> Rewrite:
     positions = SIZES[-1] ** (-plan.axis - 1)
     return Rewrite(
@@ -534,6 +577,7 @@ def _rewrite(
         plan.saved.parameters,
         plan.spent.parameters,
         error,
+        *((timing.before, timing.after) if timing is not None else ()),
     )
 
 

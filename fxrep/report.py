@@ -28,6 +28,8 @@ class Rewrite:
         parameters_after: the same after.
         error: largest error of the new operation, with its weights rounded, relative to the old
             ones in float64; None when it was not validated.
+        seconds_before: median time before, on the example inputs; None when it was not measured.
+        seconds_after: the same after.
     """
 
     pass_name: str
@@ -39,6 +41,8 @@ class Rewrite:
     parameters_before: int
     parameters_after: int
     error: float | None
+    seconds_before: float | None = None
+    seconds_after: float | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ class Report:
 
 
 def _rewrite_table(name: str, rewrites: Sequence[Rewrite]) -> str:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             rewrite.where or "(root)",
             f"{_counts(Counter(rewrite.before))} -> {_counts(Counter(rewrite.after)) or 'nothing'}",
@@ -160,10 +164,20 @@ def _rewrite_table(name: str, rewrites: Sequence[Rewrite]) -> str:
         )
         for rewrite in rewrites
     ]
-    headers = ("where", "operations", "MACs per position", "parameters", "error")
-    align = ("left", "left", "right", "right", "right")
+    headers = ["where", "operations", "MACs per position", "parameters", "error"]
+    if any(rewrite.seconds_before is not None for rewrite in rewrites):
+        headers.append("time in ms")
+        rows = [(*row, _times(rewrite)) for row, rewrite in zip(rows, rewrites, strict=True)]
+    align = ["left", "left", *["right"] * (len(headers) - 2)]
     table = tabulate(rows, headers, tablefmt="simple", disable_numparse=True, colalign=align)
     return f"{name}: {len(rewrites):,} rewritten\n{table}"
+
+
+def _times(rewrite: Rewrite) -> str:
+    before, after = rewrite.seconds_before, rewrite.seconds_after
+    if before is None or after is None:
+        return "-"
+    return f"{1e3 * before:.3g} -> {1e3 * after:.3g}"
 
 
 def _skip_table(skipped: Sequence[Skip]) -> str:

@@ -49,11 +49,8 @@ Lookup = Callable[[str], Tensor]
 
 def build(plan: Plan, view: View, lookup: Lookup) -> list[Layer] | Refusal:
     """The layers of a plan, one for each piece that is a map."""
-    readings = [view.read(node) for node in plan.expanded]
-    weights = [r.weight for r in readings if isinstance(r, Affine) and r.weight is not None]
-    like = max(weights, key=Tensor.numel, default=None)
-    if like is None:  # pooling alone: nothing says the dtype but the rest of the model
-        like = next((p for p in view.module.parameters() if p.is_floating_point()), torch.ones(()))
+    weights = _weights(plan, view)
+    like = _like(plan, view)
     trains = any(w.requires_grad or id(w) in view.trained for w in weights)
     layers: list[Layer] = []
     for piece in plan.pieces:
@@ -63,6 +60,38 @@ def build(plan: Plan, view: View, lookup: Lookup) -> list[Layer] | Refusal:
                 return layer
             layers.append(layer)
     return layers
+
+
+def blank(plan: Plan, view: View) -> list[nn.Module]:
+    """Layers like those of a plan that nothing was computed for: their weights are random."""
+    like = _like(plan, view)
+    found = []
+    for piece in plan.pieces:
+        if isinstance(piece.map, Map):
+            module = _module(symmetric(narrowed(piece.map)), piece.bias is not None)
+            for name, empty in list(module.named_parameters()):
+                value = torch.empty(empty.shape, dtype=like.dtype, device=like.device).normal_()
+                _assign(module, name, value, like, trains=False)
+            found.append(module)
+    return found
+
+
+def _weights(plan: Plan, view: View) -> list[Tensor]:
+    readings = [view.read(node) for node in plan.expanded]
+    return [r.weight for r in readings if isinstance(r, Affine) and r.weight is not None]
+
+
+def _like(plan: Plan, view: View) -> Tensor:
+    """The weight whose dtype, device and memory format the new ones get."""
+    like = max(_weights(plan, view), key=Tensor.numel, default=None)
+    if like is None:  # pooling alone: nothing says the dtype but the rest of the model
+        like = next((p for p in view.module.parameters() if p.is_floating_point()), torch.ones(()))
+    return like
+
+
+def _assign(module: nn.Module, name: str, value: Tensor, like: Tensor, *, trains: bool) -> None:
+    value = value.contiguous(memory_format=_memory_format(like, value))
+    setattr(module, name, nn.Parameter(value, requires_grad=trains))
 
 
 def _layer(piece: Piece, lookup: Lookup, like: Tensor, trains: bool) -> Layer | Refusal:
@@ -87,8 +116,7 @@ def _layer(piece: Piece, lookup: Lookup, like: Tensor, trains: bool) -> Layer | 
         refusal = rounding(name, value, rounded)
         if refusal is not None:
             return refusal
-        rounded = rounded.contiguous(memory_format=_memory_format(like, rounded))
-        setattr(module, name, nn.Parameter(rounded, requires_grad=trains))
+        _assign(module, name, rounded, like, trains=trains)
     return Layer(piece, module, exact, recipe, (weight, full))
 
 
