@@ -90,7 +90,8 @@ def layer(
     read = touched(shape if whole is None else whole, rank, crossed)
     computed = read if shape.transposed else written
     weights = shape.weights
-    copies = (not geometry.symmetric(shape).symmetric) + ones
+    padded = geometry.symmetric(shape)
+    copies = (not padded.symmetric or (padded.padded and padded.padding_mode != "zeros")) + ones
     return Work(
         macs=tuple(weights * n for n in computed),
         traffic=tuple(
@@ -98,9 +99,16 @@ def layer(
             for a, b in zip(read, written, strict=True)
         ),
         convolutions=1,
-        operations=1 + copies,
+        operations=1 + copies + _circular(padded),
         parameters=weights + (shape.outputs if biased else 0),
     )
+
+
+def _circular(shape: Map) -> int:
+    """Operations of circular padding but for one: it is put together side by side."""
+    if shape.padding_mode != "circular" or not shape.padded:
+        return 0
+    return 4 * len(shape.axes)
 
 
 def elementwise(
@@ -137,6 +145,6 @@ def _structure(reading: Affine, shape: Map, seen: Seen, width: int, rank: int) -
     inputs = width if reading.kind == "cat" or shape.channelwise is None else shape.inputs
     return Work(
         traffic=tuple(inputs * a + width * b for a, b in zip(read, written, strict=True)),
-        operations=1,
+        operations=1 + _circular(shape),
         poolings=int(reading.kind == "avg_pool"),
     )

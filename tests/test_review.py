@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from check import check
 from test_islands import settled
 from torch import nn
 
@@ -238,3 +239,20 @@ class ConcatenatesZeros(nn.Module):
 @pytest.mark.parametrize("cost", ["macs", "always"])
 def test_outputs_of_zeros_stay_in_a_concatenation(cost, validate):
     assert_same(ConcatenatesZeros(), IMAGE, cost=cost, validate=validate)
+
+
+class ReadsCircular(nn.Module):
+    """A circular convolution that stays for another reader: once more it pads once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(4, 32, 3, 2, 1, bias=False, padding_mode="circular")
+        self.outer = nn.Conv2d(64, 4, 1, bias=False)
+
+    def forward(self, x):
+        y = self.inner(x)
+        return y, self.outer(torch.cat([y[:, :, ::2, ::2], y[:, :, 1::2, ::2]], 1))
+
+
+def test_circular_padding_is_many_operations():
+    check(ReadsCircular().eval(), [(2, 4, 9, 4), (1, 4, 13, 8)])
