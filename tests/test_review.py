@@ -246,7 +246,7 @@ class ReadsCircular(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Conv2d(4, 32, 3, 2, 1, bias=False, padding_mode="circular")
+        self.inner = nn.Conv2d(4, 32, 3, 2, 1, 2, bias=False, padding_mode="circular")
         self.outer = nn.Conv2d(64, 4, 1, bias=False)
 
     def forward(self, x):
