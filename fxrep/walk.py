@@ -283,7 +283,7 @@ def _through(walk: Walk, step: _Step, outer: Path) -> Refusal | None:
             framed, shape = shape, geometry.compose(outer.map, term.map, biased=False)
         if isinstance(shape, Refusal):
             return shape
-        if walk.before is not None and not _pointwise(shape):
+        if walk.before is not None and not _passes_below(walk.before, shape):
             return Refusal("")
         shapes.append(shape)
     for index, (term, shape) in enumerate(zip(reading.terms, shapes, strict=True)):
@@ -313,6 +313,13 @@ def _through(walk: Walk, step: _Step, outer: Path) -> Refusal | None:
     band = outer.map.channelwise if isinstance(outer.map, Map) else None
     step.biases.append(Bias(bias, None if band is None else band.rows))
     return None
+
+
+def _passes_below(found: Mover, shape: Linear) -> bool:
+    """Whether a map above `found` may be applied after it: pointwise, on the channels it keeps."""
+    if isinstance(shape, Diagonal):
+        return shape.axis in (None, -found.spatial - 1)
+    return shape.pointwise and len(shape.axes) == found.spatial
 
 
 def _can_frame(outer: Path, reading: Affine) -> bool:

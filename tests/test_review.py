@@ -256,3 +256,22 @@ class ReadsCircular(nn.Module):
 
 def test_circular_padding_is_many_operations():
     check(ReadsCircular().eval(), [(2, 4, 9, 4), (1, 4, 13, 8)])
+
+
+class LinearOnWidth(nn.Module):
+    """The channels of a Linear are the last dimension, over which the pooling goes."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.linear = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        self.pool = pool
+
+    def forward(self, x):
+        return self.pool(self.linear(x))
+
+
+@pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d(1), nn.AvgPool2d(2), nn.AvgPool2d((2, 1))])
+def test_a_linear_layer_on_the_width_stays_above_pooling(pool, validate):
+    x = torch.randn(1, 4, 6, 8, dtype=torch.float64)
+    assert len(assert_same(LinearOnWidth(pool), x, validate=validate).rewrites) == 1
