@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
-from fxrep import aliasing, measure
+from fxrep import aliasing, measure, sizes
 from fxrep import validate as validation
 from fxrep.capture import Capture, Program, capture
 from fxrep.channels import Channels
@@ -218,6 +218,7 @@ class Session:
                 ranks,
                 Channels(program.graph, program.module, ranks.lean),
             )
+            sizes.read_early(view)
             editor = Editor(program.graph, program.module, view, program.keep_modules)
             self.parts.append(Part(program, view, editor, values))
             for node in program.graph.nodes:
