@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -262,7 +263,7 @@ class Folded:
         mode = self.mode or FakeTensorMode()
         given = inputs if self.mode is None else self.fakes
         taken = [given[i] for i in bound.positions] + [values[path] for path in bound.paths]
-        with torch.no_grad(), mode:
+        with torch.no_grad(), mode, enable_python_dispatcher():
             fakes = [_faked(mode, value) for value in taken]
             got = bound.module(*fakes)
         for expected, mine in zip(self.outputs, map(_kind, got), strict=True):

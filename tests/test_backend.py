@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from check import FLOAT64, distance, randomize
+from check import FLOAT64, count, distance, randomize
 from torch import Tensor, nn
 
 import fxrep
@@ -39,9 +39,11 @@ class Recorder:
 
     def __init__(self) -> None:
         self.graphs: list[torch.fx.GraphModule] = []
+        self.inputs: list[tuple[Any, ...]] = []
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         self.graphs.append(gm)
+        self.inputs.append(tuple(inputs))
         return gm.forward
 
     def kinds(self) -> Counter[str]:
@@ -112,19 +114,29 @@ def folded() -> list[Folded]:
 
 @pytest.mark.real
 @pytest.mark.parametrize(
-    ("name", "convs"), [("repvgg_a0", 22), ("mobileone_s0", 43), ("resnet50", 53)]
+    ("name", "size", "convs"),
+    [
+        ("repvgg_a0", 32, 22),
+        ("mobileone_s0", 32, 43),
+        ("fastvit_t8", 128, 52),
+        ("resnet50", 32, 53),
+    ],
 )
-def test_real_models_run_as_few_operations_as_optimized_ones(name: str, convs: int) -> None:
+def test_real_models_run_as_few_operations_as_optimized_ones(
+    name: str, size: int, convs: int
+) -> None:
     timm = pytest.importorskip("timm")
     model = randomize(timm.create_model(name).eval()).double()
     before = copy.deepcopy(model.state_dict())
-    inner, x = Recorder(), image(1, 3, 32, 32)
+    inner, x = Recorder(), image(1, 3, size, size)
     compiled = through(model, inner)
     same(compiled, model, x)
     assert (inner.convs, inner.batchnorms) == (convs, 0)
+    optimized = count(fxrep.optimize(model), (x,)).kinds
+    assert count(inner.graphs[0], inner.inputs[0]).kinds == optimized
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert sum(r.pass_name == "branches" for r in fxrep.report(compiled).rewrites) >= (
-        0 if name == "resnet50" else 22
+        0 if name == "resnet50" else 14
     )
 
 
@@ -502,6 +514,22 @@ def test_sizes_change(dynamic: bool | None, inner: str, freezing: bool) -> None:
     _copy(model)
     for shape in ((2, 4, 6, 6), (3, 4, 7, 9)):
         same(compiled, model, image(*shape))
+
+
+def test_operators_that_only_dynamos_dispatcher_takes_sizes_for() -> None:
+    class Scaled(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addcmul(self.scale, super().forward(x), self.scale)
+
+    model = randomize(Scaled().eval()).double()
+    compiled = through(model, compile={"dynamic": True})
+    for shape in ((2, 4, 6, 6), (3, 4, 7, 9)):
+        same(compiled, model, image(*shape))
+    assert folded()
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
