@@ -427,7 +427,7 @@ def _is_torch(home: str) -> bool:
 def _call_effect(node: fx.Node, name: str, *, known: bool) -> _Effect:
     """The effect of a tensor method or function by its name."""
     if name in _FRESH_NAMES and known:
-        inplace = _argument(node, "inplace")
+        inplace = argument(node, "inplace")
         if inplace is False or inplace is None:
             return _FRESH
     inputs = tuple(node.all_input_nodes)
@@ -442,10 +442,10 @@ def _call_effect(node: fx.Node, name: str, *, known: bool) -> _Effect:
         written = source or inputs
         kept = inputs if name in ("set_", "swap_") else written
         return _Effect(kept, written, reshapes=name in _RESHAPING)
-    training = _argument(node, "training")
+    training = argument(node, "training")
     if name in _DROPOUTS and training is False:
         return _Effect(source)
-    inplace = _argument(node, "inplace")
+    inplace = argument(node, "inplace")
     if inplace is not False and inplace is not None:
         return _Effect(source, source)
     if name in ("batch_norm", "instance_norm", "embedding", "embedding_bag"):
@@ -462,18 +462,18 @@ def _call_effect(node: fx.Node, name: str, *, known: bool) -> _Effect:
 def _updated(node: fx.Node, name: str) -> tuple[fx.Node, ...]:
     """Running statistics and renormalised tables: operands that some functions write."""
     if name == "batch_norm":
-        return () if _argument(node, "training") is False else tuple(node.all_input_nodes[1:])
+        return () if argument(node, "training") is False else tuple(node.all_input_nodes[1:])
     if name == "instance_norm":
-        return () if _argument(node, "use_input_stats") is False else _statistics(node)
-    return () if _argument(node, "max_norm") is None else tuple(node.all_input_nodes)
+        return () if argument(node, "use_input_stats") is False else _statistics(node)
+    return () if argument(node, "max_norm") is None else tuple(node.all_input_nodes)
 
 
 def _statistics(node: fx.Node) -> tuple[fx.Node, ...]:
-    values = (_argument(node, "running_mean"), _argument(node, "running_var"))
+    values = (argument(node, "running_mean"), argument(node, "running_var"))
     return tuple(value for value in values if isinstance(value, fx.Node))
 
 
-def _argument(node: fx.Node, name: str) -> Any:
+def argument(node: fx.Node, name: str) -> Any:
     """An argument by name, where the function has one; else its default, else None."""
     if name in node.kwargs:
         return node.kwargs[name]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.exc import RestartAnalysis
 
 from fxrep.compiled import Folded, Inner, Untouched
 from fxrep.cost import CostModel, cost_models
@@ -76,6 +77,8 @@ def compile_graph(
         return Folded(gm, example_inputs, inner, settings, chosen.freezing)
     except Unfoldable as refusal:
         reason = str(refusal)
+    except RestartAnalysis:  # dynamo is to trace anew, with a number fixed
+        raise
     except Exception as error:  # the inner compiler may do better with the graph as it is
         log.warning("rewriting failed: %s: %s", type(error).__name__, error, exc_info=True)
         reason = f"rewriting failed: {type(error).__name__}: {error}"

@@ -3,8 +3,8 @@
 Dynamo calls one compiled graph with the weights of any module of equal structure, and with weights
 that have changed since. Folded weights are therefore kept by the identity of the weights they were
 made from, and each call first makes sure that these are still what they were: the same tensors, at
-the same address, of the same version; running statistics, which kernels write without a trace, of
-the same content.
+the same address, of the same version; small buffers, which may be running statistics that kernels
+write without a trace, of the same content.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -32,6 +33,9 @@ from fxrep.report import Report, Skip
 # Sets of weights that one graph keeps folded weights for, and ways to rewrite it.
 MOST_SETS = 64
 MOST_FOLDINGS = 4
+
+# Buffers of more elements are no running statistics.
+MOST_CHANNELS = 1 << 14
 
 Run = Callable[..., Any]
 Inner = Callable[[fx.GraphModule, Sequence[Any]], Run]
@@ -54,7 +58,7 @@ class _Kept:
 
     compiled: _Compiled
     folded: tuple[Tensor, ...]
-    references: tuple[weakref.ref[Tensor], ...]
+    references: tuple[weakref.ref[Any], ...]
     versions: list[int]
     addresses: list[int]
     contents: list[Tensor]
@@ -108,8 +112,6 @@ class Folded:
         self.inner, self.settings, self.freezing = inner, settings, freezing
         self.gm = lasting(gm)
         positions = static_inputs(self.gm, inputs)
-        self.weights = _taking(list(positions))
-        self.statistics = _groups(self.gm, positions, inputs)
         placeholders = self.gm.graph.find_nodes(op="placeholder")
         self.fakes = [node.meta.get("example_value") for node in placeholders]
         self.mode = next((f.fake_mode for f in self.fakes if isinstance(f, FakeTensor)), None)
@@ -119,7 +121,14 @@ class Folded:
         self.kept: dict[tuple[int, ...], _Kept] = {}
         self.foldings: list[tuple[Folding, _Compiled | None, tuple[str, ...]]] = []
         self.plain: _Compiled | None = None
-        self._keep(*self._folded(inputs), self.weights(inputs))
+        compiled, folded = self._folded(inputs)
+        folding = self.foldings[-1][0]
+        # What the graph itself writes would never stay what it was.
+        checked = {i: node for i, node in positions.items() if i not in folding.unread} or positions
+        self.weights = _taking(list(checked))
+        self.statistics = _groups(self.gm, checked, inputs)
+        self.overwritten = folding.overwritten
+        self._keep(compiled, folded, self.weights(inputs))
         self.late = True
         graphs.add(self)
 
@@ -144,6 +153,8 @@ class Folded:
         kept = self.kept.get(tuple(map(id, weights)))
         if kept is None or not self._stands(kept, weights):
             kept = self._renewed(args, weights)
+        if self.overwritten and self._overwrites(args, weights):
+            return self.gm(*args)
         compiled = kept.compiled
         return compiled.run(*compiled.take(args), *kept.folded)
 
@@ -152,10 +163,15 @@ class Folded:
             list(map(_version, weights)) == kept.versions
             and list(map(Tensor.data_ptr, weights)) == kept.addresses
             and all(
-                torch.equal(_joined(take(weights)), content)
+                _equal(_joined(take(weights)), content)
                 for take, content in zip(self.statistics, kept.contents, strict=True)
             )
         )
+
+    def _overwrites(self, args: Sequence[Any], weights: tuple[Tensor, ...]) -> bool:
+        """Whether the graph writes an input that is a weight, seen from elsewhere."""
+        memory = {args[i].untyped_storage()._cdata for i in self.overwritten}
+        return any(weight.untyped_storage()._cdata in memory for weight in weights)
 
     def _renewed(self, args: Sequence[Any], weights: tuple[Tensor, ...]) -> _Kept:
         try:
@@ -179,7 +195,8 @@ class Folded:
         kept[key] = _Kept(
             compiled,
             folded,
-            tuple(weakref.ref(weight, gone) for weight in weights),
+            # An address says nothing once its memory was freed: ``p.data =`` may get it again.
+            tuple(weakref.ref(it, gone) for w in weights for it in (w, w.untyped_storage())),
             list(map(_version, weights)),
             list(map(Tensor.data_ptr, weights)),
             [_joined(take(weights)).clone() for take in self.statistics],
@@ -246,7 +263,7 @@ class Folded:
         mode = self.mode or FakeTensorMode()
         given = inputs if self.mode is None else self.fakes
         taken = [given[i] for i in bound.positions] + [values[path] for path in bound.paths]
-        with torch.no_grad(), mode:
+        with torch.no_grad(), mode, enable_python_dispatcher():
             fakes = [_faked(mode, value) for value in taken]
             got = bound.module(*fakes)
         for expected, mine in zip(self.outputs, map(_kind, got), strict=True):
@@ -265,11 +282,10 @@ def _example(value: object) -> object:
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """A fused optimizer writes its parameters without a trace."""
-    if any(group.get("fused") for group in optimizer.param_groups):
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for graph in list(graphs):
-            graph.forget(stepped)
+    """Some optimizers leave no trace: fused ones, and those that write ``p.data``."""
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for graph in list(graphs):
+        graph.forget(stepped)
 
 
 register_optimizer_step_post_hook(_after_step)
@@ -283,18 +299,33 @@ def _taking(positions: Sequence[int]) -> Take:
 
 
 def _groups(gm: fx.GraphModule, positions: dict[int, fx.Node], inputs: Sequence[Any]) -> list[Take]:
-    """Running statistics that can be joined, by their places among the weights."""
+    """What may be running statistics and can be joined, by its places among the weights."""
     kernels_write = statistics(gm)
-    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    groups: dict[object, list[int]] = {}
     for place, (position, node) in enumerate(positions.items()):
-        if node in kernels_write:
-            value = inputs[position]
-            groups.setdefault((value.dtype, value.device), []).append(place)
+        value = inputs[position]
+        if node in kernels_write or _may_be_statistics(value):
+            joins = value.shape[1:] if value.dim() else place
+            groups.setdefault((value.dtype, value.device, joins), []).append(place)
     return [_taking(places) for places in groups.values()]
+
+
+def _may_be_statistics(value: Tensor) -> bool:
+    """Whether a BatchNorm may have it: in training, elsewhere, in whatever form evaluation does."""
+    is_buffer = not isinstance(value, nn.Parameter) and value.is_floating_point()
+    return is_buffer and value.numel() <= MOST_CHANNELS
 
 
 def _joined(vectors: tuple[Tensor, ...]) -> Tensor:
     return torch.cat(vectors) if len(vectors) > 1 else vectors[0]
+
+
+def _equal(value: Tensor, content: Tensor) -> bool:
+    """Whether two vectors are the same, NaN in the same places included."""
+    if torch.equal(value, content):
+        return True
+    same = (value == content) | (value.isnan() & content.isnan())
+    return bool(same.all())
 
 
 def _kind(value: object) -> object:

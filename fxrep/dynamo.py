@@ -91,10 +91,14 @@ def _is_ordinary(value: object) -> bool:
 def statistics(gm: fx.GraphModule) -> set[fx.Node]:
     """Running means and variances: kernels write them without leaving a trace."""
     normalizations = [node for node in gm.graph.nodes if normalizes(node)]
+    named = ("running_mean", "running_var")
     return {
         source
         for node in normalizations
-        for source in node.args[_STATISTICS.get(node.target, slice(1, 3))]
+        for source in (
+            *node.args[_STATISTICS.get(node.target, slice(1, 3))],
+            *(node.kwargs.get(name) for name in named),
+        )
         if isinstance(source, fx.Node) and source.op == "placeholder"
     }
 

@@ -78,6 +78,8 @@ class Folding:
         held: what dynamo's graph held itself (constants, bodies of control flow), by path.
         freezable: paths of the statics that may become constants of the graph.
         looked: content that decided what was rewritten, by position.
+        unread: positions of statics that the graph writes, and that nothing here was made from.
+        overwritten: positions of the other inputs that the graph writes.
         report: what was done.
     """
 
@@ -87,6 +89,8 @@ class Folding:
     held: Mapping[str, Any]
     freezable: frozenset[str]
     looked: Mapping[int, Tensor]
+    unread: frozenset[int]
+    overwritten: tuple[int, ...]
     report: Report
 
     def fits(self, inputs: Sequence[Any]) -> bool:
@@ -149,6 +153,10 @@ def fold(
             if path in statics
         }
     graph.lint()
+    sources = {path for each in derived.values() for path in each.recipe.paths} | set(view.looked)
+    unread = {str(node.target) for node in written} - sources
+    inputs_by_name = {node.name: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    overwritten = tuple(inputs_by_name[node.name] for node in _overwritten(graph, view))
     normalizing = {n for node in graph.nodes if normalizes(node) for n in node.all_input_nodes}
     freezable = frozenset(
         str(node.target)
@@ -157,7 +165,17 @@ def fold(
         if node.target in statics.keys() - derived.keys()
         and node not in written | returned | normalizing
     )
-    folding = Folding(graph, derived, statics, given.held, freezable, looked, session.report())
+    folding = Folding(
+        graph,
+        derived,
+        statics,
+        given.held,
+        freezable,
+        looked,
+        frozenset(statics[path] for path in unread if path in statics),
+        overwritten,
+        session.report(),
+    )
     return folding, values
 
 
@@ -167,10 +185,16 @@ def fold(
 def _written(graph: fx.Graph, view: View) -> set[fx.Node]:
     """Weights that the graph writes."""
     inputs = [node for node in graph.find_nodes(op="placeholder") if "rank" in node.meta]
-    if len(inputs) > 1 and any(view.aliasing.writes_attribute(node) for node in inputs):
+    if len(inputs) > 1 and _overwritten(graph, view):
         raise Unfoldable("it writes an input that may share its memory with another one")
     reads = graph.find_nodes(op="get_attr")
     return {node for node in reads if view.aliasing.writes_attribute(node)}
+
+
+def _overwritten(graph: fx.Graph, view: View) -> list[fx.Node]:
+    """Inputs that the graph writes."""
+    inputs = graph.find_nodes(op="placeholder")
+    return [node for node in inputs if "rank" in node.meta and view.aliasing.writes_attribute(node)]
 
 
 def _returned(graph: fx.Graph, view: View) -> set[fx.Node]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxrep.aliasing import argument
 from fxrep.skeleton import foreign_hooks
 from fxrep.view import View
 
@@ -49,4 +50,5 @@ def writes_over(view: View, node: fx.Node) -> bool:
     """Whether a pointwise operation writes its result over its operand."""
     if node.op == "call_module":
         return bool(getattr(view.submodule(str(node.target)), "inplace", False))
-    return bool(node.kwargs.get("inplace", False)) or str(node.target).endswith("_")
+    name = str(getattr(node.target, "__name__", node.target))
+    return argument(node, "inplace") not in (False, None) or name.endswith("_")
