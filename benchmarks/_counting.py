@@ -1,4 +1,4 @@
-"""What a model does at run time: operators dispatched, convolutions, BatchNorms, MACs."""
+"""What a model does at run time: operators dispatched, convolutions, BatchNorms, MACs, traffic."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -26,6 +27,7 @@ class Counts:
         directly_after_conv: those among them whose input is the output of a convolution.
         ops: all operators dispatched, views included.
         macs: multiply-accumulates of convolutions, matrix products and attention.
+        traffic: bytes these read and write, each operand and result once.
     """
 
     convs: int
@@ -33,6 +35,7 @@ class Counts:
     directly_after_conv: int
     ops: int
     macs: int
+    traffic: int
 
 
 class _Counter(TorchDispatchMode):
@@ -40,6 +43,7 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.ops: Counter[str] = Counter()
         self.macs = 0
+        self.traffic = 0
         self.after_conv = 0
         self.from_conv = WeakIdKeyDictionary()
 
@@ -53,6 +57,7 @@ class _Counter(TorchDispatchMode):
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
             self.macs += formula(*args, **kwargs, out_val=out) // 2
+            self.traffic += sum(x.nbytes for x in _tensors((args, kwargs, out)))
         if name in _CONVOLUTIONS:
             self.from_conv[out] = True
         elif "batch_norm" in name and args[0] in self.from_conv:
@@ -71,7 +76,19 @@ def count(run: Callable[[], Any]) -> Counts:
         directly_after_conv=counter.after_conv,
         ops=ops.total(),
         macs=counter.macs,
+        traffic=counter.traffic,
     )
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers of a model."""
+    return sum(
+        x.nbytes for x in {id(x): x for x in (*model.parameters(), *model.buffers())}.values()
+    )
+
+
+def _tensors(nest: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(nest) if isinstance(x, Tensor)]
 
 
 def relative_error(out: Any, reference: Any) -> float:
@@ -85,9 +102,7 @@ def relative_error(out: Any, reference: Any) -> float:
         The largest ratio over all tensors; NaN when either holds one; infinite when the nests or
         shapes differ.
     """
-    tree = torch.utils._pytree.tree_leaves
-    ours = [x for x in tree(out) if isinstance(x, Tensor)]
-    theirs = [x for x in tree(reference) if isinstance(x, Tensor)]
+    ours, theirs = _tensors(out), _tensors(reference)
     if [x.shape for x in ours] != [x.shape for x in theirs]:
         return float("inf")
     worst = 0.0

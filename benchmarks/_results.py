@@ -23,33 +23,43 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="where the JSON goes")
 
 
-def write(path: Path | None, name: str, options: argparse.Namespace, **content: Any) -> None:
+def write(
+    path: Path | None,
+    name: str,
+    options: argparse.Namespace,
+    device: torch.device | str = "cpu",
+    **content: Any,
+) -> None:
     """Write the result of one benchmark.
 
     Args:
         path: where to; by default ``results/NAME.json`` for a full run and nowhere for a part.
         name: of the benchmark.
         options: as parsed; ``quick`` and the choice of models say whether the run is full.
+        device: what it ran on.
         content: the rows and totals.
     """
-    part = options.quick or getattr(options, "models", None) or getattr(options, "family", None)
+    chosen = (getattr(options, name, None) for name in ("models", "modes", "family"))
+    part = options.quick or any(chosen)
     if path is None:
         if part:
             return
         path = FOLDER / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"setting": setting(), **content}, indent=1) + "\n")
+    path.write_text(json.dumps({"setting": setting(device), **content}, indent=1) + "\n")
 
 
-def setting() -> dict[str, Any]:
+def setting(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Versions, device, threads and date; nothing that names the machine or its user."""
+    cuda = torch.device(device).type == "cuda"
     return {
         "fxrep": fxrep.__version__,
         "torch": torch.__version__,
         "timm": _version("timm"),
         "torchvision": _version("torchvision"),
         "python": platform.python_version(),
-        "device": f"CPU, {_processor()}",
+        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {_processor()}",
+        **({"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if cuda else {}),
         "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),
     }

@@ -1,0 +1,238 @@
+"""How much faster, than what, how exact, how far from the limit: a model in many modes.
+
+    python benchmarks/latency.py                                  # a default set, here
+    python benchmarks/latency.py --models timm:resnet50 my.package:make_model --batch 1 32 128
+    python benchmarks/latency.py --device cuda --dtype bf16 --channels-last
+    python benchmarks/latency.py --paper repvgg                   # the paper's own comparison
+
+Models are `repvgg_a0` (built in), `block:NAME` (of the literature: see _blocks.py), `timm:NAME`,
+`torchvision:NAME` and `package.module:factory`; modes are in _modes.py. Every mode is compared with
+float64 before it is timed, and all are timed in turns. Exits with 1 if fxrep's result is not equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import _paper
+import _plot
+import _results
+import _torchvision  # noqa: F401
+import torch
+from _measure import DTYPES, Setting, batch_of, example, finished, measure, precision, steps
+from _modes import MODES, Mode, chosen
+from _roofline import Rates, measure_rates
+from _timing import Effort
+from tabulate import tabulate
+from tqdm import tqdm
+
+from fxrep.errors import FxrepError
+
+DEFAULT = ("repvgg_a0", "timm:resnet18")
+QUICK = ("block:repvgg",)
+FULL_EFFORT, QUICK_EFFORT = Effort(rounds=5, seconds=0.3), Effort(rounds=2, seconds=0.05)
+
+
+class UsageError(Exception):
+    """The options ask for something that cannot be."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 0, 1 if fxrep is not equal somewhere, 2 for what cannot be run."""
+    options = _parser().parse_args(arguments)
+    warnings.simplefilter("ignore")
+    try:
+        return _run(options)
+    except (FxrepError, UsageError) as error:
+        print(f"latency.py: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], epilog=f"modes: {', '.join(m.name for m in MODES)}"
+    )
+    _results.add_options(parser)
+    add = parser.add_argument
+    add("--models", nargs="+", help=f"names of models (default: {' '.join(DEFAULT)})")
+    add("--modes", nargs="+", help="these modes only, and eager (default: all that run here)")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    add("--dtype", choices=tuple(DTYPES), default="fp32")
+    add("--batch", nargs="+", type=_positive, help="images per batch (default 1; paper 128)")
+    add("--size", type=_positive, help="height and width in pixels (default: the model's own)")
+    add("--channels-last", action="store_true", help="memory format of weights and images")
+    add("--rounds", type=_positive, help=f"turns of each mode (default {FULL_EFFORT.rounds})")
+    add("--paper", choices=("repvgg",), help="the comparison of a paper instead, as ratios")
+    add("--json", action="store_true", help="print JSON instead of tables")
+    add("--plot", type=Path, metavar="PNG", help="draw the speed-up over eager of each model")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = _device(options.device, options.dtype)
+    effort = QUICK_EFFORT if options.quick else FULL_EFFORT
+    effort = Effort(options.rounds or effort.rounds, effort.seconds)
+    if options.plot:
+        _plot.require()
+    if options.paper:
+        return _paper.run(options, device, effort)
+    try:
+        modes = chosen(options.modes, device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    names = options.models or (QUICK if options.quick else DEFAULT)
+    settings = list(_settings(names, options, device))
+    with precision(options.dtype):
+        rates = measure_rates(device, DTYPES[options.dtype], effort.seconds)
+    rows: list[dict[str, Any]] = []
+    total = len(settings) * steps(modes, effort)
+    # On a terminal only; a log has the tables.
+    with tqdm(total=total, disable=None, leave=False) as bar:
+
+        def progress(doing: str, done: int) -> None:
+            bar.set_description(doing)
+            bar.update(done)
+
+        for name, setting in settings:
+            found = finished(measure(name, setting, modes, effort, progress), rates)
+            rows += found
+            if not options.json:
+                bar.clear()
+                print(_title(found[0], setting), table(found), sep="\n", end="\n\n", flush=True)
+            # After each model: a run that is cut off keeps its rows.
+            content = {"asked": _asked(options), "rates": vars(rates), "rows": rows}
+            _results.write(options.output, _file(options, device), options, device, **content)
+    if options.json:
+        print(json.dumps({"setting": _results.setting(device), **content}, indent=1))
+    else:
+        print(_footer(rates, device, modes))
+    if options.plot:
+        _plot.speedups(rows, options.plot, _results.setting(device))
+    return 1 if any(broken(row) for row in rows) else 0
+
+
+def _device(name: str, dtype: str) -> torch.device:
+    """The device that `--device` means.
+
+    Raises:
+        UsageError: there is none, or not for this dtype.
+    """
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise UsageError(
+            f"--device cuda: torch {torch.__version__} sees no CUDA device; --device cpu runs here"
+        )
+    device = torch.device("cuda", torch.cuda.current_device()) if there else torch.device("cpu")
+    device = torch.device("cpu") if name == "cpu" else device
+    if dtype == "tf32" and device.type == "cpu":
+        raise UsageError("--dtype tf32: a format of NVIDIA's cards, not of CPUs; fp32 or bf16 runs")
+    if dtype == "tf32" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise UsageError("--dtype tf32: this card has none (Ampere and later do); use fp32")
+    return device
+
+
+def _settings(
+    names: Sequence[str], options: argparse.Namespace, device: torch.device
+) -> Iterator[tuple[str, Setting]]:
+    """What to measure, in order; names are tried before anything is.
+
+    Raises:
+        FxrepError: there is no such model.
+    """
+    for name in names:
+        # A factory that brings its inputs has one batch, whatever --batch says.
+        batches = {batch_of(example(name, options.size, b).inputs) for b in options.batch or [1]}
+        for batch in sorted(batches):
+            yield name, Setting(device, options.dtype, batch, options.size, options.channels_last)
+
+
+def _file(options: argparse.Namespace, device: torch.device) -> str:
+    parts = ["latency", device.type]
+    parts += [options.dtype] if options.dtype != "fp32" else []
+    parts += ["channels_last"] if options.channels_last else []
+    return "-".join(parts)
+
+
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    keys = ("dtype", "channels_last", "size", "quick")
+    return {key: getattr(options, key) for key in keys}
+
+
+def broken(row: dict[str, Any]) -> bool:
+    """Whether fxrep gave another result, or none where it should have."""
+    failed = row["mode"] == "fxrep" and row["reason"] is not None
+    return bool(row["ours"] and (row["equal"] is False or failed))
+
+
+def _title(row: dict[str, Any], setting: Setting) -> str:
+    layout = ", channels last" if setting.channels_last else ""
+    return f"{row['model']}, input {row['input']}, {setting.dtype}{layout}, {setting.device.type}"
+
+
+HEADERS = (
+    "mode", "ms (quartiles)", "images/s", "x eager", "x best peer", "error", "convs", "kernels",
+    "GMACs", "M params", "peak MB", "% roofline",
+)  # fmt: skip
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of one model as text; a mode that was not timed says why."""
+    return tabulate(
+        [_cells(row) for row in rows], HEADERS, disable_numparse=True, colalign=("left",)
+    )
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    if row["reason"] is not None:
+        return [row["mode"], row["reason"]]
+    counts = row["counts"] or {}
+    return [
+        row["mode"],
+        f"{row['ms']:.2f} ({row['ms_low']:.2f}-{row['ms_high']:.2f})",
+        f"{row['images_per_s']:.0f}",
+        _format(row["over_eager"], ".2f"),
+        _format(row["over_best_peer"], ".2f"),
+        _format(row["error"], ".0e"),
+        _format(row["convs"], "d"),
+        _format(row["kernels"], "d"),
+        _format(counts.get("macs"), ".3f", 1e9),
+        _format(row["parameters"], ".2f", 1e6),
+        _format(row["peak"], ".1f", 1e6),
+        _format(row.get("roofline_percent"), ".0f"),
+    ]
+
+
+def _format(value: float | None, how: str, unit: float = 1) -> str:
+    if value is None:
+        return "-"
+    return format(value if unit == 1 else value / unit, how)
+
+
+def _footer(rates: Rates, device: torch.device, modes: Sequence[Mode]) -> str:
+    lines = [
+        f"{name}: {value}"
+        for name, value in _results.setting(device).items()
+        if value is not None and name != "python"
+    ]
+    absent = [f"{m.name} ({m.missing(device)})" for m in MODES if m.missing(device)]
+    rate = f"matrix rate {rates.macs / 1e9:.0f} GMAC/s, copy rate {rates.copied / 1e9:.0f} GB/s"
+    return "\n".join([rate, ", ".join(lines), f"not here: {', '.join(absent) or 'nothing'}"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
