@@ -19,6 +19,7 @@ from _profiling import Profile, profiled
 from _roofline import Rates, percent
 from _timing import Effort, Spread, interleaved
 from torch import Tensor, nn
+from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxrep._models import Example, load
@@ -125,8 +126,7 @@ def measure(
     Raises:
         FxrepError: there is no such model.
     """
-    torch._dynamo.reset()
-    gc.collect()
+    _fresh(setting.device)
     with precision(setting.dtype), _stream(setting.device), torch.no_grad():
         given = placed(example(name, setting.size, setting.batch), setting)
         blank = Row(name, batch_of(given.inputs), shapes(given.inputs), "", False)
@@ -218,6 +218,16 @@ def precision(dtype: str) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = cudnn, search
+
+
+def _fresh(device: torch.device) -> None:
+    """Forget what the model before left: compiled code, CUDA graphs, memory."""
+    torch._dynamo.reset()
+    if device.type == "cuda":
+        reset_cudagraph_trees()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _stream(device: torch.device) -> contextlib.AbstractContextManager[Any]:
