@@ -201,36 +201,41 @@ def _onnxruntime(model: nn.Module, inputs: Inputs) -> Call:
 
     def call() -> list[Tensor]:
         session.run_with_iobinding(binding)
-        return results if given else []  # keeps the inputs alive: the binding has addresses only
+        return results
 
-    return call
+    return _keeping(call, given)
 
 
 def _openvino(model: nn.Module, inputs: Inputs) -> Call:
     import openvino as ov
 
-    hints = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
     if inputs[0].dtype is not torch.float32:
-        raise Absent("measured in fp32 only: NumPy, which holds its tensors, has no bf16")
+        raise Absent("measured in fp32 only: its tensors are NumPy's, which has no bf16")
     core = ov.Core()
     compiled = core.compile_model(
         core.read_model(_onnx(model, inputs)),
         "CPU",
         {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "INFERENCE_PRECISION_HINT": hints[inputs[0].dtype],
+            "INFERENCE_PRECISION_HINT": "f32",  # it would choose bf16 where the CPU has it
             "PERFORMANCE_HINT": "LATENCY",
         },
     )
     request = compiled.create_infer_request()
-    for index, x in enumerate(inputs):
-        request.set_input_tensor(index, ov.Tensor(x.contiguous().numpy(), shared_memory=True))
+    given = [x.contiguous() for x in inputs]
+    for index, x in enumerate(given):
+        request.set_input_tensor(index, ov.Tensor(x.numpy(), shared_memory=True))
 
     def call() -> list[Tensor]:
         request.infer()
         return [torch.from_numpy(tensor.data) for tensor in request.output_tensors]
 
-    return call
+    return _keeping(call, given)
+
+
+def _keeping(call: Call, alive: list[Tensor]) -> Call:
+    """The same call, for as long as which the tensors live whose memory an engine shares."""
+    return lambda alive=alive: call()  # type: ignore[misc]
 
 
 def _tensorrt(model: nn.Module, inputs: Inputs) -> Call:
@@ -262,6 +267,7 @@ EXECUTIONS: dict[str, Callable[[nn.Module, Inputs], Call]] = {
     "backend": _backend(),
     "backend-freezing": _backend(freezing=True),
     "backend-cudagraphs": _backend(mode="reduce-overhead"),
+    "backend-freezing-cudagraphs": _backend(mode="reduce-overhead", freezing=True),
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     "tensorrt": _tensorrt,
@@ -283,7 +289,9 @@ MODES: tuple[Mode, ...] = (
     Mode("backend-fxrep", "none", "backend"),
     Mode("backend-fxrep-freezing", "none", "backend-freezing"),
     Mode("inductor-cudagraphs", "none", "cudagraphs", _CUDA),
+    Mode("fxrep+inductor-cudagraphs", "fxrep", "cudagraphs", _CUDA),
     Mode("backend-fxrep-cudagraphs", "none", "backend-cudagraphs", _CUDA),
+    Mode("backend-fxrep-freezing-cudagraphs", "none", "backend-freezing-cudagraphs", _CUDA),
     Mode("onnxruntime", "none", "onnxruntime", needs=_ORT),
     Mode("fxrep+onnxruntime", "fxrep", "onnxruntime", needs=_ORT),
     Mode("openvino", "none", "openvino", _CPU, _OV),

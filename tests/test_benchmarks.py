@@ -257,6 +257,18 @@ def test_blocks_become_one_convolution(name: str) -> None:
         assert count(lambda: optimized(*given.inputs)).convs == 1
 
 
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_engines(name: str) -> None:
+    (_, mode) = _modes.chosen([name], CPU)
+    for package in mode.needs:
+        pytest.importorskip(package)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()).eval()
+    inputs = (torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last),)
+    with torch.no_grad():
+        (out,) = _modes.EXECUTIONS[mode.execution](model, inputs)()
+        torch.testing.assert_close(out, model(*inputs))
+
+
 # --- runs ---------------------------------------------------------------------------------------
 
 
