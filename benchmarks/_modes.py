@@ -64,11 +64,16 @@ class Mode:
         """Whether it runs outside torch, where torch's profiler sees nothing."""
         return bool(self.needs)
 
+    @property
+    def missing_packages(self) -> list[str]:
+        """Those it needs that are not installed."""
+        return [package for package in self.needs if importlib.util.find_spec(package) is None]
+
     def missing(self, device: torch.device) -> str | None:
         """Why it cannot run on this machine, or None."""
         if device.type not in self.devices:
             return f"not on {device.type}"
-        lacking = [package for package in self.needs if importlib.util.find_spec(package) is None]
+        lacking = self.missing_packages
         return f"{', '.join(lacking)} not installed" if lacking else None
 
 

@@ -26,7 +26,7 @@ import _results
 import _torchvision  # noqa: F401
 import torch
 from _measure import DTYPES, Setting, batch_of, example, finished, measure, precision, steps
-from _modes import MODES, Mode, chosen
+from _modes import MODES, chosen
 from _roofline import Rates, measure_rates
 from _timing import Effort
 from tabulate import tabulate
@@ -120,7 +120,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"setting": _results.setting(device), **content}, indent=1))
     else:
-        print(_footer(rates, device, modes))
+        print(_summary(rows), _footer(rates, device), sep="\n\n")
     if options.plot:
         _plot.speedups(rows, options.plot, _results.setting(device))
     return 1 if any(broken(row) for row in rows) else 0
@@ -223,15 +223,48 @@ def _format(value: float | None, how: str, unit: float = 1) -> str:
     return format(value if unit == 1 else value / unit, how)
 
 
-def _footer(rates: Rates, device: torch.device, modes: Sequence[Mode]) -> str:
-    lines = [
-        f"{name}: {value}"
-        for name, value in _results.setting(device).items()
-        if value is not None and name != "python"
-    ]
-    absent = [f"{m.name} ({m.missing(device)})" for m in MODES if m.missing(device)]
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line for each model: times of fxrep over those of others (below 1 is faster), the fastest.
+
+    Args:
+        rows: of all models.
+    """
+    lines = []
+    for model, batch in dict.fromkeys((row["model"], row["batch"]) for row in rows):
+        mine = [r for r in rows if (r["model"], r["batch"]) == (model, batch) and "ms" in r]
+        times = {row["mode"]: row["ms"] for row in mine}
+        peers = [row["mode"] for row in mine if not row["ours"]]
+        lines.append(
+            {
+                "model": model,
+                "batch": batch,
+                "fxrep / eager": _ratio(times, "fxrep", "eager"),
+                "fxrep / author": _ratio(times, "fxrep", "author"),
+                "fastest": min(times, key=times.__getitem__, default=None),
+                "fastest peer": min(peers, key=times.__getitem__, default=None),
+            }
+        )
+        line = lines[-1]
+        line["fastest / peer"] = _ratio(times, line["fastest"], line["fastest peer"])
+    return lines
+
+
+def _ratio(times: dict[str, float], a: str, b: str) -> float | None:
+    return times[a] / times[b] if a in times and b in times else None
+
+
+def _summary(rows: Sequence[dict[str, Any]]) -> str:
+    lines = summary(rows)
+    return tabulate([line.values() for line in lines], list(lines[0]), floatfmt=".2f")
+
+
+def _footer(rates: Rates, device: torch.device) -> str:
+    setting = _results.setting(device)
+    named = (f"{name}: {value}" for name, value in setting.items() if value is not None)
     rate = f"matrix rate {rates.macs / 1e9:.0f} GMAC/s, copy rate {rates.copied / 1e9:.0f} GB/s"
-    return "\n".join([rate, ", ".join(lines), f"not here: {', '.join(absent) or 'nothing'}"])
+    missing = {package for m in MODES if device.type in m.devices for package in m.missing_packages}
+    absent = f"not installed, so not compared: {', '.join(sorted(missing))}" if missing else ""
+    return "\n".join(filter(None, (rate, ", ".join(named), absent)))
 
 
 if __name__ == "__main__":

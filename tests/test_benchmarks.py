@@ -180,6 +180,17 @@ def test_ratios_are_over_eager_and_over_the_fastest_peer() -> None:
     )
 
 
+def test_the_summary_names_the_fastest() -> None:
+    times = {"eager": 0.4, "author": 0.2, "fxrep": 0.1, "fxrep+inductor": 0.05}
+    rows = [row(mode, time, ours="fxrep" in mode) for mode, time in times.items()]
+    (line,) = latency.summary(finished([*rows, row("x", None, reason="?")], Rates(1, 1)))
+    assert (line["fxrep / eager"], line["fxrep / author"]) == pytest.approx((0.25, 0.5))
+    assert (line["fastest"], line["fastest peer"]) == ("fxrep+inductor", "author")
+    assert line["fastest / peer"] == pytest.approx(0.25)
+    (empty,) = latency.summary(finished([row("eager", None, reason="?")], Rates(1, 1)))
+    assert empty["fastest"] is None and empty["fxrep / eager"] is None
+
+
 @pytest.mark.parametrize(
     ("found", "status"),
     [
