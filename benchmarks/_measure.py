@@ -127,13 +127,13 @@ def measure(
         FxrepError: there is no such model.
     """
     _fresh(setting.device)
-    with precision(setting.dtype), _stream(setting.device), torch.no_grad():
+    with precision(setting.dtype), _stream(setting.device), _limits(len(modes)), torch.no_grad():
         given = placed(example(name, setting.size, setting.batch), setting)
         blank = Row(name, batch_of(given.inputs), shapes(given.inputs), "", False)
         rows = {m.name: replace(blank, mode=m.name, ours=m.ours) for m in modes}
         try:
             reference = _reference(given)
-            rounding = relative_error(given.model(*given.inputs), reference)
+            rounding = relative_error(_eager(given), reference)
         except Exception as error:
             return [replace(row, reason=f"eager: {short(error)}") for row in rows.values()]
         if not math.isfinite(rounding):
@@ -237,10 +237,40 @@ def _stream(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.stream(torch.cuda.Stream(device))
 
 
+def _limits(modes: int) -> contextlib.AbstractContextManager[Any]:
+    """Dynamo's limits for each mode, as if it were alone: it counts all code of one function."""
+    config = torch._dynamo.config
+    return config.patch(
+        recompile_limit=modes * config.recompile_limit,
+        accumulated_recompile_limit=modes * config.accumulated_recompile_limit,
+    )
+
+
 def _reference(given: Example) -> Any:
-    """What the model, with its weights as they are, gives in float64."""
+    """What the model, with its weights as they are, gives in float64.
+
+    Raises:
+        ValueError: nothing that could be compared.
+    """
     exact = copy.deepcopy(given.model).double()
-    return exact(*tree_map_only(Tensor, _double, given.inputs))
+    result = exact(*tree_map_only(Tensor, _double, given.inputs))
+    if not any(isinstance(x, Tensor) for x in tree_leaves(result)):
+        raise ValueError(f"its result, {type(result).__name__}, holds no tensor to compare")
+    return result
+
+
+def _eager(given: Example) -> Any:
+    """What the model gives as it is.
+
+    Raises:
+        ValueError: it writes to its inputs, which the modes share.
+    """
+    inputs = [x for x in tree_leaves(given.inputs) if isinstance(x, Tensor)]
+    versions = [x._version for x in inputs]
+    result = given.model(*given.inputs)
+    if versions != [x._version for x in inputs]:
+        raise ValueError("it writes to its inputs: wrap it in a module that clones them")
+    return result
 
 
 def _double(x: Tensor) -> Tensor:
@@ -284,7 +314,7 @@ def _build(
         call = EXECUTIONS[mode.execution](module, given.inputs)
         out = call()
         built = time.perf_counter() - start
-        error = relative_error(_like(out, reference), reference)
+        error = relative_error(out, reference)
         del out
         seen = None if mode.engine else profiled(call, device)
     except Absent as absent:
@@ -307,15 +337,6 @@ def _build(
     if not row.equal:
         return replace(row, reason=f"not equal: error {error:.1e}, allowed {allowed:.1e}"), None
     return row, call
-
-
-def _like(out: Any, reference: Any) -> Any:
-    """Results as a flat list where an engine returns them so."""
-    return out if not isinstance(out, list) else [x.to(_device_of(reference)) for x in out]
-
-
-def _device_of(nest: Any) -> torch.device:
-    return next(x.device for x in tree_leaves(nest) if isinstance(x, Tensor))
 
 
 def _peak(seen: Profile, module: nn.Module, device: torch.device, held: int) -> int:

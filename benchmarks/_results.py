@@ -19,8 +19,16 @@ FOLDER = Path(__file__).with_name("results")
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options all benchmarks share."""
     parser.add_argument("--quick", action="store_true", help="a bounded run of about a minute")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
+    parser.add_argument("--threads", type=positive, help="torch threads (default: torch's own)")
     parser.add_argument("--output", type=Path, help="where the JSON goes")
+
+
+def positive(text: str) -> int:
+    """A number of things, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
 
 
 def write(

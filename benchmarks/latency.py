@@ -27,6 +27,7 @@ import _torchvision  # noqa: F401
 import torch
 from _measure import DTYPES, Setting, batch_of, example, finished, measure, precision, steps
 from _modes import MODES, chosen
+from _results import positive
 from _roofline import Rates, measure_rates
 from _timing import Effort
 from tabulate import tabulate
@@ -64,21 +65,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--modes", nargs="+", help="these modes only, and eager (default: all that run here)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     add("--dtype", choices=tuple(DTYPES), default="fp32")
-    add("--batch", nargs="+", type=_positive, help="images per batch (default 1; paper 128)")
-    add("--size", type=_positive, help="height and width in pixels (default: the model's own)")
+    add("--batch", nargs="+", type=positive, help="images per batch (default 1; paper 128)")
+    add(
+        "--size",
+        type=positive,
+        help="height and width in pixels (default: the model's own)",
+    )
     add("--channels-last", action="store_true", help="memory format of weights and images")
-    add("--rounds", type=_positive, help=f"turns of each mode (default {FULL_EFFORT.rounds})")
+    add(
+        "--rounds",
+        type=positive,
+        help=f"turns of each mode (default {FULL_EFFORT.rounds})",
+    )
     add("--paper", choices=("repvgg",), help="the comparison of a paper instead, as ratios")
     add("--json", action="store_true", help="print JSON instead of tables")
     add("--plot", type=Path, metavar="PNG", help="draw the speed-up over eager of each model")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -87,10 +89,15 @@ def _run(options: argparse.Namespace) -> int:
     device = _device(options.device, options.dtype)
     effort = QUICK_EFFORT if options.quick else FULL_EFFORT
     effort = Effort(options.rounds or effort.rounds, effort.seconds)
+    if options.paper:
+        for name in ("models", "modes", "plot"):
+            if getattr(options, name):
+                raise UsageError(f"--{name}: not with --paper, whose models and modes are fixed")
+        if len(options.batch or []) > 1:
+            raise UsageError(f"--batch {options.batch}: --paper takes one batch")
+        return _paper.run(options, device, effort)
     if options.plot:
         _plot.require()
-    if options.paper:
-        return _paper.run(options, device, effort)
     try:
         modes = chosen(options.modes, device)
     except ValueError as error:
@@ -115,7 +122,10 @@ def _run(options: argparse.Namespace) -> int:
                 bar.clear()
                 print(_title(found[0], setting), table(found), sep="\n", end="\n\n", flush=True)
             # After each model: a run that is cut off keeps its rows.
-            content = {"asked": _asked(options), "rates": vars(rates), "rows": rows}
+            content = {
+                "asked": _asked(options), "rates": vars(rates), "summary": summary(rows),
+                "rows": rows,
+            }  # fmt: skip
             _results.write(options.output, _file(options, device), options, device, **content)
     if options.json:
         print(json.dumps({"setting": _results.setting(device), **content}, indent=1))

@@ -49,6 +49,14 @@ class Broken(nn.Module):
     def forward(self, x):
         raise RuntimeError("it cannot")
 
+class Writes(nn.Module):
+    def forward(self, x):
+        return x.relu_()
+
+class Nothing(nn.Module):
+    def forward(self, x):
+        return {"shape": "no tensor"}
+
 def own_inputs():
     return nn.Conv1d(2, 4, 3), (torch.randn(5, 2, 9),)
 """
@@ -328,11 +336,19 @@ def test_a_factory_with_inputs_has_one_batch(
     assert [(r["batch"], r["input"]) for r in rows] == [(5, "5x2x9")] * 2
 
 
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("Broken", "eager: RuntimeError: it cannot"),
+        ("Writes", "eager: ValueError: it writes to its inputs"),
+        ("Nothing", "eager: ValueError: its result, dict, holds no tensor"),
+    ],
+)
 def test_a_model_that_fails_is_rows_with_the_reason(
-    capsys: pytest.CaptureFixture[str], factory: str
+    capsys: pytest.CaptureFixture[str], factory: str, model: str, reason: str
 ) -> None:
-    status, rows = run(capsys, "--models", f"{factory}:Broken", "--modes", "fxrep")
-    assert [r["reason"] for r in rows] == ["eager: RuntimeError: it cannot"] * 2
+    status, rows = run(capsys, "--models", f"{factory}:{model}", "--modes", "fxrep")
+    assert len(rows) == 2 and all(r["reason"].startswith(reason) for r in rows)
     assert status == 1
 
 
@@ -385,6 +401,8 @@ def test_a_plot(tmp_path: Path) -> None:
         (("--models", "block:nope"), "there are repvgg, "),
         (("--modes", "fast"), "--modes fast: there is no such mode; there are eager, "),
         (("--dtype", "tf32"), "--dtype tf32: a format of NVIDIA's cards"),
+        (("--paper", "repvgg", "--modes", "eager"), "--modes: not with --paper"),
+        (("--paper", "repvgg", "--batch", "1", "2"), "--paper takes one batch"),
     ],
 )
 def test_refusals(capsys: pytest.CaptureFixture[str], arguments: Any, words: str) -> None:
@@ -408,7 +426,9 @@ def test_a_plot_without_matplotlib(
     assert "python -m pip install matplotlib" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--batch", "--size", "--rounds", "--dtype", "--device"])
+@pytest.mark.parametrize(
+    "option", ["--batch", "--size", "--rounds", "--threads", "--dtype", "--device"]
+)
 def test_impossible_values(option: str) -> None:
     with pytest.raises(SystemExit):
         latency.main([option, "0"])
