@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import fxrep
 from fxrep.backend import compile_graph
+from fxrep.errors import OptionError
 
 Inputs = tuple[Any, ...]
 Call = Callable[[], Any]
@@ -310,13 +311,15 @@ def chosen(names: list[str] | None, device: torch.device) -> tuple[Mode, ...]:
     """The modes with these names, or all that can run on this machine.
 
     Raises:
-        ValueError: there is no mode of that name.
+        OptionError: there is no mode of that name.
     """
     if names is None:
         return tuple(mode for mode in MODES if mode.missing(device) is None)
     known = {mode.name: mode for mode in MODES}
     for name in names:
         if name not in known:
-            raise ValueError(f"--modes {name}: there is no such mode; there are {', '.join(known)}")
+            raise OptionError(
+                f"--modes {name}: there is no such mode; there are {', '.join(known)}"
+            )
     wanted = {"eager", *names}  # what every speed-up is over
     return tuple(mode for mode in MODES if mode.name in wanted)

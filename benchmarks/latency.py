@@ -26,22 +26,18 @@ import _results
 import _torchvision  # noqa: F401
 import torch
 from _measure import DTYPES, Setting, batch_of, example, finished, measure, precision, steps
-from _modes import MODES, chosen
+from _modes import MODES, Mode, chosen
 from _results import positive
 from _roofline import Rates, measure_rates
 from _timing import Effort
 from tabulate import tabulate
 from tqdm import tqdm
 
-from fxrep.errors import FxrepError
+from fxrep.errors import FxrepError, OptionError
 
 DEFAULT = ("repvgg_a0", "timm:resnet18")
 QUICK = ("block:repvgg",)
 FULL_EFFORT, QUICK_EFFORT = Effort(rounds=5, seconds=0.3), Effort(rounds=2, seconds=0.05)
-
-
-class UsageError(Exception):
-    """The options ask for something that cannot be."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     try:
         return _run(options)
-    except (FxrepError, UsageError) as error:
+    except FxrepError as error:
         print(f"latency.py: {error}", file=sys.stderr)
         return 2
 
@@ -90,43 +86,24 @@ def _run(options: argparse.Namespace) -> int:
     effort = QUICK_EFFORT if options.quick else FULL_EFFORT
     effort = Effort(options.rounds or effort.rounds, effort.seconds)
     if options.paper:
-        for name in ("models", "modes", "plot"):
-            if getattr(options, name):
-                raise UsageError(f"--{name}: not with --paper, whose models and modes are fixed")
-        if len(options.batch or []) > 1:
-            raise UsageError(f"--batch {options.batch}: --paper takes one batch")
+        _refuse_beside_paper(options)
         return _paper.run(options, device, effort)
     if options.plot:
         _plot.require()
-    try:
-        modes = chosen(options.modes, device)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    names = options.models or (QUICK if options.quick else DEFAULT)
-    settings = list(_settings(names, options, device))
+    modes = chosen(options.modes, device)
+    settings = list(_settings(options, device))
     with precision(options.dtype):
         rates = measure_rates(device, DTYPES[options.dtype], effort.seconds)
     rows: list[dict[str, Any]] = []
-    total = len(settings) * steps(modes, effort)
-    # On a terminal only; a log has the tables.
-    with tqdm(total=total, disable=None, leave=False) as bar:
-
-        def progress(doing: str, done: int) -> None:
-            bar.set_description(doing)
-            bar.update(done)
-
-        for name, setting in settings:
-            found = finished(measure(name, setting, modes, effort, progress), rates)
-            rows += found
-            if not options.json:
-                bar.clear()
-                print(_title(found[0], setting), table(found), sep="\n", end="\n\n", flush=True)
-            # After each model: a run that is cut off keeps its rows.
-            content = {
-                "asked": _asked(options), "rates": vars(rates), "summary": summary(rows),
-                "rows": rows,
-            }  # fmt: skip
-            _results.write(options.output, _file(options, device), options, device, **content)
+    content: dict[str, Any] = {}
+    for setting, found in _measured(settings, modes, effort, rates):
+        rows += found
+        if not options.json:
+            tqdm.write(f"{_title(found[0], setting)}\n{table(found)}\n")
+        content = {"asked": _asked(options), "rates": vars(rates), "summary": summary(rows)}
+        content["rows"] = rows
+        # After each model: a run that is cut off keeps its rows.
+        _results.write(options.output, _file(options, device), options, device, **content)
     if options.json:
         print(json.dumps({"setting": _results.setting(device), **content}, indent=1))
     else:
@@ -136,35 +113,57 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if any(broken(row) for row in rows) else 0
 
 
+def _measured(
+    settings: Sequence[tuple[str, Setting]], modes: Sequence[Mode], effort: Effort, rates: Rates
+) -> Iterator[tuple[Setting, list[dict[str, Any]]]]:
+    """Measure one model after the other, under a progress bar on a terminal."""
+    with tqdm(total=len(settings) * steps(modes, effort), disable=None, leave=False) as bar:
+
+        def progress(doing: str, done: int) -> None:
+            bar.set_description(doing)
+            bar.update(done)
+
+        for name, setting in settings:
+            yield setting, finished(measure(name, setting, modes, effort, progress), rates)
+
+
+def _refuse_beside_paper(options: argparse.Namespace) -> None:
+    for name in ("models", "modes", "plot"):
+        if getattr(options, name):
+            raise OptionError(f"--{name}: not with --paper, whose models and modes are fixed")
+    if len(options.batch or []) > 1:
+        raise OptionError(f"--batch {options.batch}: --paper takes one batch")
+
+
 def _device(name: str, dtype: str) -> torch.device:
     """The device that `--device` means.
 
     Raises:
-        UsageError: there is none, or not for this dtype.
+        OptionError: there is none, or not for this dtype.
     """
     there = torch.cuda.is_available()
     if name == "cuda" and not there:
-        raise UsageError(
+        raise OptionError(
             f"--device cuda: torch {torch.__version__} sees no CUDA device; --device cpu runs here"
         )
     device = torch.device("cuda", torch.cuda.current_device()) if there else torch.device("cpu")
     device = torch.device("cpu") if name == "cpu" else device
     if dtype == "tf32" and device.type == "cpu":
-        raise UsageError("--dtype tf32: a format of NVIDIA's cards, not of CPUs; fp32 or bf16 runs")
+        raise OptionError(
+            "--dtype tf32: a format of NVIDIA's cards, not of CPUs; fp32 or bf16 runs"
+        )
     if dtype == "tf32" and torch.cuda.get_device_capability(device) < (8, 0):
-        raise UsageError("--dtype tf32: this card has none (Ampere and later do); use fp32")
+        raise OptionError("--dtype tf32: this card has none (Ampere and later do); use fp32")
     return device
 
 
-def _settings(
-    names: Sequence[str], options: argparse.Namespace, device: torch.device
-) -> Iterator[tuple[str, Setting]]:
+def _settings(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Setting]]:
     """What to measure, in order; names are tried before anything is.
 
     Raises:
         FxrepError: there is no such model.
     """
-    for name in names:
+    for name in options.models or (QUICK if options.quick else DEFAULT):
         # A factory that brings its inputs has one batch, whatever --batch says.
         batches = {batch_of(example(name, options.size, b).inputs) for b in options.batch or [1]}
         for batch in sorted(batches):
