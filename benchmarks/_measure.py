@@ -7,52 +7,27 @@ import copy
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import _blocks
 import torch
 from _counting import Counts, bytes_of, count, relative_error
 from _modes import CONVERSIONS, EXECUTIONS, Absent, Call, Mode
 from _profiling import Profile, profiled
 from _roofline import Rates, percent
+from _subject import Setting, batch_of, example, placed, precision, shapes
 from _timing import Effort, Spread, interleaved
 from torch import Tensor, nn
 from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fxrep._models import Example, load
+from fxrep._models import Example
 
-DTYPES = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
 # A mode is equal when its largest error, relative to the float64 result, is at most this or at most
 # `SLACK` times that of eager: rounding differs with the order of operations, but not in kind.
 TOLERANCE = {"fp32": 1e-5, "tf32": 5e-3, "fp16": 5e-3, "bf16": 4e-2}
 SLACK = 3.0
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a model is measured in.
-
-    Attributes:
-        device: where it runs.
-        dtype: a key of `DTYPES`.
-        batch: images.
-        size: height and width of the images; what the model was made for by default.
-        channels_last: whether weights and images have their channels last in memory.
-    """
-
-    device: torch.device
-    dtype: str = "fp32"
-    batch: int = 1
-    size: int | None = None
-    channels_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,61 +138,10 @@ def steps(modes: Sequence[Mode], effort: Effort) -> int:
     return len(modes) * (1 + effort.rounds)
 
 
-def example(name: str, size: int | None = None, batch: int = 1) -> Example:
-    """A model by name with inputs: those of `fxrep._models.load`, and `block:NAME`.
-
-    Raises:
-        FxrepError: there is no such model.
-    """
-    source, _, rest = name.partition(":")
-    return _blocks.load(rest, size, batch) if source == "block" else load(name, size, batch)
-
-
-def placed(given: Example, setting: Setting) -> Example:
-    """The model and its inputs on a device, in a dtype and a memory format."""
-    to: dict[str, Any] = {"device": setting.device, "dtype": DTYPES[setting.dtype]}
-
-    def move(x: Tensor) -> Tensor:
-        x = x.to(**to) if x.is_floating_point() else x.to(setting.device)
-        image = setting.channels_last and x.dim() == 4
-        return x.contiguous(memory_format=torch.channels_last) if image else x
-
-    model = given.model.to(**to)
-    if setting.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    return Example(given.name, model, tree_map_only(Tensor, move, given.inputs))
-
-
-def batch_of(inputs: tuple[Any, ...]) -> int:
-    """Images in the inputs: a factory that brings its own decides."""
-    return len(inputs[0]) if isinstance(inputs[0], Tensor | list | tuple) else 1
-
-
-def shapes(inputs: tuple[Any, ...]) -> str:
-    """Shapes of the inputs, such as "1x3x224x224"."""
-    leaves = (x for x in tree_leaves(inputs) if isinstance(x, Tensor))
-    return ", ".join("x".join(map(str, x.shape)) for x in leaves)
-
-
 def short(error: BaseException) -> str:
     """An error in one line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:140]}"
-
-
-@contextlib.contextmanager
-def precision(dtype: str) -> Iterator[None]:
-    """TF32 in convolutions and matrix products, or not; cuDNN may search for its fastest kernel."""
-    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    search = torch.backends.cudnn.benchmark
-    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = cudnn, search
 
 
 def _fresh(device: torch.device) -> None:

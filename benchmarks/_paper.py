@@ -12,9 +12,10 @@ from typing import Any
 
 import _results
 import torch
-from _measure import DTYPES, Setting, finished, measure, precision
+from _measure import finished, measure
 from _modes import chosen
 from _roofline import measure_rates
+from _subject import DTYPES, Setting, precision
 from _timing import Effort
 from tabulate import tabulate
 from torch import nn

@@ -25,10 +25,11 @@ import _plot
 import _results
 import _torchvision  # noqa: F401
 import torch
-from _measure import DTYPES, Setting, batch_of, example, finished, measure, precision, steps
+from _measure import finished, measure, steps
 from _modes import MODES, Mode, chosen
 from _results import positive
 from _roofline import Rates, measure_rates
+from _subject import DTYPES, Setting, batch_of, example, precision
 from _timing import Effort
 from tabulate import tabulate
 from tqdm import tqdm

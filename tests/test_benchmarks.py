@@ -21,8 +21,9 @@ import pytest
 import torch
 from _blocks import BLOCKS
 from _counting import Counts, count
-from _measure import Row, Setting, finished, measure
+from _measure import Row, finished, measure
 from _roofline import Rates, limit, percent
+from _subject import Setting, example
 from _timing import Effort, Spread, interleaved, spread
 from torch import nn
 
@@ -270,7 +271,7 @@ def test_a_mode_must_compile_something() -> None:
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_become_one_convolution(name: str) -> None:
-    given = _measure.example(f"block:{name}", size=16, batch=2)
+    given = example(f"block:{name}", size=16, batch=2)
     optimized = fxrep.optimize(given.model)
     with torch.no_grad():
         assert count(lambda: optimized(*given.inputs)).convs == 1
