@@ -30,12 +30,13 @@ class Profile:
     Attributes:
         kernels: on CUDA, kernels launched; on a CPU, operators that compute and loops that Inductor
             generated. None where the profiler saw nothing.
-        convs: convolutions, however they are spelt.
+        convs: convolutions, however they are spelt. None where it saw none: a CUDA graph replays
+            kernels, not operators.
         working: bytes allocated at the peak, beyond what was before.
     """
 
     kernels: int | None
-    convs: int
+    convs: int | None
     working: int
 
 
@@ -61,7 +62,7 @@ def profiled(call: Callable[[], Any], device: torch.device) -> Profile:
         kernels = sum(_bare(e) not in _NO_WORK for e in computing) + _generated_loops(call)
         working = _peak_on_cpu(result)
     convs = sum(_is_conv(e) and not any(map(_is_conv, _ancestors(e))) for e in operators)
-    return Profile(kernels, convs, working)
+    return Profile(kernels, convs or None, working)
 
 
 def _is_operator(event: Any) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -198,18 +199,20 @@ HEADERS = (
     "mode", "ms (quartiles)", "images/s", "x eager", "x best peer", "error", "convs", "kernels",
     "GMACs", "M params", "peak MB", "% roofline",
 )  # fmt: skip
+MOST_REASON = 24  # characters in a cell
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of one model as text; a mode that was not timed says why."""
-    return tabulate(
-        [_cells(row) for row in rows], HEADERS, disable_numparse=True, colalign=("left",)
-    )
+    """The rows of one model as text; a mode that was not timed says why, at length below."""
+    lines = [_cells(row) for row in rows]
+    text = tabulate(lines, HEADERS, disable_numparse=True, colalign=("left",))
+    long = [row for row in rows if len(row["reason"] or "") > MOST_REASON]
+    return "\n".join([text, *(f"{row['mode']}: {row['reason']}" for row in long)])
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     if row["reason"] is not None:
-        return [row["mode"], row["reason"]]
+        return [row["mode"], textwrap.shorten(row["reason"], MOST_REASON, placeholder=" ...")]
     counts = row["counts"] or {}
     return [
         row["mode"],

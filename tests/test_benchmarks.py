@@ -177,13 +177,21 @@ def test_ratios_are_over_eager_and_over_the_fastest_peer() -> None:
         row("fxrep", 0.1, True),
         row("x", None, False, "?"),
     ]
-    eager, peer, ours, failed = finished(rows, Rates(1e5, 1e5))
+    _, peer, ours, failed = finished(rows, Rates(1e5, 1e5))
     assert (ours["over_eager"], ours["over_best_peer"]) == pytest.approx((4, 2))
     assert (peer["over_eager"], peer["over_best_peer"]) == pytest.approx((2, 1))
     assert ours["ms"] == pytest.approx(100) and ours["images_per_s"] == pytest.approx(40)
     assert ours["roofline_percent"] == pytest.approx(20)
     assert "ms" not in failed and failed["reason"] == "?"
-    assert "?" in latency.table([eager, failed])
+
+
+def test_a_long_reason_is_cut_in_the_table_and_whole_below() -> None:
+    why = "RuntimeError: it has a great deal to say, and says it"
+    failed = [row("a", None, reason=why), row("b", None, reason="short")]
+    rows = finished([row("eager", 0.4), *failed], Rates(1, 1))
+    text = latency.table(rows)
+    assert "RuntimeError: it has" in text and "short" in text and text.endswith(f"a: {why}")
+    assert max(map(len, text.splitlines())) < 180
     assert json.loads(
         json.dumps(finished([replace(row("a", 1.0), error=float("nan"))], Rates(1, 1)))
     )
