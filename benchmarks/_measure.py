@@ -204,7 +204,7 @@ def _double(x: Tensor) -> Tensor:
 def _convert(key: str, given: Example) -> Converted:
     start = time.perf_counter()
     try:
-        module = CONVERSIONS[key](given.model).eval()
+        module = CONVERSIONS[key](given.model, given.inputs).eval()
         seconds = time.perf_counter() - start
         module(*given.inputs)  # a first call may fill caches (LeViT)
         counts = count(lambda: module(*given.inputs))

@@ -53,7 +53,7 @@ class Mode:
     @property
     def ours(self) -> bool:
         """Whether fxrep has a part in it."""
-        return self.runs == "fxrep"
+        return self.runs.startswith("fxrep")
 
     @property
     def runs(self) -> str:
@@ -78,14 +78,18 @@ class Mode:
         return f"{', '.join(lacking)} not installed" if lacking else None
 
 
-# --- conversions: nn.Module -> nn.Module --------------------------------------------------------
+# --- conversions: module and inputs -> module ---------------------------------------------------
 
 
-def _nothing(model: nn.Module) -> nn.Module:
+def _nothing(model: nn.Module, _: Inputs) -> nn.Module:
     return model
 
 
-def _author(model: nn.Module) -> nn.Module:
+def _fused(model: nn.Module, _: Inputs) -> nn.Module:
+    return torch_fuse(model)
+
+
+def _author(model: nn.Module, _: Inputs) -> nn.Module:
     """The converter that the authors of a timm model, or of one like it, wrote for it."""
     names = ("fuse", "reparameterize", "switch_to_deploy")
     if not any(hasattr(module, name) for module in model.modules() for name in names):
@@ -98,11 +102,21 @@ def _author(model: nn.Module) -> nn.Module:
     return converted
 
 
-CONVERSIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
+def _fxrep(model: nn.Module, _: Inputs) -> nn.Module:
+    return fxrep.optimize(model)
+
+
+def _measured(model: nn.Module, inputs: Inputs) -> nn.Module:
+    """What is in doubt decided by the clock, as eager runs it."""
+    return fxrep.optimize(model, inputs, cost="measure")
+
+
+CONVERSIONS: dict[str, Callable[[nn.Module, Inputs], nn.Module]] = {
     "none": _nothing,
-    "fx-fuse": torch_fuse,
+    "fx-fuse": _fused,
     "author": _author,
-    "fxrep": fxrep.optimize,
+    "fxrep": _fxrep,
+    "fxrep-measured": _measured,
 }
 
 
@@ -287,6 +301,7 @@ MODES: tuple[Mode, ...] = (
     Mode("fx-fuse", "fx-fuse", "eager"),
     Mode("author", "author", "eager"),
     Mode("fxrep", "fxrep", "eager"),
+    Mode("fxrep-measured", "fxrep-measured", "eager"),
     Mode("inductor", "none", "inductor"),
     Mode("inductor-freezing", "none", "freezing"),
     Mode("author+inductor-freezing", "author", "freezing"),

@@ -252,6 +252,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "model": model,
                 "batch": batch,
                 "fxrep / eager": _ratio(times, "fxrep", "eager"),
+                "measured / fxrep": _ratio(times, "fxrep-measured", "fxrep"),
                 "fxrep / author": _ratio(times, "fxrep", "author"),
                 "fastest": min(times, key=times.__getitem__, default=None),
                 "fastest peer": min(peers, key=times.__getitem__, default=None),

@@ -19,6 +19,7 @@ from fxrep.geometry import Map, Refusal, narrowed, symmetric
 from fxrep.pieces import Piece
 from fxrep.recipe import Call, Expr, Recipe, record
 from fxrep.replacement import replacement
+from fxrep.skeleton import named_tensors
 from fxrep.view import Affine, View, scope
 
 # A weight row may lose this many epsilons to rounding, relative to its largest value.
@@ -407,6 +408,9 @@ def prune(tree: nn.Module, retired: set[str], live: set[str]) -> None:
             parent = tree.get_submodule(owner)
         except AttributeError:
             continue
+        child = parent._modules.get(name)
+        if child is not None and _describes_itself(parent) and not any(named_tensors(child)):
+            continue  # it costs nothing, and its parent may name it
         gone.append(parent._modules.pop(name, None))
         parent._parameters.pop(name, None)
         parent._buffers.pop(name, None)
@@ -418,6 +422,12 @@ def prune(tree: nn.Module, retired: set[str], live: set[str]) -> None:
             tree.get_submodule(owner)._modules.pop(name, None)
     for owner in sorted(owners, key=len, reverse=True):
         _prune_empty(tree, owner, keep)
+
+
+def _describes_itself(module: nn.Module) -> bool:
+    """Whether a class prints itself by code of its own, which may read its children."""
+    own, plain = type(module), nn.Module
+    return own.__repr__ is not plain.__repr__ or own.extra_repr is not plain.extra_repr
 
 
 def _prune_empty(tree: nn.Module, path: str, keep: set[str]) -> None:

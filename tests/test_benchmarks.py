@@ -364,7 +364,7 @@ def test_a_model_that_fails_is_rows_with_the_reason(
 def test_what_is_not_equal_is_not_timed(
     capsys: pytest.CaptureFixture[str], factory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(model: nn.Module) -> nn.Module:
+    def wrong(model: nn.Module, _: object) -> nn.Module:
         converted: nn.Module = nn.Sequential(model, nn.Hardtanh(0.0, 0.01))
         return converted
 
@@ -376,7 +376,7 @@ def test_what_is_not_equal_is_not_timed(
 
 
 def test_a_conversion_that_raises_is_a_row(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def raises(model: nn.Module) -> nn.Module:
+    def raises(model: nn.Module, _: object) -> nn.Module:
         raise NotImplementedError("not this one")
 
     monkeypatch.setitem(_modes.CONVERSIONS, "fx-fuse", raises)

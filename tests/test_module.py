@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import fxrep
 from fxrep.capture import capture
 from fxrep.errors import SpecializationError
 from fxrep.module import assemble, attach, attached
@@ -184,3 +185,25 @@ def test_copies_each_tensor_once() -> None:
     assert result.child.made is made  # what a rewrite made is not copied again
     mine = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     assert not mine & {t.untyped_storage().data_ptr() for t in result.state_dict().values()}
+
+
+class Head(nn.Module):
+    """Says what it is by a child that does nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Identity()
+
+    def forward(self, x):
+        return self.flatten(self.pool(x))
+
+    def __repr__(self) -> str:
+        return f"Head(pool={self.pool}, flatten={self.flatten})"
+
+
+def test_a_class_that_prints_its_children_still_prints():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), Head()).eval()
+    optimized = fxrep.optimize(model)
+    assert fxrep.report(optimized).rewrites
+    assert "Head(pool=" in repr(optimized)
