@@ -250,7 +250,7 @@ def _random(like: Tensor) -> Tensor:
     value = torch.empty_strided(
         like.shape, like.stride(), dtype=like.dtype, device=like.device, requires_grad=False
     )
-    return value.normal_()
+    return value.normal_(generator=torch.Generator(like.device).manual_seed(0))
 
 
 # --- timing --------------------------------------------------------------------------------------

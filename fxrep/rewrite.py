@@ -66,12 +66,14 @@ def build(plan: Plan, view: View, lookup: Lookup) -> list[Layer] | Refusal:
 def blank(plan: Plan, view: View) -> list[nn.Module]:
     """Layers like those of a plan that nothing was computed for: their weights are random."""
     like = _like(plan, view)
+    generator = torch.Generator(like.device).manual_seed(0)
     found = []
     for piece in plan.pieces:
         if isinstance(piece.map, Map):
             module = _module(symmetric(narrowed(piece.map)), piece.bias is not None)
             for name, empty in list(module.named_parameters()):
-                value = torch.empty(empty.shape, dtype=like.dtype, device=like.device).normal_()
+                value = torch.empty(empty.shape, dtype=like.dtype, device=like.device)
+                value.normal_(generator=generator)
                 _assign(module, name, value, like, trains=False)
             found.append(module)
     return found

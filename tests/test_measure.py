@@ -182,6 +182,13 @@ def test_the_clock() -> None:
     assert re.fullmatch(r"\S+ ms -> \S+ ms", str(timing))
 
 
+@pytest.mark.parametrize("kind", DOUBTFUL)
+def test_random_numbers_stay_the_users(kind: type[nn.Module]) -> None:
+    model, before = kind().eval().double(), torch.get_rng_state()
+    fxrep.optimize(model, IMAGE, cost="measure")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_it_needs_example_inputs() -> None:
     with pytest.raises(fxrep.FxrepError, match=r"cost='measure' times .* example_inputs"):
         fxrep.optimize(Wide().eval(), cost="measure")
