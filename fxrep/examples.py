@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from fxrep.capture import Capture, Program
-from fxrep.skeleton import named_inputs, skeleton
+from fxrep.skeleton import call_arguments, does_not_run, named_inputs, skeleton
 
 UNKNOWN = object()
 """A value that could not be found out."""
@@ -73,6 +73,9 @@ def watched(captured: Capture, example_inputs: object) -> Examples:
 
     It costs a forward and a copy of the model, for as long as that runs; the other way to make
     `Examples` costs neither and knows the values of graphs that are the whole model only.
+
+    Raises:
+        InputError: the model does not run on them.
     """
     examples = Examples(example_inputs)
     twin = copy.deepcopy(skeleton(captured.model))
@@ -83,12 +86,12 @@ def watched(captured: Capture, example_inputs: object) -> Examples:
             calls.setdefault(path, []).append(_Run(*examples.fake((args, kwargs, result))))
 
         twin.get_submodule(path).register_forward_hook(note, with_kwargs=True)
-    given = copy.deepcopy(example_inputs)
+    args, kwargs = tree_map_only(Tensor, Tensor.clone, call_arguments(example_inputs))
     with torch.no_grad():
-        if isinstance(given, dict):
-            twin(**given)
-        else:
-            twin(*(given if isinstance(given, tuple | list) else (given,)))
+        try:
+            twin(*args, **kwargs)
+        except Exception as error:
+            raise does_not_run(captured.model, error) from error
     examples.calls = calls
     return examples
 

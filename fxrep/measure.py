@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import operator
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,12 +25,12 @@ from fxrep.replacement import pads, replacement
 from fxrep.rewrite import blank
 from fxrep.view import Affine, View, writes
 
-# Rounds in turns, so that drift hits both sides alike, and how long one side runs in each.
-ROUNDS = 9
-ROUND_SECONDS = 0.01
+# Rounds in turns, so that drift hits both sides alike: short ones, for a busy machine takes the
+# processor away for milliseconds, and the rounds that it spares tell how long a side takes.
+LEAST_ROUNDS, ROUND_SECONDS, SECONDS = 9, 0.001, 0.15
 
 # So many rounds do where one side always takes so many times as long as the other.
-CLEAR_ROUNDS, CLEAR = 3, 1.2
+CLEAR_ROUNDS, CLEAR = 5, 1.2
 
 # What is not faster by this much is not worth a change: timings vary as much.
 LEAST_GAIN = 0.03
@@ -39,7 +38,7 @@ LEAST_GAIN = 0.03
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds of what was there and of what replaces it."""
+    """Seconds of what was there and of what replaces it."""
 
     before: float
     after: float
@@ -247,10 +246,12 @@ def _look(tensor: Tensor) -> str:
 
 
 def _random(like: Tensor) -> Tensor:
-    value = torch.empty_strided(
-        like.shape, like.stride(), dtype=like.dtype, device=like.device, requires_grad=False
-    )
-    return value.normal_(generator=torch.Generator(like.device).manual_seed(0))
+    value = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    memory = value.untyped_storage()  # its elements may overlap: it may be expanded
+    generator = torch.Generator(like.device).manual_seed(0)
+    whole = value.as_strided((len(memory) // value.itemsize,), (1,), 0)
+    whole.normal_(generator=generator)
+    return value
 
 
 # --- timing --------------------------------------------------------------------------------------
@@ -270,7 +271,7 @@ def _timed(old: _Part, new: _Part) -> Timing:
 
 
 def _measured(old: Callable[[], Any], new: Callable[[], Any]) -> Timing:
-    """Median times, in turns; torch's timer waits for the device."""
+    """Lower quartiles of times, in turns; torch's timer waits for the device."""
     timers = [
         Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
         for run in (old, new)
@@ -279,9 +280,10 @@ def _measured(old: Callable[[], Any], new: Callable[[], Any]) -> Timing:
     with torch.no_grad():
         slowest = max(min(timer.timeit(1).mean for _ in range(2)) for timer in timers)
         number = max(1, math.ceil(ROUND_SECONDS / max(slowest, 1e-6)))
-        while len(rounds) < ROUNDS and not _clear(rounds):
+        most = max(LEAST_ROUNDS, math.ceil(SECONDS / (2 * number * max(slowest, 1e-6))))
+        while len(rounds) < most and not _clear(rounds):
             rounds.append([timer.timeit(number).mean for timer in timers])
-    before, after = (statistics.median(times) for times in zip(*rounds, strict=True))
+    before, after = (sorted(times)[len(times) // 4] for times in zip(*rounds, strict=True))
     return Timing(before, after)
 
 

@@ -29,6 +29,7 @@ from fxrep.replacement import pads
 from fxrep.report import Report, Rewrite, Skip
 from fxrep.rewrite import Editor, Layer, build, prune
 from fxrep.rule import Drop, Fold, Joint, Pass
+from fxrep.state import unchanged_random_state
 from fxrep.view import Affine, View, double
 from fxrep.walk import where
 
@@ -82,10 +83,11 @@ def optimize(
             "the shapes the model will see, or cost='macs'"
         )
     captured = capture(model, example_inputs)
-    report = rewrite(captured, settings, example_inputs).report()
-    result = assemble(captured)
-    if example_inputs is not None:
-        report = validation.compare(captured.model, result, example_inputs, report)
+    with unchanged_random_state():  # running a model, or a part of it, may draw numbers
+        report = rewrite(captured, settings, example_inputs).report()
+        result = assemble(captured)
+        if example_inputs is not None:
+            report = validation.compare(captured.model, result, example_inputs, report)
     attach(result, report)
     return result
 

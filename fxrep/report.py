@@ -28,7 +28,7 @@ class Rewrite:
         parameters_after: the same after.
         error: largest error of the new operation, with its weights rounded, relative to the old
             ones in float64; None when it was not validated.
-        seconds_before: median time before, on the example inputs; None when it was not measured.
+        seconds_before: time before, on the example inputs; None when it was not measured.
         seconds_after: the same after.
     """
 

@@ -138,6 +138,15 @@ def _uncopied(model: nn.Module, memo: dict[int, Any]) -> str:
     return ""
 
 
+def call_arguments(example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and keyword arguments."""
+    if isinstance(example_inputs, Mapping):
+        return (), {str(name): value for name, value in example_inputs.items()}
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
 def named_inputs(model: nn.Module, example_inputs: object) -> dict[str, object]:
     """Example inputs by the name of the forward's argument.
 
@@ -148,19 +157,23 @@ def named_inputs(model: nn.Module, example_inputs: object) -> dict[str, object]:
         return {}
     try:
         signature = inspect.signature(model.forward)
-        if isinstance(example_inputs, Mapping):
-            bound = signature.bind_partial(**{str(k): v for k, v in example_inputs.items()})
-        elif isinstance(example_inputs, tuple | list):
-            bound = signature.bind_partial(*example_inputs)
-        elif isinstance(example_inputs, torch.Tensor):
-            bound = signature.bind_partial(example_inputs)
-        else:
+        if not isinstance(example_inputs, Mapping | tuple | list | torch.Tensor):
             raise InputError(
                 "example_inputs must be a tensor, a tuple of positional arguments or a dict of "
                 f"keyword arguments, not {type(example_inputs).__name__}"
             )
+        args, kwargs = call_arguments(example_inputs)
+        bound = signature.bind_partial(*args, **kwargs)
     except TypeError as error:
         raise InputError(
             f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}"
         ) from error
     return dict(bound.arguments)
+
+
+def does_not_run(model: nn.Module, error: Exception) -> InputError:
+    """What to raise where the original does not run on the example inputs."""
+    return InputError(
+        f"example_inputs: {type(model).__name__} does not run on them "
+        f"({type(error).__name__}: {error}); pass inputs it accepts, or none"
+    )

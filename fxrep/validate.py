@@ -20,13 +20,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxrep.collapse import Plan
 from fxrep.commuting import Mover
-from fxrep.errors import EquivalenceError, InputError
+from fxrep.errors import EquivalenceError
 from fxrep.geometry import Diagonal, Map, Refusal, channel_map, lifted, points
 from fxrep.pieces import Piece
 from fxrep.replacement import replacement
 from fxrep.report import Report
 from fxrep.rewrite import Layer, Lookup
-from fxrep.skeleton import skeleton, weight_hooks
+from fxrep.skeleton import call_arguments, does_not_run, skeleton, weight_hooks
+from fxrep.state import unchanged_random_state
 from fxrep.view import View, reads_metadata
 
 # Both sides are float64 and only the order of summation differs.
@@ -94,21 +95,26 @@ def compare(
         InputError: the original does not run on them.
         EquivalenceError: the optimized model is further from float64 than rounding explains.
     """
-    args, kwargs = _arguments(example_inputs)
+    args, kwargs = call_arguments(example_inputs)
     with torch.no_grad():
         try:
             original = _outputs(copy.deepcopy(skeleton(model)), args, kwargs)
         except Exception as error:
-            raise InputError(
-                f"example_inputs: {type(model).__name__} does not run on them "
-                f"({type(error).__name__}: {error}); pass inputs it accepts, or none"
-            ) from error
+            raise does_not_run(model, error) from error
         try:
             double = copy.deepcopy(skeleton(model)).double()
             wide = _outputs(double, _widened(args), _widened(kwargs))
         except RuntimeError:  # it fixes a dtype itself: the original in its own dtype must do
             wide = original
-        got = _outputs(optimized, args, kwargs)
+        # A copy: a forward may count its calls, and the result starts where the original does.
+        try:
+            got = _outputs(copy.deepcopy(optimized), args, kwargs)
+        except Exception as error:
+            raise EquivalenceError(
+                f"the optimized model does not run on example_inputs, as the original does "
+                f"({type(error).__name__}: {error}); integer inputs that the model normalises "
+                "itself must be converted before it"
+            ) from error
     if len(got) != len(wide) or any(a.shape != b.shape for a, b in zip(got, wide, strict=True)):
         raise EquivalenceError("the optimized model returns other outputs than the original")
     baseline = max((relative_error(a, b) for a, b in zip(original, wide, strict=True)), default=0.0)
@@ -122,12 +128,6 @@ def compare(
     return replace(report, error=largest, baseline_error=baseline)
 
 
-def _arguments(example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example_inputs, dict):
-        return (), example_inputs
-    return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
-
-
 def _widened(value: Any) -> Any:
     return tree_map_only(
         Tensor, lambda t: t.double() if t.is_floating_point() else t.clone(), value
@@ -136,7 +136,8 @@ def _widened(value: Any) -> Any:
 
 def _outputs(model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
     args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-    leaves = tree_leaves(model(*args, **kwargs))
+    with unchanged_random_state():  # each model draws the same numbers
+        leaves = tree_leaves(model(*args, **kwargs))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from types import MappingProxyType
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from test_islands import settled
 from torch import nn
 
 import fxrep
+from fxrep import measure
 
 
 def block() -> nn.Sequential:
@@ -275,3 +279,74 @@ class LinearOnWidth(nn.Module):
 def test_a_linear_layer_on_the_width_stays_above_pooling(pool, validate):
     x = torch.randn(1, 4, 6, 8, dtype=torch.float64)
     assert len(assert_same(LinearOnWidth(pool), x, validate=validate).rewrites) == 1
+
+
+class Counts(nn.Module):
+    """A forward that updates a buffer, and one that draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.other = block(), nn.Conv2d(4, 4, 3, padding=1)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        y = torch.sigmoid(self.body(x)) * torch.tanh(self.other(x))
+        return F.dropout(y, training=True) * self.calls
+
+
+@pytest.mark.parametrize("cost", ["macs", "always", "measure"])
+def test_example_inputs_leave_no_trace(cost):
+    """Neither in the result, whose buffers are those of the model, nor in the generators."""
+    model, before = settled(Counts()), torch.get_rng_state()
+    optimized = fxrep.optimize(model, IMAGE, cost=cost)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert optimized.calls == model.calls == 0
+
+
+WIDE = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()).eval().double()
+
+
+@pytest.mark.parametrize("cost", ["macs", "measure"])
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        [IMAGE],
+        MappingProxyType({"input": IMAGE}),
+        IMAGE.clone().requires_grad_() * 2,
+        torch.randn(1, 4, 1, 1, dtype=torch.float64).expand(2, 4, 6, 7),
+    ],
+)
+def test_example_inputs_of_every_kind(inputs, cost):
+    report = fxrep.report(fxrep.optimize(WIDE, inputs, cost=cost))
+    assert report.error is not None and report.error < 1e-10
+
+
+@pytest.mark.parametrize("cost", ["macs", "measure"])
+def test_inputs_the_model_does_not_run_on_whatever_the_cost(cost):
+    with pytest.raises(fxrep.InputError, match="does not run on them"):
+        fxrep.optimize(WIDE, IMAGE[:, :3], cost=cost)
+
+
+def test_integer_images_that_the_model_normalises_itself():
+    class Normalises(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            return self.conv((x - 128) / 64)
+
+    images = torch.randint(0, 255, (1, 4, 6, 7), dtype=torch.uint8)
+    with pytest.raises(fxrep.EquivalenceError, match=r"does not run on example_inputs.*converted"):
+        fxrep.optimize(Normalises().eval(), images)
+
+
+def test_a_busy_machine_does_not_decide():
+    """The faster side is the one that is interrupted, in more than half of its calls."""
+    calls = iter(range(10**6))
+    timing = measure._measured(
+        lambda: time.sleep(2e-3),
+        lambda: time.sleep(5e-3 if next(calls) % 5 < 3 else 1e-3),
+    )
+    assert timing.after < timing.before
