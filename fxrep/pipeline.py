@@ -83,7 +83,8 @@ def optimize(
             "the shapes the model will see, or cost='macs'"
         )
     captured = capture(model, example_inputs)
-    with unchanged_random_state():  # running a model, or a part of it, may draw numbers
+    # Running a model, or a part of it, may draw numbers; nothing that is computed has a gradient.
+    with unchanged_random_state(), torch.no_grad():
         report = rewrite(captured, settings, example_inputs).report()
         result = assemble(captured)
         if example_inputs is not None:
@@ -132,8 +133,8 @@ class Settings:
 
 def rewrite(captured: Capture, settings: Settings, example_inputs: object = None) -> Session:
     """Rewrite the graphs of a capture in place."""
-    session = Session(captured, example_inputs, settings)
-    with torch.no_grad():
+    with torch.no_grad():  # weight_norm's weight is computed to be read, and must not be tracked
+        session = Session(captured, example_inputs, settings)
         for part in session.parts:
             session.rewrite(part)
     session.finish()

@@ -350,3 +350,23 @@ def test_a_busy_machine_does_not_decide():
         lambda: time.sleep(5e-3 if next(calls) % 5 < 3 else 1e-3),
     )
     assert timing.after < timing.before
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("inputs", [None, IMAGE])
+@pytest.mark.parametrize(
+    "hooked",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda conv: nn.utils.prune.l1_unstructured(conv, "weight", 0.3),
+    ],
+)
+def test_a_layer_whose_weight_a_hook_computes_stays(hooked, inputs, ran):
+    """Reading its weight ran the hook, which left one that cannot be copied on the layer."""
+    model = nn.Sequential(hooked(nn.Conv2d(4, 4, 3)), nn.ReLU()).eval().double()
+    if ran:
+        model(IMAGE)
+    optimized = fxrep.optimize(model, inputs)
+    torch.testing.assert_close(optimized(IMAGE), model(IMAGE), rtol=1e-10, atol=1e-10)
