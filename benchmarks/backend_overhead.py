@@ -109,7 +109,7 @@ def _measure(name: str, inner: str, seconds: float) -> dict[str, Any]:
     return {
         "model": name,
         "graphs": len(graphs),
-        "weights": sum(len(graph.kept.versions) for graph in graphs),
+        "weights": sum(len(graph.kept.storages) for graph in graphs),
         "calls": len(times["with"]),
         f"{inner}_ms": medians["plain"] * 1e3,
         "fxrep_ms": medians["with"] * 1e3,

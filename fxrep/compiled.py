@@ -2,9 +2,9 @@
 
 Dynamo calls one compiled graph with the weights of any module of equal structure, and with weights
 that have changed since. Folded weights are therefore kept by the identity of the weights they were
-made from, and each call first makes sure that these are still what they were: the same tensors, at
-the same address, of the same version; small buffers, which may be running statistics that kernels
-write without a trace, of the same content.
+made from, and each call first makes sure that these are still what they were: at the same address,
+of the same version; small buffers, which may be running statistics that kernels write without a
+trace, of the same content instead.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import CompileContext, TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fxrep.dynamo import Unfoldable, lasting, log, static_inputs, statistics
@@ -54,11 +58,20 @@ class _Compiled:
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """Folded weights, and what tells that they are still right."""
+    """Folded weights, and what tells that they are still right.
+
+    Attributes:
+        compiled: the graph that takes them.
+        folded: the weights; none if they are constants of the graph.
+        storages: the memory they were made from, weakly.
+        versions: of those that are watched.
+        addresses: of the same.
+        contents: of those that are compared, joined.
+    """
 
     compiled: _Compiled
     folded: tuple[Tensor, ...]
-    references: tuple[weakref.ref[Any], ...]
+    storages: tuple[weakref.ref[Any], ...]
     versions: list[int]
     addresses: list[int]
     contents: list[Tensor]
@@ -111,7 +124,7 @@ class Folded:
     ) -> None:
         self.inner, self.settings, self.freezing = inner, settings, freezing
         self.gm = lasting(gm)
-        positions = static_inputs(self.gm, inputs)
+        self.positions = static_inputs(self.gm, inputs)
         placeholders = self.gm.graph.find_nodes(op="placeholder")
         self.fakes = [node.meta.get("example_value") for node in placeholders]
         self.mode = next((f.fake_mode for f in self.fakes if isinstance(f, FakeTensor)), None)
@@ -119,16 +132,13 @@ class Folded:
         self.outputs = [_kind(_example(value)) for value in output.args[0]]
         self.late = False
         self.kept: dict[tuple[int, ...], _Kept] = {}
+        self.known: set[int] = set()
         self.foldings: list[tuple[Folding, _Compiled | None, tuple[str, ...]]] = []
         self.plain: _Compiled | None = None
+        self.sources: set[int] = set()
         compiled, folded = self._folded(inputs)
-        folding = self.foldings[-1][0]
-        # What the graph itself writes would never stay what it was.
-        checked = {i: node for i, node in positions.items() if i not in folding.unread} or positions
-        self.weights = _taking(list(checked))
-        self.statistics = _groups(self.gm, checked, inputs)
-        self.overwritten = folding.overwritten
-        self._keep(compiled, folded, self.weights(inputs))
+        self.overwritten = self.foldings[-1][0].overwritten
+        self._keep(compiled, folded, inputs)
         self.late = True
         graphs.add(self)
 
@@ -139,10 +149,14 @@ class Folded:
 
     def uses(self, tensors: set[int]) -> bool:
         """Whether it has folded one of these tensors."""
-        return any(not tensors.isdisjoint(key) for key in self.kept)
+        return not tensors.isdisjoint(self.known) and any(
+            not tensors.isdisjoint(key) for key in self.kept
+        )
 
     def forget(self, tensors: set[int] | None) -> None:
         """Compute anew what was made from these tensors, or everything."""
+        if tensors is not None and tensors.isdisjoint(self.known):
+            return
         for key in list(self.kept):
             if tensors is None or not tensors.isdisjoint(key):
                 self.kept.pop(key, None)
@@ -152,39 +166,66 @@ class Folded:
         weights = self.weights(args)
         kept = self.kept.get(tuple(map(id, weights)))
         if kept is None or not self._stands(kept, weights):
-            kept = self._renewed(args, weights)
-        if self.overwritten and self._overwrites(args, weights):
+            kept = self._renewed(args)
+        if self.overwritten and self._overwrites(args):
             return self.gm(*args)
         compiled = kept.compiled
         return compiled.run(*compiled.take(args), *kept.folded)
 
     def _stands(self, kept: _Kept, weights: tuple[Tensor, ...]) -> bool:
+        watched = weights[: self.watched]
         return (
-            list(map(_version, weights)) == kept.versions
-            and list(map(Tensor.data_ptr, weights)) == kept.addresses
-            and all(
-                _equal(_joined(take(weights)), content)
-                for take, content in zip(self.statistics, kept.contents, strict=True)
+            list(map(_version, watched)) == kept.versions
+            and list(map(Tensor.data_ptr, watched)) == kept.addresses
+            and (
+                # What the device knows cannot be asked for while its work is only recorded.
+                _is_capturing()
+                or all(
+                    _equal(_joined(take(weights)), content)
+                    for take, content in zip(self.compared, kept.contents, strict=True)
+                )
             )
         )
 
-    def _overwrites(self, args: Sequence[Any], weights: tuple[Tensor, ...]) -> bool:
+    def _overwrites(self, args: Sequence[Any]) -> bool:
         """Whether the graph writes an input that is a weight, seen from elsewhere."""
         memory = {args[i].untyped_storage()._cdata for i in self.overwritten}
-        return any(weight.untyped_storage()._cdata in memory for weight in weights)
+        return any(args[i].untyped_storage()._cdata in memory for i in self.positions)
 
-    def _renewed(self, args: Sequence[Any], weights: tuple[Tensor, ...]) -> _Kept:
+    def _renewed(self, args: Sequence[Any]) -> _Kept:
         try:
             compiled, folded = self._folded(args)
         except Exception as error:  # the original graph is right whatever happened
             log.warning("these weights are not folded: %s: %s", type(error).__name__, error)
             compiled, folded = self._original(args), ()
-        return self._keep(compiled, folded, weights)
+        return self._keep(compiled, folded, args)
+
+    def _watch(self, inputs: Sequence[Any]) -> None:
+        """Settle what each call checks: what anything was made from, in any of the foldings."""
+        foldings = [folding for folding, *_ in self.foldings]
+        sources = {i for folding in foldings for i in folding.sources}
+        if self.freezing:
+            sources |= {f.statics[path] for f in foldings for path in f.freezable}
+        if sources == self.sources:
+            return
+        self.sources = sources
+        self.kept.clear()
+        kernels_write = statistics(self.gm)
+        watched: list[int] = []
+        compared: list[int] = []
+        for i, node in self.positions.items():
+            if i in sources:
+                has_content = node in kernels_write or _may_be_statistics(inputs[i])
+                (compared if has_content else watched).append(i)
+        self.watched = len(watched)
+        self.weights = _taking([*watched, *compared])
+        self.compared = _groups(self.watched, [inputs[i] for i in compared])
 
     def _keep(
-        self, compiled: _Compiled, folded: tuple[Tensor, ...], weights: tuple[Tensor, ...]
+        self, compiled: _Compiled, folded: tuple[Tensor, ...], inputs: Sequence[Any]
     ) -> _Kept:
-        key, kept = tuple(map(id, weights)), self.kept
+        weights, kept = self.weights(inputs), self.kept
+        key = tuple(map(id, weights))
         kept.pop(key, None)
         while len(kept) >= MOST_SETS:
             kept.pop(next(iter(kept)))
@@ -195,12 +236,14 @@ class Folded:
         kept[key] = _Kept(
             compiled,
             folded,
-            # An address says nothing once its memory was freed: ``p.data =`` may get it again.
-            tuple(weakref.ref(it, gone) for w in weights for it in (w, w.untyped_storage())),
-            list(map(_version, weights)),
-            list(map(Tensor.data_ptr, weights)),
-            [_joined(take(weights)).clone() for take in self.statistics],
+            # An address says nothing once its memory was freed: ``p.data =`` may get it again. Not
+            # the tensors: `torch.utils.swap_tensors` refuses those that are watched.
+            tuple(weakref.ref(weight.untyped_storage(), gone) for weight in weights),
+            list(map(_version, weights[: self.watched])),
+            list(map(Tensor.data_ptr, weights[: self.watched])),
+            [_joined(take(weights)).clone() for take in self.compared],
         )
+        self.known = set().union(*kept)
         return kept[key]
 
     def _folded(self, inputs: Sequence[Any]) -> tuple[_Compiled, tuple[Tensor, ...]]:
@@ -224,9 +267,14 @@ class Folded:
             paths = bound.paths
             compiled = None if self.freezing else self._compile(bound, inputs, values)
             self.foldings = [*self.foldings[1 - MOST_FOLDINGS :], (folding, compiled, paths)]
+            self._watch(inputs)
         if compiled is not None:
             return compiled, tuple(values[path] for path in paths)
-        frozen = values | {path: inputs[folding.statics[path]] for path in folding.freezable}
+        frozen = dict(values)
+        for path in folding.freezable:
+            value = inputs[folding.statics[path]]
+            # Who is known by content only may go on elsewhere, and its memory to someone else.
+            frozen[path] = value.clone() if _may_be_statistics(value) else value
         return self._compile(bind(folding, self.gm, frozen), inputs, {}), ()
 
     def _compile(self, bound: Bound, inputs: Sequence[Any], values: dict[str, Tensor]) -> _Compiled:
@@ -263,8 +311,8 @@ class Folded:
         mode = self.mode or FakeTensorMode()
         given = inputs if self.mode is None else self.fakes
         taken = [given[i] for i in bound.positions] + [values[path] for path in bound.paths]
+        fakes = [_faked(mode, value) for value in taken]
         with torch.no_grad(), mode, enable_python_dispatcher():
-            fakes = [_faked(mode, value) for value in taken]
             got = bound.module(*fakes)
         for expected, mine in zip(self.outputs, map(_kind, got), strict=True):
             if mine != expected:
@@ -274,7 +322,8 @@ class Folded:
 def _faked(mode: FakeTensorMode, value: Any) -> Any:
     if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
         return value
-    return mode.from_tensor(value, static_shapes=True)
+    # Detached: who is watched by a mode cannot be swapped until it is collected.
+    return mode.from_tensor(value.detach(), static_shapes=True)
 
 
 def _example(value: object) -> object:
@@ -288,7 +337,21 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
         graph.forget(stepped)
 
 
+def _registered(_: nn.Module, __: str, tensor: Tensor | None) -> None:
+    """One that died may have been where a new one is now, in the same memory, as often written."""
+    for graph in list(graphs):
+        graph.forget({id(tensor)})
+
+
 register_optimizer_step_post_hook(_after_step)
+register_module_parameter_registration_hook(_registered)
+register_module_buffer_registration_hook(_registered)
+
+
+def _is_capturing() -> bool:
+    """Whether a CUDA graph is being recorded."""
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and torch.cuda.is_current_stream_capturing()
 
 
 def _taking(positions: Sequence[int]) -> Take:
@@ -298,15 +361,12 @@ def _taking(positions: Sequence[int]) -> Take:
     return lambda values: tuple(values[i] for i in positions)
 
 
-def _groups(gm: fx.GraphModule, positions: dict[int, fx.Node], inputs: Sequence[Any]) -> list[Take]:
-    """What may be running statistics and can be joined, by its places among the weights."""
-    kernels_write = statistics(gm)
+def _groups(start: int, values: Iterable[Tensor]) -> list[Take]:
+    """What can be joined, by its places among the weights; these values start at `start`."""
     groups: dict[object, list[int]] = {}
-    for place, (position, node) in enumerate(positions.items()):
-        value = inputs[position]
-        if node in kernels_write or _may_be_statistics(value):
-            joins = value.shape[1:] if value.dim() else place
-            groups.setdefault((value.dtype, value.device, joins), []).append(place)
+    for place, value in enumerate(values, start):
+        joins = value.shape[1:] if value.dim() else place
+        groups.setdefault((value.dtype, value.device, joins), []).append(place)
     return [_taking(places) for places in groups.values()]
 
 

@@ -247,9 +247,9 @@ def _module_at(root: nn.Module, path: str) -> nn.Module | None:
 def register(module: nn.Module, name: str, value: Any) -> None:
     """Keep a value on a module as what it is."""
     if isinstance(value, nn.Parameter):
-        module.register_parameter(name, value)
+        module._parameters[name] = value  # no hooks: this is no new home for a weight
     elif isinstance(value, Tensor):
-        module.register_buffer(name, value)
+        module._buffers[name] = value
     elif isinstance(value, nn.Module):
         module.add_module(name, value)
     else:

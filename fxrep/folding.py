@@ -78,7 +78,7 @@ class Folding:
         held: what dynamo's graph held itself (constants, bodies of control flow), by path.
         freezable: paths of the statics that may become constants of the graph.
         looked: content that decided what was rewritten, by position.
-        unread: positions of statics that the graph writes, and that nothing here was made from.
+        sources: positions of the statics that anything here was made from.
         overwritten: positions of the other inputs that the graph writes.
         report: what was done.
     """
@@ -89,7 +89,7 @@ class Folding:
     held: Mapping[str, Any]
     freezable: frozenset[str]
     looked: Mapping[int, Tensor]
-    unread: frozenset[int]
+    sources: frozenset[int]
     overwritten: tuple[int, ...]
     report: Report
 
@@ -154,7 +154,6 @@ def fold(
         }
     graph.lint()
     sources = {path for each in derived.values() for path in each.recipe.paths} | set(view.looked)
-    unread = {str(node.target) for node in written} - sources
     inputs_by_name = {node.name: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     overwritten = tuple(inputs_by_name[node.name] for node in _overwritten(graph, view))
     normalizing = {n for node in graph.nodes if normalizes(node) for n in node.all_input_nodes}
@@ -172,7 +171,7 @@ def fold(
         given.held,
         freezable,
         looked,
-        frozenset(statics[path] for path in unread if path in statics),
+        frozenset(statics[path] for path in sources if path in statics),
         overwritten,
         session.report(),
     )

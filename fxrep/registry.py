@@ -34,8 +34,7 @@ def refresh(compiled: object = None) -> None:
     """Let compiled graphs compute their folded weights anew at the next call.
 
     For changes that leave no trace: ``p.data.mul_(2)`` and other writes through ``.data``, NumPy
-    or a kernel of one's own. All others are seen without this call. It also lets go of the weights:
-    `torch.utils.swap_tensors` refuses those that are watched.
+    or a kernel of one's own. All others are seen without this call.
 
     Args:
         compiled: a module, compiled or not, whose weights have changed; all if it is left out.
