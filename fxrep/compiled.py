@@ -135,7 +135,7 @@ class Folded:
         self.known: set[int] = set()
         self.foldings: list[tuple[Folding, _Compiled | None, tuple[str, ...]]] = []
         self.plain: _Compiled | None = None
-        self.sources: set[int] = set()
+        self.sources: set[int] | None = None
         compiled, folded = self._folded(inputs)
         self.overwritten = self.foldings[-1][0].overwritten
         self._keep(compiled, folded, inputs)
@@ -206,6 +206,7 @@ class Folded:
         sources = {i for folding in foldings for i in folding.sources}
         if self.freezing:
             sources |= {f.statics[path] for f in foldings for path in f.freezable}
+        sources = sources or set(self.positions)
         if sources == self.sources:
             return
         self.sources = sources

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -93,23 +94,23 @@ def optimize(
     return result
 
 
-def report(optimized: nn.Module) -> Report:
+def report(optimized: nn.Module | Callable[..., Any]) -> Report:
     """What was done to a module, and what was left alone and why.
 
     Args:
         optimized: what `fxrep.optimize` returned, or a copy of it; or a module that has run in
-            ``torch.compile(..., backend="fxrep")``: then the graphs its weights went through.
+            ``torch.compile(..., backend="fxrep")``: then the graphs its weights went through. A
+            compiled function stands for the modules in its closure and its globals.
 
     Raises:
-        ReportError: it was not made by `fxrep.optimize`.
+        ReportError: it was neither made by `fxrep.optimize` nor compiled here.
     """
-    found = None
-    if isinstance(optimized, nn.Module):
-        found = attached(optimized) or compiled_report(optimized)
+    found = attached(optimized) if isinstance(optimized, nn.Module) else None
+    found = found or compiled_report(optimized)
     if found is None:
         raise ReportError(
             f"optimized ({type(optimized).__name__}) carries no report: pass what fxrep.optimize "
-            "returned, or a copy of it, or what has run in torch.compile(backend='fxrep')"
+            "returned, or a copy of it, or a module that has run in torch.compile(backend='fxrep')"
         )
     return found
 

@@ -5,7 +5,9 @@ Apart from the backend itself: that needs dynamo, which takes seconds to import.
 
 from __future__ import annotations
 
+import inspect
 import weakref
+from collections.abc import Iterable
 from typing import Protocol
 
 from torch import nn
@@ -39,14 +41,14 @@ def refresh(compiled: object = None) -> None:
     Args:
         compiled: a module, compiled or not, whose weights have changed; all if it is left out.
     """
-    tensors = _tensors(compiled) if isinstance(compiled, nn.Module) else None
+    tensors = _tensors([compiled]) if isinstance(compiled, nn.Module) else None
     for graph in list(graphs):
         graph.forget(tensors)
 
 
-def compiled_report(module: nn.Module) -> Report | None:
-    """What was done in the graphs that a module's weights went through, if any."""
-    tensors = _tensors(module)
+def compiled_report(compiled: object) -> Report | None:
+    """What was done in the graphs that the weights of a module or function went through, if any."""
+    tensors = _tensors(_modules(compiled))
     reports = [graph.report for graph in list(graphs) if graph.uses(tensors)]
     if not reports:
         return None
@@ -56,5 +58,18 @@ def compiled_report(module: nn.Module) -> Report | None:
     )
 
 
-def _tensors(module: nn.Module) -> set[int]:
-    return {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+def _modules(compiled: object) -> list[nn.Module]:
+    """A module, or those that a function finds by itself: its own, in its closure, by a name."""
+    if isinstance(compiled, nn.Module):
+        return [compiled]
+    function = inspect.unwrap(compiled) if callable(compiled) else None
+    found = [getattr(function, "__self__", None)]
+    function = getattr(function, "__func__", function)
+    if inspect.isfunction(function):
+        names = inspect.getclosurevars(function)
+        found += [*names.nonlocals.values(), *names.globals.values()]
+    return [each for each in found if isinstance(each, nn.Module)]
+
+
+def _tensors(modules: Iterable[nn.Module]) -> set[int]:
+    return {id(it) for module in modules for it in (*module.parameters(), *module.buffers())}

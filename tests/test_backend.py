@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 import os
 import subprocess
 import sys
 import tomllib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,96 +16,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from check import FLOAT64, count, distance, randomize
+from compiling import Block, OwnNorm, Recorder, block, folded, image, same, through
+from compiling import fresh as fresh
 from torch import Tensor, nn
+from updates import copy_, recalibrate
 
 import fxrep
 from fxrep.backend import compile_graph
-from fxrep.compiled import MOST_SETS, Folded
+from fxrep.compiled import MOST_SETS
 from fxrep.registry import graphs
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    graphs.clear()
-    yield
-    torch._dynamo.reset()
-
-
-class Recorder:
-    """An inner compiler that runs graphs as they are, and keeps them."""
-
-    def __init__(self) -> None:
-        self.graphs: list[torch.fx.GraphModule] = []
-        self.inputs: list[tuple[Any, ...]] = []
-
-    def __call__(self, gm: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        self.graphs.append(gm)
-        self.inputs.append(tuple(inputs))
-        return gm.forward
-
-    def kinds(self) -> Counter[str]:
-        """The calls in all graphs."""
-        return Counter(
-            str(getattr(node.target, "__name__", node.target))
-            for gm in self.graphs
-            for node in gm.graph.nodes
-            if node.op.startswith("call")
-        )
-
-    @property
-    def convs(self) -> int:
-        return sum(n for name, n in self.kinds().items() if name.startswith("conv"))
-
-    @property
-    def batchnorms(self) -> int:
-        return self.kinds()["batch_norm"]
-
-
-def through(
-    model: Any, inner: Any = "eager", *, compile: Mapping[str, Any] = {}, **options: Any
-) -> Any:
-    """The model compiled by the backend, with what is left in the hands of `inner`."""
-
-    def backend(gm: torch.fx.GraphModule, inputs: Any, **given: Any) -> Callable[..., Any]:
-        return compile_graph(gm, inputs, options={"inner": inner, **options}, **given)
-
-    return torch.compile(model, backend=backend, **compile)
-
-
-class Block(nn.Module):
-    """Two branches and an identity, each with its BatchNorm, as in RepVGG."""
-
-    def __init__(self, channels: int = 4) -> None:
-        super().__init__()
-        self.wide = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.wide_bn = nn.BatchNorm2d(channels)
-        self.narrow = nn.Conv2d(channels, channels, 1, bias=False)
-        self.narrow_bn = nn.BatchNorm2d(channels)
-        self.bn = nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        branches = self.wide_bn(self.wide(x)) + self.narrow_bn(self.narrow(x)) + self.bn(x)
-        return F.relu(branches)
-
-
-def block(dtype: torch.dtype = torch.float64) -> Block:
-    return randomize(Block().eval()).to(dtype)  # type: ignore[return-value]
-
-
-def image(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape or (2, 4, 6, 6), dtype=dtype)
-
-
-def same(compiled: Any, model: nn.Module, *inputs: Tensor, tolerance: float = FLOAT64) -> None:
-    with torch.no_grad():
-        got, expected = compiled(*inputs), model(*inputs)
-    assert distance(got, expected) <= tolerance
-
-
-def folded() -> list[Folded]:
-    return [graph for graph in graphs if isinstance(graph, Folded)]
-
 
 # --- what it finds --------------------------------------------------------------------------------
 
@@ -138,6 +55,32 @@ def test_real_models_run_as_few_operations_as_optimized_ones(
     assert sum(r.pass_name == "branches" for r in fxrep.report(compiled).rewrites) >= (
         0 if name == "resnet50" else 14
     )
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "convs"), [("repvgg_a0", 44), ("mobileone_s0", 191)])
+def test_inductor_keeps_all_branches(name: str, convs: int) -> None:
+    """What Inductor's own freezing leaves; oneDNN's names are kept out of the graph."""
+    model, seen = pytest.importorskip("timm").create_model(name).eval(), Counter[str]()
+
+    def count_calls(graph: torch.fx.Graph) -> None:
+        seen.update(str(node.target) for node in graph.nodes)
+
+    with (
+        torch.no_grad(),
+        torch._inductor.config.patch(
+            {
+                "freezing": True,
+                "cpp.weight_prepack": False,
+                "post_grad_custom_post_pass": count_calls,
+            }
+        ),
+    ):
+        torch.compile(model)(image(1, 3, 32, 32, dtype=torch.float32))
+    assert sum(n for target, n in seen.items() if "convolution" in target) == convs
+    assert seen["aten.convolution.default"] == convs
+    assert not any("batch_norm" in target for target in seen)
 
 
 def test_a_block_becomes_one_convolution() -> None:
@@ -187,161 +130,6 @@ def test_layers_of_every_kind(make: Callable[[], nn.Module], freezing: bool) -> 
 # --- weights that change --------------------------------------------------------------------------
 
 
-def _load(model: Block) -> None:
-    other = randomize(Block().double())
-    other.wide_bn.running_mean.add_(1)  # type: ignore[operator]
-    model.load_state_dict(other.state_dict())
-
-
-def _step(model: Block) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def _fused_step(model: Block) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, fused=True)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def _assign_loaded(model: Block) -> None:
-    model.load_state_dict(randomize(Block().double()).state_dict(), assign=True)
-
-
-def _assign_data(model: Block) -> None:
-    model.wide.weight.data = torch.randn_like(model.wide.weight)
-
-
-def _assign_data_at_the_old_address(model: Block) -> None:
-    weight = model.wide.weight
-    address, alive = weight.data_ptr(), []
-    weight.data = torch.randn_like(weight)
-    for _ in range(100):  # the allocator hands freed memory out again
-        alive.append(torch.randn_like(weight))
-        if alive[-1].data_ptr() == address:
-            break
-    weight.data = alive[-1].detach()
-
-
-class WritesData(torch.optim.Optimizer):
-    """Steps as optimizers did before torch 1.5, and many outside torch do."""
-
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {})
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.data.add_(parameter.grad.data, alpha=-0.5)
-
-
-def _step_of_data(model: Block) -> None:
-    optimizer = WritesData(model.parameters())
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def _compiled_update(model: Block) -> None:
-    def update() -> None:
-        for parameter in model.parameters():
-            parameter.mul_(1.5)
-
-    with torch.no_grad():
-        torch.compile(update, backend="aot_eager")()
-
-
-def _copy(model: Block) -> None:
-    with torch.no_grad():
-        model.narrow.weight.copy_(torch.randn_like(model.narrow.weight))
-
-
-def _new_parameter(model: Block) -> None:
-    model.wide.weight = nn.Parameter(torch.randn_like(model.wide.weight))
-
-
-def _swap(model: Block) -> None:
-    model.wide = nn.Conv2d(4, 4, 3, padding=1, bias=False).double()
-
-
-def _recalibrate(model: Block) -> None:
-    model.train()
-    with torch.no_grad():
-        for _ in range(3):
-            model(image() * 3 + 1)
-    model.eval()
-
-
-def _multiply_data(model: Block) -> None:
-    model.wide.weight.data.mul_(2)
-
-
-def _numpy(model: Block) -> None:
-    array = model.wide.weight.detach().numpy()
-    array *= 2
-
-
-SEEN = [
-    _load,
-    _assign_loaded,
-    _step,
-    _fused_step,
-    _step_of_data,
-    _compiled_update,
-    _assign_data,
-    _assign_data_at_the_old_address,
-    _copy,
-    _new_parameter,
-    _swap,
-    _recalibrate,
-]
-UNSEEN = [_multiply_data, _numpy]
-
-
-@pytest.mark.parametrize("freezing", [False, True])
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-@pytest.mark.parametrize("update", SEEN)
-def test_a_change_of_weights_is_seen(
-    update: Callable[[Block], None], inner: str, freezing: bool
-) -> None:
-    model, x = block(), image()
-    compiled = through(model, inner, freezing=freezing)
-    same(compiled, model, x)
-    before = model(x)
-    update(model)
-    assert distance(model(x), before) > 1e-3
-    same(compiled, model, x)
-    assert folded()
-
-
-class OwnNorm(nn.Module):
-    """BatchNorms that are no `nn.BatchNorm2d`: by name, by views, by hand."""
-
-    def __init__(self, spelling: str) -> None:
-        super().__init__()
-        self.spelling = spelling
-        self.conv = nn.Conv2d(4, 4, 3)
-        self.bn = nn.BatchNorm2d(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, bn = self.conv(x), self.bn
-        mean, var = bn.running_mean, bn.running_var
-        assert isinstance(mean, Tensor) and isinstance(var, Tensor)
-        if self.spelling == "names":
-            return F.batch_norm(
-                x, running_mean=mean, running_var=var, training=self.training, momentum=0.5
-            )
-        if self.spelling == "views" or self.training:
-            return F.batch_norm(x, mean.view(4), var.view(-1), training=self.training, momentum=0.5)
-        return (x - mean[:, None, None]) * torch.rsqrt(var + 1e-5)[:, None, None]
-
-
 @pytest.mark.parametrize("freezing", [False, True])
 @pytest.mark.parametrize("spelling", ["names", "views", "hand"])
 def test_statistics_recalibrated_by_ones_own_batchnorm(spelling: str, freezing: bool) -> None:
@@ -349,7 +137,7 @@ def test_statistics_recalibrated_by_ones_own_batchnorm(spelling: str, freezing: 
     compiled = through(model, inner, freezing=freezing)
     same(compiled, model, x)
     before = model(x)
-    _recalibrate(model)  # type: ignore[arg-type]
+    recalibrate(model)
     assert distance(model(x), before) > 1e-2
     same(compiled, model, x)
 
@@ -364,49 +152,6 @@ def test_statistics_that_are_not_finite_are_compared_too() -> None:
         assert len(inner.graphs) == 1
         model.bn.running_mean[0] = 0  # type: ignore[index]
     same(compiled, model, image())
-
-
-@pytest.mark.parametrize("freezing", [False, True])
-@pytest.mark.parametrize("update", UNSEEN)
-def test_a_change_without_a_trace_needs_a_refresh(
-    update: Callable[[Block], None], freezing: bool
-) -> None:
-    model, x = block(), image()
-    compiled = through(model, freezing=freezing)
-    same(compiled, model, x)
-    before = model(x)
-    update(model)
-    with torch.no_grad():
-        assert distance(compiled(x), before) <= FLOAT64  # documented: the old weights
-    fxrep.refresh(nn.Linear(1, 1))  # another module's
-    with torch.no_grad():
-        assert distance(compiled(x), before) <= FLOAT64
-    fxrep.refresh(compiled)
-    same(compiled, model, x)
-    update(model)
-    fxrep.refresh()
-    same(compiled, model, x)
-
-
-@pytest.mark.parametrize("update", [_load, _recalibrate, _swap])
-@pytest.mark.parametrize("freezing", [False, True])
-def test_changes_are_seen_through_inductor(update: Callable[[Block], None], freezing: bool) -> None:
-    model, x = block(torch.float32), image(dtype=torch.float32)
-    compiled = through(model, "inductor", freezing=freezing)
-    same(compiled, model, x, tolerance=1e-5)
-    update(model.double())
-    model.float()
-    same(compiled, model, x, tolerance=1e-5)
-
-
-def test_weights_can_be_swapped_once_they_are_let_go() -> None:
-    model, x = block(), image()
-    compiled = through(model)
-    same(compiled, model, x)
-    fxrep.refresh(model)
-    gc.collect()  # what is left of compiling watches them too
-    torch.utils.swap_tensors(model.wide.weight, nn.Parameter(torch.randn_like(model.wide.weight)))
-    same(compiled, model, x)
 
 
 def test_content_that_decided_is_compared() -> None:
@@ -461,7 +206,7 @@ def test_equal_blocks_share_a_graph_but_not_weights(freezing: bool) -> None:
     model, x = Loop().double(), image()
     compiled = through(model, freezing=freezing)
     same(compiled, model, x)
-    _copy(model.blocks[1])  # type: ignore[arg-type]
+    copy_(model.blocks[1])
     same(compiled, model, x)
 
 
@@ -511,7 +256,7 @@ def test_sizes_change(dynamic: bool | None, inner: str, freezing: bool) -> None:
     for shape in ((2, 4, 6, 6), (3, 4, 7, 9), (1, 4, 5, 5), (8, 4, 6, 6)):
         same(compiled, model, image(*shape))
     assert folded()
-    _copy(model)
+    copy_(model)
     for shape in ((2, 4, 6, 6), (3, 4, 7, 9)):
         same(compiled, model, image(*shape))
 
@@ -550,7 +295,7 @@ def test_inductor_with_dynamic_shapes(freezing: bool) -> None:
         for shape in ((2, 4, 6, 6), (3, 4, 7, 9)):
             same(compiled, model, image(*shape, dtype=torch.float32), tolerance=1e-5)
         if not turn:
-            _copy(model)
+            copy_(model)
     assert folded()
 
 
@@ -560,7 +305,7 @@ def test_channels_last() -> None:
     inner = Recorder()
     compiled = through(model, inner)
     same(compiled, model, x, tolerance=1e-5)
-    _copy(model)
+    copy_(model)
     same(compiled, model, x, tolerance=1e-5)
     assert compiled(x).is_contiguous(memory_format=torch.channels_last)
 
@@ -594,7 +339,7 @@ def test_inference_mode_then_gradients_of_inputs() -> None:
     compiled = through(model, inner)
     with torch.inference_mode():
         assert distance(compiled(x), model(x)) <= FLOAT64
-    _copy(model)
+    copy_(model)
     with torch.inference_mode():
         assert distance(compiled(x), model(x)) <= FLOAT64
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -692,7 +437,7 @@ def test_a_buffer_that_counts_calls_is_no_reason_to_fold_again(freezing: bool) -
         compiled(image())
     assert list(folded()[0].kept.values()) == [kept] and len(inner.graphs) == 1
     assert model.calls == 2
-    _copy(model)
+    copy_(model)
     same(compiled, model, image())
 
 
@@ -817,7 +562,7 @@ def test_a_pass_that_fails_later_runs_the_original(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("fxrep.folding.Folding.compute", broken)
     for _ in range(2):
-        _copy(model)
+        copy_(model)
         same(compiled, model, x)
 
 
@@ -840,6 +585,18 @@ def test_the_report_of_a_compiled_module() -> None:
     report = fxrep.report(compiled)
     assert [rewrite.pass_name for rewrite in report.rewrites] == ["branches"]
     assert report == fxrep.report(model)
+
+
+def test_the_report_of_a_compiled_function() -> None:
+    model, inner = block(), Recorder()
+    for compiled in (through(lambda x: model(x), inner), through(model.forward, inner)):
+        same(compiled, model, image())
+        assert {rewrite.pass_name for rewrite in fxrep.report(compiled).rewrites} == {"branches"}
+    compiled = through(lambda layer, x: layer(x), inner)
+    with torch.no_grad():
+        compiled(model, image())
+    with pytest.raises(fxrep.ReportError, match="or a module that has run in torch"):
+        fxrep.report(compiled)
 
 
 # --- options --------------------------------------------------------------------------------------
