@@ -462,7 +462,7 @@ def _call_effect(node: fx.Node, name: str, *, known: bool) -> _Effect:
 def _updated(node: fx.Node, name: str) -> tuple[fx.Node, ...]:
     """Running statistics and renormalised tables: operands that some functions write."""
     if name == "batch_norm":
-        return () if argument(node, "training") is False else tuple(node.all_input_nodes[1:])
+        return () if argument(node, "training") is False else _statistics(node)
     if name == "instance_norm":
         return () if argument(node, "use_input_stats") is False else _statistics(node)
     return () if argument(node, "max_norm") is None else tuple(node.all_input_nodes)
@@ -487,7 +487,8 @@ def argument(node: fx.Node, name: str) -> Any:
 def _parameter(function: Callable[..., Any], name: str) -> tuple[int, Any]:
     if function is torch.batch_norm and name == "training":
         return 5, True
-    if function is torch.instance_norm and name in ("running_mean", "running_var"):
+    norms = (torch.batch_norm, torch.instance_norm)
+    if function in norms and name in ("running_mean", "running_var"):
         return (3 if name == "running_mean" else 4), None
     if function is torch.instance_norm and name == "use_input_stats":
         return 5, True

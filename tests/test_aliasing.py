@@ -289,6 +289,19 @@ def test_statistics_updated_by_batch_norm_are_written() -> None:
     assert not found.pinned(z)
 
 
+def test_statistics_updated_by_batch_norm_in_cpp_are_written_and_nothing_else() -> None:
+    model = nn.BatchNorm2d(4)
+    graph = fx.Graph()
+    names = ("weight", "bias", "running_mean", "running_var")
+    x = graph.placeholder("x")
+    weight, bias, mean, var = map(graph.get_attr, names)
+    args = (x, weight, bias, mean, var, True, 0.1, 1e-5, False)
+    graph.output(graph.call_function(torch.batch_norm, args))
+    found = aliasing.analyse(graph, model)
+    written = [found.writes_attribute(node) for node in (weight, bias, mean, var)]
+    assert written == [False, False, True, True]
+
+
 def test_a_module_in_training_mode_writes_its_statistics() -> None:
     model = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
     graph = fx.Graph()

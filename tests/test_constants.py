@@ -55,6 +55,12 @@ WEIGHTS: dict[str, Callable[[Any], Tensor]] = {
     "quantised": lambda m: (m.a * 16).round().clamp(-8, 7) / 16,
     "binary": lambda m: m.a.sign() * m.a.abs().mean(dim=(1, 2, 3), keepdim=True),
     "where": lambda m: torch.where(m.mask > 0, m.a, m.b),
+    "standardised": lambda m: F.batch_norm(
+        m.a.reshape(1, 8, -1), None, None, weight=(m.v * 1.5).view(-1), training=True, momentum=0.0
+    ).reshape_as(m.a),
+    "standardised in C++": lambda m: torch.batch_norm(
+        m.a.reshape(1, 8, -1), m.v, m.v * 0.5, None, None, True, 0.0, 1e-5, False
+    ).reshape_as(m.a),
 }  # fmt: skip
 
 
