@@ -462,13 +462,14 @@ def _call_effect(node: fx.Node, name: str, *, known: bool) -> _Effect:
 def _updated(node: fx.Node, name: str) -> tuple[fx.Node, ...]:
     """Running statistics and renormalised tables: operands that some functions write."""
     if name == "batch_norm":
-        return () if argument(node, "training") is False else _statistics(node)
+        return () if argument(node, "training") is False else statistics(node)
     if name == "instance_norm":
-        return () if argument(node, "use_input_stats") is False else _statistics(node)
+        return () if argument(node, "use_input_stats") is False else statistics(node)
     return () if argument(node, "max_norm") is None else tuple(node.all_input_nodes)
 
 
-def _statistics(node: fx.Node) -> tuple[fx.Node, ...]:
+def statistics(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The running mean and variance that a call of a normalisation is given."""
     values = (argument(node, "running_mean"), argument(node, "running_var"))
     return tuple(value for value in values if isinstance(value, fx.Node))
 

@@ -282,11 +282,9 @@ class Folded:
         take = _taking(bound.positions)
         folded = [values[path] for path in bound.paths]
         context = TracingContext.try_get()
-        if not self.late:
-            if context is not None:
-                _fix_shapes(context, folded)
-            return _Compiled(self.inner(bound.module, [*take(inputs), *folded]), take)
-        if self.mode is None:
+        if not self.late and context is not None:
+            _fix_shapes(context, folded)
+        if not self.late or self.mode is None:
             return _Compiled(self.inner(bound.module, [*take(inputs), *folded]), take)
         # Dynamo's sizes: the graph has to run at all that dynamo runs it at.
         fakes = [self.mode.from_tensor(tensor, static_shapes=True) for tensor in folded]

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.source import is_from_unspecialized_param_buffer_source
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxrep import aliasing
 from fxrep.errors import FxrepError
 
 log = logging.getLogger("fxrep")
@@ -90,20 +91,13 @@ def _is_ordinary(value: object) -> bool:
 
 def statistics(gm: fx.GraphModule) -> set[fx.Node]:
     """Running means and variances: kernels write them without leaving a trace."""
-    normalizations = [node for node in gm.graph.nodes if normalizes(node)]
-    named = ("running_mean", "running_var")
     return {
         source
-        for node in normalizations
-        for source in (
-            *node.args[_STATISTICS.get(node.target, slice(1, 3))],
-            *(node.kwargs.get(name) for name in named),
-        )
-        if isinstance(source, fx.Node) and source.op == "placeholder"
+        for node in gm.graph.nodes
+        if normalizes(node)
+        for source in aliasing.statistics(node)
+        if source.op == "placeholder"
     }
-
-
-_STATISTICS: dict[Any, slice] = dict.fromkeys((torch.batch_norm, torch.instance_norm), slice(3, 5))
 
 
 def normalizes(node: fx.Node) -> bool:

@@ -101,11 +101,11 @@ def _own_calls(captured: Capture) -> set[str]:
     found = {program.path for program in captured.programs if program.path}
     for program in captured.programs:
         prefix = f"{program.path}." if program.path else ""
-        found |= {prefix + str(node.target) for node in program.graph.nodes if _opaque(node)}
+        found |= {prefix + str(node.target) for node in program.graph.nodes if opaque(node)}
     return found
 
 
-def _opaque(node: fx.Node) -> bool:
+def opaque(node: fx.Node) -> bool:
     """A module that was not traced, whose code could write what it likes: it never runs here."""
     return node.op == "call_module" and node.meta.get("leaf_type", nn.Module) is None
 
@@ -129,7 +129,7 @@ class Values(fx.Interpreter):
             if node.op == "placeholder":
                 default = node.args[0] if node.args else None
                 self.env[node] = given.get(str(node.target), default)
-            elif _opaque(node):
+            elif opaque(node):
                 self.env[node] = self._seen(str(node.target), calls)
             else:
                 self.of(node)
@@ -156,7 +156,7 @@ class Values(fx.Interpreter):
 
     def _evaluated(self, node: fx.Node) -> Any:
         known = all(self.env[source] is not UNKNOWN for source in node.all_input_nodes)
-        if not known or node.op == "placeholder" or _opaque(node):
+        if not known or node.op == "placeholder" or opaque(node):
             return UNKNOWN
         try:
             with self.examples.mode, torch.no_grad():

@@ -19,7 +19,7 @@ from torch.utils.benchmark import Timer
 
 from fxrep.collapse import Plan
 from fxrep.cost import MacsCost
-from fxrep.examples import Values
+from fxrep.examples import Values, opaque
 from fxrep.geometry import Diagonal, Map, Refusal, symmetric
 from fxrep.replacement import pads, replacement
 from fxrep.rewrite import blank
@@ -235,7 +235,7 @@ def _new(plan: Plan, view: View, values: Values) -> _Part:
 def _runs_apart(node: fx.Node) -> bool:
     """Whether a call can be repeated without an effect on anything else."""
     if node.op == "call_module":
-        return node.meta.get("leaf_type", nn.Module) is not None
+        return not opaque(node)
     known = node.op == "call_method" or node.op == "call_function"
     return known and not writes(node) and node.target is not operator.setitem
 
