@@ -209,3 +209,23 @@ def test_any_model(net: Net, faster: bool) -> None:
             net, net.sizes, batchnorms=None, again=False, example_inputs=True, cost="measure",
             more_work=faster,
         )  # fmt: skip
+
+
+class Pooling(Siblings):
+    """Modules read the parts: they are timed with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.MaxPool2d(2)
+
+    def forward(self, x):
+        parts = (self.one(x), self.other(x), self.third(x))
+        return [self.pool(part) for part in parts]
+
+
+def test_modules_that_read_the_parts_are_timed_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = timed(monkeypatch, 2.0, 1.0)
+    assert fxrep.report(fxrep.optimize(Pooling().eval().double(), IMAGE, cost="measure")).rewrites
+    before, after = asked[-1]
+    assert [tuple(v.shape[2:]) for v in after].count((4, 4)) == 3
+    assert [tuple(v.shape[2:]) for v in before].count((4, 4)) == 3
