@@ -28,7 +28,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxrep.owner import owner
 from fxrep.proxies import value_type
+from fxrep.words import words
 
 _Key = tuple[int, ...]
 
@@ -366,17 +368,8 @@ def _effect(node: fx.Node, module: Callable[[str], nn.Module]) -> _Effect:
 
 def _module_effect(node: fx.Node, module: nn.Module) -> _Effect:
     inputs = tuple(node.all_input_nodes)
-    kinds: tuple[Any, ...] = type(module).__mro__
-    base = next((k for k in kinds if k.__module__.startswith("torch.nn.")), nn.Module)
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    if (
-        base is nn.Module
-        or isinstance(module, torch.jit.ScriptModule)
-        or "forward" in vars(module)
-        or type(module).forward is not base.forward
-        # torch's own hooks compute a weight from its parts
-        or any(type(hook).__module__.partition(".")[0] != "torch" for hook in hooks)
-    ):
+    base = owner(node, module)
+    if base is None:
         return _Effect(inputs, inputs, outside=True, own_state=True)
     home, _, family = base.__module__.rpartition(".")
     if home != "torch.nn.modules" or family in ("container", "transformer"):
@@ -530,20 +523,16 @@ def _only_looks(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target in _METADATA_METHODS
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_METADATA = _words(
+_METADATA = words(
     "shape ndim dtype device layout is_cuda requires_grad is_sparse is_quantized nbytes itemsize"
 )
 
-_METADATA_METHODS = _words(
+_METADATA_METHODS = words(
     "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex "
     "element_size get_device is_signed"
 )
 
-_IN_PLACE_OPERATORS = _words(
+_IN_PLACE_OPERATORS = words(
     "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift iconcat "
     "delitem"
 )
@@ -552,23 +541,23 @@ _IN_PLACE_METHODS = frozenset(
     {"__setitem__", "__delitem__", *(f"__{name}__" for name in _IN_PLACE_OPERATORS)}
 )
 
-_RESHAPING = _words(
+_RESHAPING = words(
     "squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_ resize_ resize_as_ set_ swap_ "
     "as_strided_ rename_ share_memory_ detach_"
 )
 
-_DROPOUTS = _words(
+_DROPOUTS = words(
     "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout"
 )
 
 # Files of torch.nn.modules whose classes always return memory of their own.
-_FRESH_FAMILIES = _words(
+_FRESH_FAMILIES = words(
     "conv linear batchnorm instancenorm normalization pooling activation upsampling padding fold "
     "sparse rnn distance loss adaptive"
 )
 
 # Methods and functions whose result may be their first operand or a view of it.
-_VIEWS = _words(
+_VIEWS = words(
     "view view_as reshape reshape_as flatten unflatten ravel transpose permute movedim moveaxis "
     "swapaxes swapdims t numpy_T adjoint squeeze unsqueeze expand expand_as broadcast_to narrow "
     "select slice diagonal unfold unbind chunk split split_with_sizes tensor_split hsplit vsplit "
@@ -578,7 +567,7 @@ _VIEWS = _words(
 )
 
 # Methods and functions that always return memory of their own.
-_FRESH_NAMES = _words(
+_FRESH_NAMES = words(
     "add sub subtract rsub mul multiply div divide true_divide floor_divide remainder fmod pow neg "
     "negative abs absolute exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin "
     "cos tan tanh sinh cosh atan atan2 erf erfc sigmoid logit sign sgn round floor ceil trunc frac "

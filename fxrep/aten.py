@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
-from fxrep.proxies import words
+from fxrep.words import words
 
 _Call = tuple[str, Any, tuple[Any, ...], dict[str, Any]]
 _aten = torch.ops.aten

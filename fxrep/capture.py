@@ -15,19 +15,18 @@ from torch import fx, nn
 
 from fxrep.aten import respelled
 from fxrep.mentions import Mentions
+from fxrep.owner import foreign_hooks, is_leaf
 from fxrep.report import Skip
 from fxrep.signature import Arguments
 from fxrep.skeleton import (
     check,
-    foreign_hooks,
     named_inputs,
     named_tensors,
     skeleton,
     unwrap,
-    weight_hooks,
 )
 from fxrep.state import restore_tensors
-from fxrep.tracer import Opaque, Untraceable, is_leaf, trace
+from fxrep.tracer import Untraceable, trace
 
 _PASS = "capture"
 
@@ -237,15 +236,3 @@ def _keep_shared(programs: list[Program]) -> None:
         if len(shared) > 1 and key not in opaque:
             for program in shared:
                 program.keep_modules = True
-
-
-__all__ = [
-    "Capture",
-    "Opaque",
-    "Program",
-    "capture",
-    "foreign_hooks",
-    "is_leaf",
-    "skeleton",
-    "weight_hooks",
-]

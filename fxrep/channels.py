@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxrep.skeleton import foreign_hooks
+from fxrep.owner import known_class
 
 # The most sizes asked for, and the most readers of one value looked at, to answer one question.
 _MOST_ASKED = 128
@@ -137,8 +137,8 @@ class Channels:
     def _said(self, node: fx.Node, axis: int) -> _Said:
         if node.op == "call_module":
             module = self._submodule(str(node.target))
-            base = next((kind for kind in type(module).__mro__ if kind in _MODULES), None)
-            if module is None or base is None or not _forwards_as(module, base):
+            base = None if module is None else known_class(node, module, _MODULES)
+            if base is None:
                 return _NOTHING
             return _MODULES[base](_Call(self, node, module), axis)
         if node.op == "call_function":
@@ -232,12 +232,6 @@ def _reshapes(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     called = node.op in ("call_method", "call_function")
     return called and (name in _RESHAPING or node.kwargs.get("out") is not None)
-
-
-def _forwards_as(module: nn.Module, base: type) -> bool:
-    """Whether a call of the module runs torch's own code of the class."""
-    same = all(getattr(type(module), n, None) is getattr(base, n, None) for n in _FORWARD)
-    return same and "forward" not in vars(module) and not foreign_hooks(module)
 
 
 def _shape(value: object) -> torch.Size | None:
@@ -502,12 +496,6 @@ _SPLITS: dict[Any, str] = {
 _RESHAPING = _words(
     "squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_ resize_ resize_as_ set_ swap_ "
     "as_strided_"
-)
-
-# What a subclass must not replace if a call is to run torch's own code.
-_FORWARD = _words(
-    "__call__ _call_impl forward _conv_forward _output_padding _check_input_dim "
-    "_get_no_batch_dim _handle_no_batch_input _apply_instance_norm"
 )
 
 # The result has the shape of the first operand.

@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from fxrep.geometry import Axis
 from fxrep.operators import as_tuple
-from fxrep.skeleton import foreign_hooks
+from fxrep.owner import known_class
 from fxrep.view import View, arguments
 
 Sizes = tuple[int, ...]
@@ -53,7 +53,7 @@ class Mover:
     @property
     def name(self) -> str:
         """The operation's name, as reports show it."""
-        target = self.node.meta.get("leaf_type") or self.node.target
+        target = self.node.meta.get("owner") or self.node.target
         return str(getattr(target, "__name__", target))
 
     @property
@@ -76,10 +76,8 @@ def mover(view: View, node: fx.Node) -> Mover | None:
     """The node as something to move over, or None."""
     if node.op == "call_module":
         module = view.submodule(str(node.target))
-        base: Any = next((c for c in type(module).__mro__ if c in _MODULES), None)
-        if base is None or type(module).forward is not base.forward or foreign_hooks(module):
-            return None
-        if "forward" in vars(module) or len(node.args) != 1 or node.kwargs:
+        base = known_class(node, module, _MODULES)
+        if base is None or len(node.args) != 1 or node.kwargs:
             return None
         read, names = _MODULES[base]
         given = [node.args[0], *(getattr(module, name, None) for name in names)]

@@ -106,8 +106,8 @@ def _own_calls(captured: Capture) -> set[str]:
 
 
 def opaque(node: fx.Node) -> bool:
-    """A module that was not traced, whose code could write what it likes: it never runs here."""
-    return node.op == "call_module" and node.meta.get("leaf_type", nn.Module) is None
+    """A module that runs code which is not torch's and could write what it likes: not here."""
+    return node.op == "call_module" and node.meta.get("owner", nn.Module) is None
 
 
 class Values(fx.Interpreter):

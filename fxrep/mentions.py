@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from fxrep.proxies import words
-from fxrep.tracer import is_leaf
+from fxrep.owner import is_leaf
+from fxrep.words import words
 
 _WEIGHTS = words(
     "weight bias running_mean running_var num_batches_tracked state_dict load_state_dict "

@@ -261,8 +261,8 @@ def _read_module(view: View, node: fx.Node, module: nn.Module, base: Any, source
         return view.attribute(module, path, name)
 
     if isinstance(module, nn.modules.conv._ConvNd):
-        if getattr(type(module), "_conv_forward", None) is not getattr(base, "_conv_forward", None):
-            return None
+        if module.padding_mode != "zeros" and not _pads_as_it_says(module):
+            return Refusal("its padding was changed after it was made")
         return _convolution(
             view, node, source, get("weight"), get("bias"),
             stride=module.stride,
@@ -291,6 +291,21 @@ def _read_module(view: View, node: fx.Node, module: nn.Module, base: Any, source
     if isinstance(module, nn.modules.dropout._DropoutNd) and module.training:
         return None
     return _identity(view, node, source)
+
+
+def _pads_as_it_says(module: nn.modules.conv._ConvNd) -> bool:
+    """Whether what a convolution pads by, which is computed when it is made, is its padding still.
+
+    Only reflecting, replicating and circular ones read it.
+    """
+    sizes, spatial = module.padding, len(module.kernel_size)
+    if isinstance(sizes, str):
+        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        same = [size for t in reversed(totals) for size in (t // 2, t - t // 2)]
+        expected = same if sizes == "same" else [0] * 2 * spatial
+    else:
+        expected = [size for size in reversed(as_tuple(sizes, spatial) or ()) for _ in "lh"]
+    return list(module._reversed_padding_repeated_twice) == expected
 
 
 _PLAIN_TENSORS = {Tensor, nn.Parameter, nn.Buffer}

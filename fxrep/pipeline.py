@@ -415,7 +415,7 @@ class Session:
         for part in self.parts:
             for node in part.program.graph.nodes:
                 note = self._batchnorm_note(part, node) if _is_batchnorm(part, node) else None
-                if node.op == "call_module" and node.meta.get("leaf_type"):
+                if node.op == "call_module" and node.meta.get("owner"):
                     found.extend(self._inner_notes(part, node))
                 note = note or part.note(node)
                 if note is not None:

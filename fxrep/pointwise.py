@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from fxrep.aliasing import argument
-from fxrep.skeleton import foreign_hooks
+from fxrep.owner import known_class
 from fxrep.view import View
 
 _NAMES = (
@@ -36,10 +34,8 @@ def pointwise(view: View, node: fx.Node) -> object:
         return None
     if node.op == "call_module":
         module = view.submodule(str(node.target))
-        base: Any = next((kind for kind in type(module).__mro__ if kind in _MODULES), None)
-        if base is None or type(module).forward is not base.forward or foreign_hooks(module):
-            return None
-        return None if "forward" in vars(module) else (base, module.extra_repr())
+        base = known_class(node, module, _MODULES)
+        return None if base is None else (base, module.extra_repr())
     known = _FUNCTIONS if node.op == "call_function" else _METHODS
     if node.op not in ("call_function", "call_method") or node.target not in known:
         return None

@@ -15,13 +15,10 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import Attribute
 
+from fxrep.words import words
+
 if TYPE_CHECKING:
     from fxrep.tracer import Tracer
-
-
-def words(text: str) -> frozenset[str]:
-    """A set of names, written as one string."""
-    return frozenset(text.split())
 
 
 IN_PLACE = words("iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift")
@@ -140,8 +137,8 @@ def value_type(node: fx.Node) -> type | None:
     if node.op in ("placeholder", "get_attr"):
         return torch.Tensor
     if node.op == "call_module":
-        leaf = node.meta["leaf_type"]
-        return None if leaf is None or issubclass(leaf, _MANY_OUTPUTS) else torch.Tensor
+        kind = node.meta["owner"]
+        return None if kind is None or issubclass(kind, _MANY_OUTPUTS) else torch.Tensor
     if _is_size(node):
         return int if node.target is not getattr or node.args[1] == "ndim" else None
     name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
@@ -159,7 +156,7 @@ def value_type(node: fx.Node) -> type | None:
     return torch.Tensor if known else None
 
 
-_MANY_OUTPUTS = (nn.RNNBase, nn.LSTMCell, nn.MultiheadAttention, torch.jit.ScriptModule)
+_MANY_OUTPUTS = (nn.RNNBase, nn.LSTMCell, nn.MultiheadAttention)
 
 _NO_TENSOR = words(
     "chunk split unbind tensor_split hsplit vsplit dsplit unsafe_chunk unsafe_split "

@@ -23,6 +23,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxrep.owner import owner
+from fxrep.words import words
+
 # Passes over what broadcasts; each settles chains of any length in graph order.
 _MOST_PASSES = 6
 
@@ -257,9 +260,8 @@ class Ranks:
 
     def _read_module(self, node: fx.Node, module: nn.Module) -> None:
         source = _operand(node)
-        kinds: tuple[Any, ...] = type(module).__mro__
-        base = next((kind for kind in kinds if kind.__module__.startswith(_MODULES)), None)
-        if source is None or base is None or type(module).forward is not base.forward:
+        base = owner(node, module)
+        if source is None or base is None or not base.__module__.startswith(_MODULES):
             return
         name, family = base.__name__, base.__module__.rpartition(".")[2]
         if family == "conv" or family in _KEEP_FAMILIES:
@@ -271,7 +273,7 @@ class Ranks:
         elif family == "batchnorm":
             self._at_least(source, 2)
             for kind, rank in ((nn.BatchNorm2d, 4), (nn.BatchNorm3d, 5)):
-                if type(module)._check_input_dim is kind._check_input_dim:  # type: ignore[attr-defined]
+                if issubclass(base, kind):
                     self._set(source, rank)
         elif family in ("pooling", "padding", "instancenorm") and name[-2].isdigit():
             self._at_least(source, int(name[-2]) + 1)
@@ -685,27 +687,23 @@ def _read_einsum(ranks: Ranks, node: fx.Node, call: _Arguments) -> None:
             ranks._set(operand, len(letters))
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
 _MODULES = "torch.nn.modules."
 
 # Files of torch.nn.modules whose classes return the rank they are given.
-_KEEP_FAMILIES = _words(
+_KEEP_FAMILIES = words(
     "batchnorm instancenorm normalization pooling activation dropout upsampling padding linear "
     "pixelshuffle channelshuffle"
 )
 
 _RESIZES = {"linear": 3, "bilinear": 4, "bicubic": 4, "trilinear": 5}
 
-_IN_PLACE_OPERATORS = _words("iadd isub imul itruediv ifloordiv imod ipow iand ior ixor")
+_IN_PLACE_OPERATORS = words("iadd isub imul itruediv ifloordiv imod ipow iand ior ixor")
 
-_BINARY_OPERATORS = _words(
+_BINARY_OPERATORS = words(
     "add sub mul truediv floordiv mod pow and_ or_ xor eq ne lt le gt ge neg pos abs invert"
 )
 
-_BROADCASTING = _words(
+_BROADCASTING = words(
     "add sub subtract rsub mul multiply div divide true_divide floor_divide remainder fmod pow "
     "maximum minimum fmin fmax where lerp addcmul addcdiv clamp clip clamp_min clamp_max eq ne lt "
     "le gt ge masked_fill logical_and logical_or logical_xor bitwise_and bitwise_or atan2 "
@@ -713,7 +711,7 @@ _BROADCASTING = _words(
 )
 
 # The result has the rank of the first operand.
-_KEEPING = _words(
+_KEEPING = words(
     "neg negative abs absolute exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal "
     "sin cos tan tanh sigmoid sign round floor ceil trunc frac erf relu relu6 gelu silu mish elu "
     "celu selu hardswish hardsigmoid hardtanh hardshrink softshrink tanhshrink softplus softsign "
@@ -728,7 +726,7 @@ _KEEPING = _words(
     "fill zero copy __iadd__ __isub__ __imul__ __itruediv__"
 ) - {"sort"}
 
-_REDUCING = _words("mean sum amax amin prod std var norm logsumexp argmax argmin all any")
+_REDUCING = words("mean sum amax amin prod std var norm logsumexp argmax argmin all any")
 _KEEPDIM_AT = {"std": 3, "var": 3, "norm": 3}
 
 _READERS: dict[str, _Reader] = {

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
 from fxrep import operators, structure
 from fxrep.geometry import Refusal
-from fxrep.skeleton import foreign_hooks
+from fxrep.owner import foreign_hooks, known_class, torch_class
 from fxrep.view import Reading, View, arguments
 
 _MODULES = operators.MODULES | structure.MODULES
@@ -32,12 +30,9 @@ def read(view: View, node: fx.Node) -> Reading:
 
 def _read_module(view: View, node: fx.Node) -> Reading:
     module = view.submodule(str(node.target))
-    base: Any = next((c for c in type(module).__mro__ if c in _MODULES), None)
+    base = known_class(node, module, _MODULES)
     args = [*node.args, *node.kwargs.values()]
-    if base is None or len(args) != 1:
-        return None
-    if "forward" in vars(module) or type(module).forward is not base.forward:
-        return None
-    if foreign_hooks(module):
-        return Refusal("hook registered")
-    return _MODULES[base](view, node, module, base, args[0])
+    if base is None:
+        hooked = torch_class(module) in _MODULES and foreign_hooks(module)
+        return Refusal("hook registered") if hooked else None
+    return _MODULES[base](view, node, module, base, args[0]) if len(args) == 1 else None

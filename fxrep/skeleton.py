@@ -11,9 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import prune
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from fxrep.errors import InputError, ModelError
 
@@ -72,24 +69,6 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters, then buffers, by path."""
     yield from model.named_parameters()
     yield from model.named_buffers()
-
-
-def weight_hooks(module: nn.Module) -> list[Any]:
-    """Pre-hooks of torch itself that compute a weight: old weight_norm, spectral_norm, pruning."""
-    return [hook for hook in module._forward_pre_hooks.values() if _computes_weight(hook)]
-
-
-def foreign_hooks(module: nn.Module) -> list[Any]:
-    """Every other hook on the module's calls: forward, pre-forward, backward."""
-    own = [hook for hook in module._forward_pre_hooks.values() if not _computes_weight(hook)]
-    own += module._forward_hooks.values()
-    own += module._backward_hooks.values()
-    own += module._backward_pre_hooks.values()
-    return own
-
-
-def _computes_weight(hook: object) -> bool:
-    return isinstance(hook, WeightNorm | SpectralNorm | prune.BasePruningMethod)
 
 
 def skeleton(model: nn.Module) -> nn.Module:

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.utils import parametrize
 
 from fxrep.errors import FxrepError
-from fxrep.proxies import IN_PLACE, ParameterWrite, TracedValue, Unfaithful, item_count, words
+from fxrep.owner import called_class, foreign_hooks, is_leaf, weight_hooks
+from fxrep.proxies import IN_PLACE, ParameterWrite, TracedValue, Unfaithful, item_count
 from fxrep.signature import Arguments, is_literal, is_variadic
-from fxrep.skeleton import foreign_hooks, named_tensors, weight_hooks
+from fxrep.skeleton import named_tensors
 from fxrep.state import (
     Containers,
     RandomState,
@@ -30,6 +30,7 @@ from fxrep.state import (
     watched,
     written_tensor,
 )
+from fxrep.words import words
 
 
 class Restart(BaseException):
@@ -204,7 +205,7 @@ class Tracer(fx.Tracer):
         with self._inside(m, path):
             if self.is_leaf_module(m, path):
                 proxy = self.create_proxy("call_module", path, args, kwargs)
-                proxy.node.meta["leaf_type"] = type(m)
+                proxy.node.meta["owner"] = called_class(m)
                 return proxy
             closed = self._closed(m, path)
             if closed is None:
@@ -282,7 +283,7 @@ class Tracer(fx.Tracer):
         if type(m).__call__ is not nn.Module.__call__ and not isinstance(m, fx.GraphModule):
             raise self.refuse(Unfaithful(f"'{opaque.path}' has its own __call__"))
         proxy = self.create_proxy("call_module", opaque.path, args, kwargs)
-        proxy.node.meta["leaf_type"] = None  # what it returns is not known
+        proxy.node.meta["owner"] = None  # what it returns is not known
         self.opaque[id(m)] = opaque
         return proxy
 
@@ -312,38 +313,6 @@ class Tracer(fx.Tracer):
 
         call.__annotations__ = {}  # fx would print them into the generated code
         return call, []
-
-
-def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is one operation of the graph: torch's own, called as torch defines it."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return True
-    if "forward" in module.__dict__:
-        return False
-    kind = type(module)
-    if parametrize.is_parametrized(module):
-        kind = parametrize.type_before_parametrizations(module)
-    if issubclass(kind, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        return False
-    for index, base in enumerate(kind.__mro__):
-        if not base.__module__.startswith(("torch.nn.", "torch.ao.nn.")) or base is nn.Module:
-            continue
-        # a subclass that overrides nothing torch's class calls is still that class
-        inherited = {name for parent in kind.__mro__[index:-1] for name in vars(parent)}
-        return not any(
-            name in inherited and name not in _INERT
-            for child in kind.__mro__[:index]
-            for name in vars(child)
-        )
-    return False
-
-
-_INERT = words(
-    "__module__ __qualname__ __doc__ __init__ __annotations__ __dict__ __weakref__ __slots__ "
-    "__constants__ __parameters__ __orig_bases__ __firstlineno__ __static_attributes__ "
-    "__annotate__ __annotate_func__ __annotations_cache__ __repr__ "
-    "extra_repr reset_parameters reset_running_stats"
-)
 
 
 def trace(module: nn.Module, given: Mapping[str, object] | None = None) -> Traced:

@@ -22,11 +22,12 @@ from fxrep.collapse import Plan
 from fxrep.commuting import Mover
 from fxrep.errors import EquivalenceError
 from fxrep.geometry import Diagonal, Map, Refusal, channel_map, lifted, points
+from fxrep.owner import weight_hooks
 from fxrep.pieces import Piece
 from fxrep.replacement import replacement
 from fxrep.report import Report
 from fxrep.rewrite import Layer, Lookup
-from fxrep.skeleton import call_arguments, does_not_run, skeleton, weight_hooks
+from fxrep.skeleton import call_arguments, does_not_run, skeleton
 from fxrep.state import unchanged_random_state
 from fxrep.view import View, reads_metadata
 

@@ -21,9 +21,9 @@ from torch import Tensor, fx, nn
 from fxrep.aliasing import Aliasing
 from fxrep.channels import Channels
 from fxrep.geometry import Linear, Refusal
+from fxrep.owner import weight_hooks
 from fxrep.ranks import Ranks
 from fxrep.recipe import Call, Expr, Load, record
-from fxrep.skeleton import weight_hooks
 
 
 @dataclass(frozen=True, eq=False)

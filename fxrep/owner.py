@@ -1,0 +1,131 @@
+"""Whose code a call of a module runs: one answer for all that wants to know what it computes.
+
+A class of torch.nn says what its module computes only if a call runs that class's code and nothing
+else. A subclass, an instance or a hook may change everything, the rank and the type of the result
+included; of such a call nothing is known.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Container
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules import module as _nn_module
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from fxrep.words import words
+
+
+def weight_hooks(module: nn.Module) -> list[Any]:
+    """Pre-hooks of torch itself that compute a weight: old weight_norm, spectral_norm, pruning."""
+    return [hook for hook in module._forward_pre_hooks.values() if _computes_weight(hook)]
+
+
+def foreign_hooks(module: nn.Module) -> list[Any]:
+    """Every other hook on the module's calls: forward, pre-forward, backward, and for all modules.
+
+    Hooks for all modules are those of ``torch.nn.modules.module.register_module_*_hook``.
+    """
+    own = [hook for hook in module._forward_pre_hooks.values() if not _computes_weight(hook)]
+    for hooks in (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks):
+        own += hooks.values()
+    return own + global_hooks()
+
+
+def global_hooks() -> list[Any]:
+    """The hooks that run at the calls of all modules."""
+    return [
+        hook
+        for hooks in (
+            _nn_module._global_forward_pre_hooks,
+            _nn_module._global_forward_hooks,
+            _nn_module._global_backward_pre_hooks,
+            _nn_module._global_backward_hooks,
+        )
+        for hook in hooks.values()
+    ]
+
+
+def _computes_weight(hook: object) -> bool:
+    return isinstance(hook, WeightNorm | SpectralNorm | prune.BasePruningMethod)
+
+
+def torch_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class of torch.nn that a module is, hooks aside; None if it is anything more.
+
+    A subclass that overrides nothing torch's class calls is still that class. A method set on the
+    instance (``conv._conv_forward = ...``) overrides as one in a subclass does.
+    """
+    kind: type = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
+    if parametrize.is_parametrized(module):
+        kind = parametrize.type_before_parametrizations(module)
+    own = {
+        name
+        for name in vars(module).keys() - _INERT
+        if callable(inspect.getattr_static(kind, name, None))
+    }
+    for index, base in enumerate(kind.__mro__):
+        if base is nn.Module or not base.__module__.startswith(("torch.nn.", "torch.ao.nn.")):
+            continue
+        inherited = {name for parent in kind.__mro__[index:-1] for name in vars(parent)}
+        inherited.add("__getattribute__")
+        changed = own.union(*(vars(child) for child in kind.__mro__[:index])) - _INERT
+        return None if changed & inherited else base
+    return None
+
+
+# What a subclass or an instance may have of its own without changing what a call computes.
+_INERT = words(
+    "__module__ __qualname__ __doc__ __init__ __annotations__ __dict__ __weakref__ __slots__ "
+    "__constants__ __parameters__ __orig_bases__ __firstlineno__ __static_attributes__ "
+    "__annotate__ __annotate_func__ __annotations_cache__ __repr__ "
+    "extra_repr reset_parameters reset_running_stats"
+)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is one operation of the graph: torch's own, called as torch defines it."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    base = torch_class(module)
+    return base is not None and not issubclass(base, _CONTAINERS)
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def called_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class of torch.nn whose code, and nothing else, a call of the module runs."""
+    base = torch_class(module) if is_leaf(module) else None
+    return None if foreign_hooks(module) else base
+
+
+def owner(node: fx.Node, module: nn.Module) -> type[nn.Module] | None:
+    """`called_class` of the module that a node calls, as it was when it was captured."""
+    if _OWNER not in node.meta:
+        node.meta[_OWNER] = called_class(module)
+    found: type[nn.Module] | None = node.meta[_OWNER]
+    return found
+
+
+def known_class(node: fx.Node, module: nn.Module, known: Container[Any]) -> Any:
+    """The class among those `known` whose code, and nothing else, a node runs."""
+    base = owner(node, module)
+    found = next((kind for kind in base.__mro__ if kind in known), None) if base else None
+    return found if base is not None and found is not None and _same_code(base, found) else None
+
+
+def _same_code(base: type[nn.Module], kind: type[nn.Module]) -> bool:
+    """Whether a class of torch computes what the class it derives from computes."""
+    below = base.__mro__[: base.__mro__.index(kind)]
+    return not any((vars(child).keys() & vars(kind).keys()) - _INERT for child in below)
+
+
+_OWNER = "owner"
