@@ -26,7 +26,8 @@ from fxrep.skeleton import (
     unwrap,
 )
 from fxrep.state import restore_tensors
-from fxrep.tracer import Untraceable, trace
+from fxrep.substitution import with_names
+from fxrep.trace import Untraceable, trace
 
 _PASS = "capture"
 
@@ -108,7 +109,7 @@ def capture(model: nn.Module, example_inputs: object = None) -> Capture:
     tree = skeleton(model)
     given = named_inputs(tree, example_inputs)
     explorer = _Explorer(Capture(model, tree), given)
-    explorer.explore(tree, "", (), mode="whole", keep=False)
+    with_names(tree, lambda: explorer.explore(tree, "", (), mode="whole", keep=False))
     restore_tensors(tree, model)
     _keep_shared(explorer.capture.programs)
     return explorer.capture
@@ -186,11 +187,11 @@ class _Explorer:
         program = Program(path, module, traced.graph, traced.arguments)
         program.keep_modules = (
             keep
-            or bool(path and traced.arguments.specialized)
+            or bool(path and traced.arguments.are_narrowed)
             or any(reader.code.reaches(module) for reader in readers)
         )
         self.capture.programs.append(program)
-        if path and traced.arguments.specialized:
+        if path and traced.arguments.are_narrowed:
             readers = (*readers, _Reader(path, module, Mentions.of_forward(module)))
         for opaque in traced.opaque:
             where = f"{path}.{opaque.path}" if path else opaque.path

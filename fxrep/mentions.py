@@ -41,10 +41,7 @@ class Mentions:
     @classmethod
     def of_forward(cls, module: nn.Module) -> Mentions:
         """What a module's forward and the functions it uses mention."""
-        own = module.__dict__.get("forward")
-        start = own if own is not None else type(module).forward
-        kinds = {type(m): None for m in module.modules() if not is_leaf(m)}
-        return cls._scan([start], type(module), list(kinds))
+        return cls._scan(*_code_of(module))
 
     @classmethod
     def of_hooks(cls, hooks: Sequence[Any]) -> Mentions:
@@ -57,36 +54,19 @@ class Mentions:
         own: set[str] = set()
         calls: set[str] = set()
         others: set[str] = set()
-        stack = [(entry, True) for thing in start for entry in _functions(thing)]
-        seen: set[types.CodeType] = set()
-        while stack:
-            function, is_own = stack.pop()
-            for code in _codes(function.__code__):
-                if code in seen:
-                    continue
-                seen.add(code)
-                first = code.co_varnames[0] if code.co_argcount else None
-                previous: dis.Instruction | None = None
-                for step in dis.get_instructions(code):
-                    if step.opname in _LOADS:
-                        name = str(step.argval)
-                        if is_own and _loads(previous, first):
-                            own.add(name)
-                            (calls if _is_call(step) else others).add(name)
-                        else:
-                            elsewhere.add(name)
-                    previous = step
-                elsewhere.update(
-                    c for c in code.co_consts if isinstance(c, str) and c.isidentifier()
-                )
-                for name in code.co_names:
-                    mine = inspect.getattr_static(owner, name, None)
-                    stack.extend((entry, is_own) for entry in _functions(mine))
-                    other = [
-                        inspect.getattr_static(k, name, None) for k in below if name != "forward"
-                    ]
-                    other.append(function.__globals__.get(name))
-                    stack.extend((entry, False) for value in other for entry in _functions(value))
+        for _, code, is_own in _reached(start, owner, below):
+            first = code.co_varnames[0] if code.co_argcount else None
+            previous: dis.Instruction | None = None
+            for step in dis.get_instructions(code):
+                if step.opname in _LOADS:
+                    name = str(step.argval)
+                    if is_own and _loads(previous, first):
+                        own.add(name)
+                        (calls if _is_call(step) else others).add(name)
+                    else:
+                        elsewhere.add(name)
+                previous = step
+            elsewhere.update(c for c in code.co_consts if isinstance(c, str) and c.isidentifier())
         return cls(frozenset(elsewhere), frozenset(own), frozenset(calls), frozenset(others))
 
     def weights(self, module: nn.Module | None) -> str:
@@ -109,6 +89,52 @@ class Mentions:
         """Whether the code may read the island's own submodules."""
         names = {part for path, _ in island.named_modules() for part in path.split(".") if path}
         return bool(_TREE & (self.elsewhere | self.own)) or any(n in self.elsewhere for n in names)
+
+
+def draws_numbers(module: nn.Module) -> bool:
+    """Whether a module's forward, or what it uses, mentions the generators of random or NumPy."""
+    return any(
+        name in _GENERATORS or _is_generator(function.__globals__.get(name))
+        for function, code, _ in _reached(*_code_of(module))
+        for name in code.co_names
+    )
+
+
+_GENERATORS = words("random numpy")
+
+
+def _is_generator(value: object) -> bool:
+    home = getattr(value, "__name__" if isinstance(value, types.ModuleType) else "__module__", "")
+    return str(home).partition(".")[0] in _GENERATORS
+
+
+def _code_of(module: nn.Module) -> tuple[list[Any], type, list[type]]:
+    """A module's forward, its class, and the classes below whose methods it may call."""
+    own = module.__dict__.get("forward")
+    start = own if own is not None else type(module).forward
+    kinds = {type(m): None for m in module.modules() if not is_leaf(m)}
+    return [start], type(module), list(kinds)
+
+
+def _reached(
+    start: list[Any], owner: type, below: list[type]
+) -> Iterator[tuple[types.FunctionType, types.CodeType, bool]]:
+    """All code that may run: its function, itself, and whether it is a method of `owner`."""
+    stack = [(entry, True) for thing in start for entry in _functions(thing)]
+    seen: set[types.CodeType] = set()
+    while stack:
+        function, is_own = stack.pop()
+        for code in _codes(function.__code__):
+            if code in seen:
+                continue
+            seen.add(code)
+            yield function, code, is_own
+            for name in code.co_names:
+                mine = inspect.getattr_static(owner, name, None)
+                stack.extend((entry, is_own) for entry in _functions(mine))
+                other = [inspect.getattr_static(k, name, None) for k in below if name != "forward"]
+                other.append(function.__globals__.get(name))
+                stack.extend((entry, False) for value in other for entry in _functions(value))
 
 
 def _functions(thing: object) -> list[types.FunctionType]:

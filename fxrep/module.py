@@ -245,6 +245,10 @@ class GraphForward:
                     return False
             elif name in kwargs and not same_value(kwargs[name], value):
                 return False
+        for name in self.arguments.required:
+            place = self.places[name]
+            if (kwargs.get(name) if place >= len(args) else args[place]) is None:
+                return False
         for name in self.arguments.tensors:
             place = self.places[name]
             given = kwargs.get(name) if place >= len(args) else args[place]

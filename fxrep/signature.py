@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,30 @@ class Arguments:
     required: frozenset[str] = frozenset()
     tensors: frozenset[str] = frozenset()
     returns: Any = inspect.Signature.empty
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The arguments that are values of the graph."""
+        return tuple(p.name for p in self.parameters if p.name not in self.specialized)
+
+    @property
+    def are_narrowed(self) -> bool:
+        """Whether the forward takes arguments that the graph does not."""
+        return bool(self.specialized or self.required or self.tensors)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The arguments that are constants because they default to None."""
+        return tuple(
+            p.name
+            for p in self.parameters
+            if p.default is None and self.specialized.get(p.name, ...) is None
+        )
+
+    def given(self, name: str) -> Arguments:
+        """The same with a value for an argument that was left out."""
+        left = {key: value for key, value in self.specialized.items() if key != name}
+        return replace(self, specialized=left, required=self.required | {name})
 
     @property
     def signature(self) -> inspect.Signature:

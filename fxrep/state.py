@@ -1,4 +1,4 @@
-"""What a trial trace must not leave behind, or must not lose: state, random numbers, contexts."""
+"""What a trial trace must not leave behind, or must not lose: state and random numbers."""
 
 from __future__ import annotations
 
@@ -7,17 +7,11 @@ import contextlib
 import copy
 import random
 import sys
-import types
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx, nn
-
-from fxrep.proxies import ParameterWrite, Unfaithful, is_instance, is_tensor
-
-if TYPE_CHECKING:
-    from fxrep.tracer import Tracer
 
 
 class Containers:
@@ -104,41 +98,43 @@ def _on_cuda() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
-class RandomState:
-    """The generators' states; compared, they tell whether a forward drew random numbers."""
+class DrawnNumbers:
+    """The generators of `random` and NumPy, which are the process's: what a forward drew of them.
+
+    Torch's own are watched by `fxrep.modes`, call by call.
+    """
 
     def __init__(self) -> None:
-        self.tensors = [torch.get_rng_state()]
-        if _on_cuda():
-            self.tensors.append(torch.cuda.get_rng_state())
-        self.values: list[object] = [random.getstate()]
+        self.python = random.getstate()
         numpy = sys.modules.get("numpy")
-        if numpy is not None:
-            drawn = numpy.random.get_state(legacy=True)
-            self.values.append((drawn[1].tobytes(), drawn[2]))
+        self.numpy = None if numpy is None else numpy.random.get_state(legacy=True)
 
     def moved(self) -> bool:
-        """Whether numbers were drawn since."""
-        now = RandomState()
-        if self.values != now.values[: len(self.values)]:
+        """Whether numbers were drawn since, by this thread or another."""
+        now = DrawnNumbers()
+        if self.python != now.python:
             return True
-        return not all(torch.equal(a, b) for a, b in zip(self.tensors, now.tensors, strict=False))
+        if self.numpy is None or now.numpy is None:
+            return False
+        return bool(self.numpy[2] != now.numpy[2] or (self.numpy[1] != now.numpy[1]).any())
+
+    def give_back(self) -> None:
+        """Set the generators to where they were."""
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
 
 
 @contextlib.contextmanager
 def unchanged_random_state() -> Iterator[None]:
-    """What a trial trace draws is given back to the user's generators."""
-    python = random.getstate()
-    numpy = sys.modules.get("numpy")
-    drawn = numpy.random.get_state() if numpy is not None else None
+    """What running a model draws is given back to the user's generators."""
+    drawn = DrawnNumbers()
     devices = [torch.cuda.current_device()] if _on_cuda() else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(drawn)
+        drawn.give_back()
 
 
 def tensor_versions(root: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor, int]]:
@@ -168,67 +164,3 @@ def restore_tensors(tree: nn.Module, model: nn.Module) -> None:
             own = mine.__dict__.get(name)
             if isinstance(value, torch.Tensor) and isinstance(own, torch.Tensor) and own._version:
                 mine.__dict__[name] = value.detach().clone()
-
-
-def _homes(root: nn.Module) -> list[dict[str, Any]]:
-    """The global names of the packages a model is written in."""
-    files = {kind.__module__ for module in root.modules() for kind in type(module).__mro__}
-    own = __package__ or "fxrep"
-    packages = {file.partition(".")[0] for file in files} - {"torch", "builtins", own}
-    return [
-        vars(module)
-        for file, module in list(sys.modules.items())
-        if isinstance(module, types.ModuleType)
-        and (file.partition(".")[0] in packages or (file in files and file.startswith(own)))
-    ]
-
-
-@contextlib.contextmanager
-def watched(tracer: Tracer) -> Iterator[None]:
-    """Refuse what a trace loses: attributes set on modules, and contexts around operations."""
-    set_attribute, delete_attribute = nn.Module.__setattr__, nn.Module.__delattr__
-    members = tracer.members
-
-    def setattr_refused(module: nn.Module, name: str, value: Any) -> None:
-        if id(module) in members:
-            is_weight = isinstance(value, nn.Parameter) or name in module._parameters
-            kind = ParameterWrite if is_weight else Unfaithful
-            raise tracer.refuse(kind(f"forward sets the attribute '{name}' of a module"))
-        set_attribute(module, name, value)
-
-    def delattr_refused(module: nn.Module, name: str) -> None:
-        if id(module) in members:
-            raise tracer.refuse(Unfaithful(f"forward deletes the attribute '{name}' of a module"))
-        delete_attribute(module, name)
-
-    contexts: list[tuple[Any, Any]] = []
-    for context in (
-        torch.autocast,
-        torch.no_grad,
-        torch.enable_grad,
-        torch.inference_mode,
-        torch.set_grad_enabled,
-    ):
-        contexts.append((context, context.__enter__))
-
-        def refused(self: Any, *args: Any, name: str = context.__name__) -> Any:
-            raise tracer.refuse(Unfaithful(f"forward uses 'with torch.{name}'"))
-
-        context.__enter__ = refused  # type: ignore[method-assign]
-    nn.Module.__setattr__ = setattr_refused  # type: ignore[method-assign, assignment]
-    nn.Module.__delattr__ = delattr_refused  # type: ignore[method-assign]
-    plain_is_tensor = torch.is_tensor
-    torch.is_tensor = is_tensor  # type: ignore[assignment]
-    homes = [home for home in _homes(tracer.root_module) if "isinstance" not in home]
-    for home in homes:
-        home["isinstance"] = is_instance
-    try:
-        yield
-    finally:
-        torch.is_tensor = plain_is_tensor
-        for home in homes:
-            del home["isinstance"]
-        nn.Module.__setattr__ = set_attribute  # type: ignore[method-assign]
-        nn.Module.__delattr__ = delete_attribute  # type: ignore[method-assign]
-        for context, enter in contexts:
-            context.__enter__ = enter

@@ -5,32 +5,25 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
-import dataclasses
-import inspect
-import operator
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxrep.errors import FxrepError
+from fxrep.absent import lacks_input, lacks_operand
+from fxrep.hollow import Hollow
+from fxrep.mentions import draws_numbers
+from fxrep.modes import Watch, contexts
 from fxrep.owner import called_class, foreign_hooks, is_leaf, weight_hooks
-from fxrep.proxies import IN_PLACE, ParameterWrite, TracedValue, Unfaithful, item_count
-from fxrep.signature import Arguments, is_literal, is_variadic
+from fxrep.proxies import ParameterWrite, TracedValue, Unfaithful, item_count
+from fxrep.signature import Arguments, is_literal
 from fxrep.skeleton import named_tensors
-from fxrep.state import (
-    Containers,
-    RandomState,
-    tensor_versions,
-    unchanged_random_state,
-    watched,
-    written_tensor,
-)
-from fxrep.words import words
+from fxrep.state import Containers, DrawnNumbers
+from fxrep.substitution import surely
 
 
 class Restart(BaseException):
@@ -40,6 +33,10 @@ class Restart(BaseException):
         super().__init__(reason)
         self.module = module
         self.reason = reason
+
+
+class Absent(BaseException):
+    """A call that cannot run, as it is given None for a tensor; user code must not catch it."""
 
 
 @dataclass(frozen=True)
@@ -52,35 +49,16 @@ class Opaque:
     frozen: bool = False
 
 
-@dataclass(frozen=True)
-class Traced:
-    """A graph, its arguments, and the modules it calls as they are."""
-
-    graph: fx.Graph
-    arguments: Arguments
-    opaque: tuple[Opaque, ...]
-
-
-class Untraceable(FxrepError):
-    """A forward that cannot be traced as a root, and why."""
-
-    def __init__(self, reason: str, frozen: bool) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.frozen = frozen
-
-
 _PLAIN = frozenset({str, int, float, bool, type(None), torch.dtype, torch.device, complex})
 
 
 class Tracer(fx.Tracer):
     """Symbolic tracing that gives up on a submodule rather than on the model."""
 
-    proxy_buffer_attributes = True
-
     def __init__(self, root: nn.Module, arguments: Arguments, closed: dict[int, Opaque]) -> None:
         super().__init__(param_shapes_constant=False)
-        self.root_module = root
+        self.root = root
+        self.graph = fx.Graph(tracer_cls=Tracer)
         self.arguments = arguments
         self.closed = closed
         self.opaque: dict[int, Opaque] = {}
@@ -90,9 +68,35 @@ class Tracer(fx.Tracer):
         self.attributes: dict[str, fx.Proxy] = {}
         self.leaves: dict[int, bool] = {}
         self.tensors: set[str] = set()  # arguments whose type was asked for
-        self.names = {id(t): name for name, t in reversed(list(named_tensors(root)))}
-        self.members = {id(module) for module in root.modules()}
+        self.tensor_attrs: dict[Any, str] = {}  # tensors the forward makes itself
+        self.script_object_map: dict[Any, str] = {}
+        registered = list(named_tensors(root))
+        self.names = {id(t): name for name, t in reversed([*_plain_tensors(root), *registered])}
+        self.paths = {id(module): path for path, module in root.named_modules()}
         self.containers = Containers(root)
+        self.hollow = Hollow(root, self)
+        self.watch = Watch(self, [tensor for _, tensor in registered])
+        self.numbers = DrawnNumbers()
+        self.surroundings = contexts()
+
+    def run(self) -> fx.Graph:
+        """Trace the root's forward."""
+        return surely(self._run, self._end)
+
+    def _run(self) -> fx.Graph:
+        self.hollow.fill()
+        call = self._root_call()
+        self.watch.begin()
+        result = call()
+        self.create_node("output", "output", (self.create_arg(result),), {})
+        name = self.hollow.written(self.root)
+        if name is not None:
+            raise Unfaithful(f"forward sets the attribute '{name}' of a module")
+        return self.graph
+
+    def _end(self) -> None:
+        self.watch.end()
+        self.hollow.empty()
 
     def refuse(self, error: Unfaithful) -> Unfaithful:
         """Note a violation, so that user code that catches the error does not hide it."""
@@ -105,20 +109,26 @@ class Tracer(fx.Tracer):
         return TracedValue(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:  # noqa: D102
+        if contexts() != self.surroundings:
+            which = "inference_mode" if torch.is_inference_mode_enabled() else "autocast"
+            raise self.refuse(Unfaithful(f"forward uses 'with torch.{which}'"))
+        if args[0] in ("call_function", "call_method") and lacks_operand(*args[1:4]):
+            name = getattr(args[1], "__name__", args[1])
+            raise Absent(f"forward passes None to {name}() for a tensor")
         node = super().create_node(*args, **kwargs)
         node.meta.setdefault("nn_module_stack", collections.OrderedDict())
         return node
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:  # noqa: D102
-        if not isinstance(attr_val, torch.Tensor):
-            return attr_val
-        name = self.names.get(id(attr_val))
-        if name is None:
-            return attr_val
+    def attribute(self, value: Any) -> Any:
+        """The traced value of a parameter or buffer that a module was asked for."""
+        name = self.names.get(id(value)) if isinstance(value, torch.Tensor) else None
+        return value if name is None else self._get_attr(name)
+
+    def _get_attr(self, name: str) -> fx.Proxy:
+        """One node per tensor: a write into it is seen by every use."""
         found = self.attributes.get(name)
         if found is None:
-            found = self.create_proxy("get_attr", name, (), {})
-            self.attributes[name] = found
+            found = self.attributes[name] = self.create_proxy("get_attr", name, (), {})
         return found
 
     def create_arg(self, a: Any) -> Any:  # noqa: D102
@@ -146,7 +156,7 @@ class Tracer(fx.Tracer):
     def _tensor(self, tensor: torch.Tensor) -> fx.Node:
         name = self.names.get(id(tensor)) or self.tensor_attrs.get(tensor)
         if name is None:
-            if tensor.grad_fn is not None:
+            if tensor.grad_fn is not None or isinstance(tensor, nn.Parameter):
                 raise self.refuse(
                     Unfaithful("forward computes with parameters it does not read as attributes")
                 )
@@ -156,10 +166,7 @@ class Tracer(fx.Tracer):
             name = f"_constant{index}"
             self.constants[name] = (tensor, tensor._version)
             self.tensor_attrs[tensor] = name
-        found = self.attributes.get(name)
-        if found is None:  # one node per tensor: a write into it is seen by every use
-            found = self.attributes[name] = self.create_proxy("get_attr", name, (), {})
-        return found.node
+        return self._get_attr(name).node
 
     def _mapping(self, mapping: dict[Any, Any]) -> fx.Node:
         """An OrderedDict (torchvision's segmentation output) or ModelOutput keeps its type."""
@@ -190,29 +197,30 @@ class Tracer(fx.Tracer):
             found = self.leaves[id(m)] = is_leaf(m)
         return found
 
-    def call_module(  # noqa: D102
-        self,
-        m: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        if id(m) not in self.members:
-            if self.is_leaf_module(m, "") and not any(m.state_dict()) and not foreign_hooks(m):
-                return forward(*args, **kwargs)  # nothing of its own but how it is called
-            raise self.refuse(Unfaithful(f"forward calls a {type(m).__name__} made on the fly"))
-        path = self.path_of_module(m)
+    def call(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call of a module of the tree gives."""
+        path = self.paths[id(m)]
         with self._inside(m, path):
             if self.is_leaf_module(m, path):
-                proxy = self.create_proxy("call_module", path, args, kwargs)
-                proxy.node.meta["owner"] = called_class(m)
-                return proxy
+                return self._call_leaf(m, path, args, kwargs)
             closed = self._closed(m, path)
             if closed is None:
                 closed, result = self._attempt(m, path, args, kwargs)
                 if closed is None:
                     return result
             return self._call_opaque(closed, args, kwargs)
+
+    def _call_leaf(
+        self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        own = called_class(m)
+        if own is not None and lacks_input(m, args, kwargs):
+            if own is nn.Identity:
+                return None
+            raise Absent(f"forward passes None to '{path}', a {own.__name__}, for a tensor")
+        proxy = self.create_proxy("call_module", path, args, kwargs)
+        proxy.node.meta["owner"] = own
+        return proxy
 
     @contextlib.contextmanager
     def _inside(self, m: nn.Module, path: str) -> Iterator[None]:
@@ -241,18 +249,22 @@ class Tracer(fx.Tracer):
         calls = dict(self.num_calls)
         constants = set(self.constants)
         opaque_before, inlined = dict(self.opaque), set(self.inlined)
-        seen, numbers = len(self.violations), RandomState()
+        seen, numbers = len(self.violations), DrawnNumbers()
         try:
             result = m.forward(*args, **kwargs)
             if len(self.violations) > seen:
                 raise self.violations[seen]
-            if numbers.moved():
+            if numbers.moved() and draws_numbers(m):
                 raise Unfaithful("forward draws random numbers")
+            name = self.hollow.written(m)
+            if name is not None:
+                raise Unfaithful(f"forward sets the attribute '{name}' of a module")
         except Exception as error:
             del self.violations[seen:]
             self._forget(before, constants)
             self.num_calls = calls
             self.opaque, self.inlined = opaque_before, inlined
+            self.hollow.restore(m)
             self.containers.restore(m)
             opaque = Opaque(m, path, explain(error), isinstance(error, ParameterWrite))
             if id(m) in self.inlined:
@@ -289,12 +301,15 @@ class Tracer(fx.Tracer):
 
     # the root
 
-    def create_args_for_root(
-        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list[Any]]:
-        """Placeholders under the forward's own names; baked-in arguments get their value."""
+    def _root_call(self) -> Callable[[], Any]:
+        """The call of the root's forward on placeholders under its own names.
+
+        What has the value of its default is left out, as a caller would leave it out; what follows
+        it is passed by name.
+        """
         positional: list[Any] = []
         named: dict[str, Any] = {}
+        left_out = False
         for parameter in self.arguments.parameters:
             default: tuple[Any, ...] = ()
             if parameter.default is not parameter.empty:
@@ -302,134 +317,32 @@ class Tracer(fx.Tracer):
             value: object = self.create_proxy("placeholder", parameter.name, default, {})
             if parameter.name in self.arguments.specialized:
                 value = self.arguments.specialized[parameter.name]
-            if parameter.kind is parameter.KEYWORD_ONLY:
-                named[parameter.name] = value
-            else:
+            if parameter.kind is parameter.POSITIONAL_ONLY:
                 positional.append(value)
-        forward = self.root.forward
-
-        def call() -> Any:
-            return forward(*positional, **named)
-
-        call.__annotations__ = {}  # fx would print them into the generated code
-        return call, []
-
-
-def trace(module: nn.Module, given: Mapping[str, object] | None = None) -> Traced:
-    """Trace one module's forward as a root.
-
-    Args:
-        module: a module of the skeleton.
-        given: example values of some of its arguments.
-
-    Raises:
-        Untraceable: with the reason; `.frozen` is set where it writes parameters.
-    """
-    trials = _arguments(module, given or {})
-    best: Traced | None = None
-    problem: Untraceable | None = None
-    for arguments in trials:
-        try:
-            traced = _trace(module, arguments)
-        except Untraceable as error:
-            problem = problem or error
-            continue
-        if best is None or len(traced.opaque) < len(best.opaque):
-            best = traced
-        if not traced.opaque:
-            break
-    if best is None:
-        assert problem is not None
-        raise problem
-    return best
-
-
-def _arguments(module: nn.Module, given: Mapping[str, object]) -> list[Arguments]:
-    """The ways to try a forward's arguments: numbers as values first, then baked in."""
-    try:
-        signature = inspect.signature(module.forward)
-    except (TypeError, ValueError) as error:
-        raise Untraceable(f"forward has no signature: {error}", False) from error
-    declared = list(signature.parameters.values())
-    parameters = tuple(p for p in declared if not is_variadic(p))
-    variadic = [p for p in declared if is_variadic(p)]
-    if any(p.name in given and given[p.name] for p in variadic) or (variadic and not parameters):
-        raise Untraceable("forward takes *args or **kwargs", False)
-    specialized: dict[str, object] = {}
-    required: set[str] = set()
-    numbers: dict[str, object] = {}
-    for parameter in parameters:
-        if parameter.name in given:
-            value = given[parameter.name]
-            if _has_tensor(value):
-                if parameter.default is None:
-                    required.add(parameter.name)
+            elif value is not parameter.default:
+                if parameter.kind is parameter.KEYWORD_ONLY or named or left_out:
+                    named[parameter.name] = value
+                else:
+                    positional.append(value)
             else:
-                specialized[parameter.name] = value
-        elif parameter.default is not parameter.empty:
-            default = parameter.default
-            numeric = type(default) in (int, float)
-            (numbers if numeric else specialized)[parameter.name] = default
-    first = Arguments(
-        parameters, specialized, frozenset(required), returns=signature.return_annotation
-    )
-    if not numbers:
-        return [first]
-    both = {**specialized, **numbers}
-    baked = {p.name: both[p.name] for p in parameters if p.name in both}
-    return [first, dataclasses.replace(first, specialized=baked)]
+                left_out = True
+        forward = self.root.forward
+        return lambda: forward(*positional, **named)
 
 
-def _has_tensor(value: object) -> bool:
-    if isinstance(value, tuple | list):
-        return any(_has_tensor(item) for item in value)
-    if isinstance(value, Mapping):
-        return any(_has_tensor(item) for item in value.values())
-    return isinstance(value, torch.Tensor)
-
-
-def _trace(module: nn.Module, arguments: Arguments) -> Traced:
-    closed: dict[int, Opaque] = {}
-    while True:
-        tracer = Tracer(module, arguments, closed)
-        versions = tensor_versions(module)
-        numbers = RandomState()
-        try:
-            with unchanged_random_state(), watched(tracer):
-                graph = tracer.trace(module)
-                if tracer.violations:
-                    raise tracer.violations[0]
-                if numbers.moved():
-                    raise Unfaithful("forward draws random numbers")
-                if any(i._erased for node in graph.nodes for i in node.all_input_nodes):
-                    raise Unfaithful("forward keeps values of a submodule that does not trace")
-                if any(t._version != version for t, version in tracer.constants.values()):
-                    raise Unfaithful("forward changes a tensor of its own between two uses")
-                state = tracer.containers.written() or written_tensor(versions)
-            if state is not None and state[0] is module:
-                raise Unfaithful(state[1])
-        except Restart:
-            continue  # closed has grown
-        except Exception as error:
-            raise Untraceable(explain(error), isinstance(error, ParameterWrite)) from error
-        finally:
-            tracer.containers.restore()
-        if state is not None:
-            if id(state[0]) in closed:  # the write is its parent's
-                raise Untraceable(state[1], False)
-            path = next(n for n, m in module.named_modules() if m is state[0])
-            closed[id(state[0])] = Opaque(state[0], path, state[1])
-            continue
-        _install_constants(module, graph, tracer.constants)
-        arguments = dataclasses.replace(arguments, tensors=frozenset(tracer.tensors))
-        return Traced(graph, arguments, tuple(tracer.opaque.values()))
+def _plain_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that modules hold as plain attributes, by path."""
+    for path, module in root.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                yield f"{path}.{name}" if path else name, value
 
 
 def explain(error: BaseException) -> str:
     """One line on why a forward does not trace, with the place in the user's code."""
     text = str(error).strip().splitlines()
     message = text[0] if text else ""
-    if not isinstance(error, Unfaithful):
+    if not isinstance(error, Unfaithful | Absent):
         message = f"{type(error).__name__}: {message}"
     if len(message) > 160:
         message = message[:157] + "..."
@@ -443,55 +356,3 @@ def explain(error: BaseException) -> str:
     if frames:
         message += f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})"
     return message
-
-
-def _install_constants(
-    module: nn.Module, graph: fx.Graph, constants: dict[str, tuple[torch.Tensor, int]]
-) -> None:
-    """Keep tensors the forward makes itself; a fresh copy per call where it writes into them."""
-    for node in list(graph.nodes):
-        if node.op != "get_attr" or node.target not in constants:
-            continue
-        name = str(node.target)
-        if name not in module._buffers:
-            module.register_buffer(name, constants[name][0].detach(), persistent=False)
-        if _is_written(node):
-            with graph.inserting_after(node):
-                fresh = graph.call_method("clone", (node,))
-            fresh.meta["nn_module_stack"] = node.meta["nn_module_stack"]
-            node.replace_all_uses_with(
-                fresh, delete_user_cb=lambda user, fresh=fresh: user != fresh
-            )
-
-
-_PURE = frozenset(
-    getattr(operator, name)
-    for name in words("add sub mul truediv floordiv mod pow matmul neg eq ne lt le gt ge")
-)
-
-
-def _is_written(node: fx.Node) -> bool:
-    """Whether an in-place operation may write into the value, through views or directly."""
-    stack, seen = [node], {node}
-    while stack:
-        value = stack.pop()
-        for user in value.users:
-            if user.op == "call_module" or user.op == "output" or user.target in _PURE:
-                continue
-            name = str(getattr(user.target, "__name__", user.target))
-            is_operator = getattr(user.target, "__module__", "") == "_operator"
-            if (
-                (is_operator and (name == "setitem" or name in IN_PLACE))
-                or (name.endswith("_") and not name.endswith("__"))
-                or name in _IN_PLACE_METHODS
-                or "out" in user.kwargs
-                or user.kwargs.get("inplace")
-            ):
-                return True
-            if user not in seen:
-                seen.add(user)
-                stack.append(user)
-    return False
-
-
-_IN_PLACE_METHODS = frozenset({"__setitem__", *(f"__{name}__" for name in IN_PLACE)})

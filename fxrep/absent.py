@@ -1,0 +1,81 @@
+"""Where None stands for a tensor that is not there: no call with it can run.
+
+Given: ``forward(self, image=None, mask=None)``, traced without an image. Result: the call that
+could not run is found while tracing, and not when the result is called.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+# Operators that have an answer for None.
+_ANSWERING = frozenset({"eq", "ne", "is_", "is_not", "getitem", "setitem", "contains"})
+
+
+def lacks_operand(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function or method (a str) is given None for a tensor or number it needs."""
+    if not any(_has_none(value) for value in (*args, *kwargs.values())):
+        return False
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    home = "torch" if isinstance(target, str) else getattr(target, "__module__", None) or "torch"
+    if home == "_operator":
+        return name not in _ANSWERING
+    if home.partition(".")[0] != "torch":
+        return False
+    if inspect.isfunction(target):  # of torch.nn.functional: None is for options
+        first = next(iter(inspect.signature(target).parameters), "")
+        return _has_none(args[0] if args else kwargs.get(first, 0))
+    schemas = _schemas(name)
+    return bool(schemas) and all(_lacks(schema, args, kwargs) for schema in schemas)
+
+
+def lacks_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a module of torch.nn is given None for an argument that has no default.
+
+    Raises:
+        TypeError: the arguments do not fit, as the call itself would raise it.
+    """
+    signature = _signature(type(module).forward)
+    given = signature.bind(module, *args, **kwargs).arguments
+    return any(
+        value is None and signature.parameters[name].default is inspect.Parameter.empty
+        for name, value in given.items()
+    )
+
+
+@functools.cache
+def _signature(function: Any) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+@functools.cache
+def _schemas(name: str) -> tuple[Any, ...]:
+    if name.endswith("_") and not name.endswith("__"):
+        return _schemas(name[:-1])
+    return tuple(torch._C._jit_get_schemas_for_operator(f"aten::{name}"))
+
+
+def _lacks(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether None stands for a tensor or number in one overload."""
+    given = {a.name: value for a, value in zip(schema.arguments, args, strict=False)}
+    given.update(kwargs)
+    needed = {a.name for a in schema.arguments if _needs_value(a.type)}
+    return any(_has_none(given.get(name, 0)) for name in needed)
+
+
+def _needs_value(kind: Any) -> bool:
+    if kind.kind() == "ListType":
+        kind = kind.getElementType()
+    return kind.kind() in ("TensorType", "NumberType")
+
+
+def _has_none(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return any(each is None for each in value)
+    return value is None
