@@ -118,8 +118,6 @@ def _sign(forward: Callable[..., Any], arguments: Arguments) -> None:
 class RewrittenModule(fx.GraphModule):
     """A GraphModule that keeps the root's attributes, hooks and signature, copied or pickled."""
 
-    _arguments: Arguments
-
     def __init__(self, root: nn.Module, graph: fx.Graph, arguments: Arguments) -> None:
         super().__init__(nn.Module(), fx.Graph(), type(root).__name__)
         own = nn.Module().__dict__.keys()

@@ -22,13 +22,14 @@ from fxrep.geometry import Map, Refusal
 from fxrep.measure import Timing
 from fxrep.module import assemble, attach, attached
 from fxrep.passes import default_passes
+from fxrep.pruning import prune
 from fxrep.ranks import Ranks
 from fxrep.reading import read
 from fxrep.recipe import Call, record
 from fxrep.registry import compiled_report
 from fxrep.replacement import pads
 from fxrep.report import Report, Rewrite, Skip
-from fxrep.rewrite import Editor, Layer, build, prune
+from fxrep.rewrite import Editor, Layer, build
 from fxrep.rule import Drop, Fold, Joint, Pass
 from fxrep.state import unchanged_random_state
 from fxrep.view import Affine, View, double
@@ -458,15 +459,7 @@ class Session:
         for part in self.parts:
             for node, rank in part.view.ranks.guards():
                 part.editor.guard(node, rank)
-        live, retired = set[str](), set[str]()
-        for part in self.parts:
-            prefix = f"{part.program.path}." if part.program.path else ""
-            for node in part.program.graph.nodes:
-                if node.op in ("call_module", "get_attr"):
-                    live.add(prefix + str(node.target))
-            if not part.program.keep_modules:
-                retired.update(prefix + path for path in part.editor.retired)
-        prune(self.captured.tree, retired, live)
+        prune(self.captured, {part.program.path: part.editor.retired for part in self.parts})
 
 
 def _is_batchnorm(part: Part, node: fx.Node) -> bool:

@@ -19,7 +19,6 @@ from fxrep.geometry import Map, Refusal, narrowed, symmetric
 from fxrep.pieces import Piece
 from fxrep.recipe import Call, Expr, Recipe, record
 from fxrep.replacement import replacement
-from fxrep.skeleton import named_tensors
 from fxrep.view import Affine, View, scope
 
 # A weight row may lose this many epsilons to rounding, relative to its largest value.
@@ -389,60 +388,3 @@ def _owner(node: fx.Node) -> list[str]:
         return str(node.target).split(".")[:-1]
     path = scope(node)
     return path.split(".") if path else []
-
-
-def prune(tree: nn.Module, retired: set[str], live: set[str]) -> None:
-    """Remove the modules and tensors that only erased nodes used.
-
-    Args:
-        tree: the module the paths start from.
-        retired: paths of modules and tensors that erased nodes called or read.
-        live: paths of those that the graphs still call or read.
-    """
-    keep = {prefix for path in live for prefix in _prefixes(path)}
-    owners: set[str] = set()
-    gone: list[nn.Module | None] = []
-    for path in retired:
-        if path in keep or not live.isdisjoint(_prefixes(path)):
-            continue
-        owner, _, name = path.rpartition(".")
-        try:
-            parent = tree.get_submodule(owner)
-        except AttributeError:
-            continue
-        child = parent._modules.get(name)
-        if child is not None and _describes_itself(parent) and not any(named_tensors(child)):
-            continue  # it costs nothing, and its parent may name it
-        gone.append(parent._modules.pop(name, None))
-        parent._parameters.pop(name, None)
-        parent._buffers.pop(name, None)
-        owners.add(owner)
-    doomed = {id(module) for module in gone if module is not None}
-    for path, module in list(tree.named_modules(remove_duplicate=False)):
-        owner, _, name = path.rpartition(".")
-        if id(module) in doomed and path not in keep:  # the same module under another name
-            tree.get_submodule(owner)._modules.pop(name, None)
-    for owner in sorted(owners, key=len, reverse=True):
-        _prune_empty(tree, owner, keep)
-
-
-def _describes_itself(module: nn.Module) -> bool:
-    """Whether a class prints itself by code of its own, which may read its children."""
-    own, plain = type(module), nn.Module
-    return own.__repr__ is not plain.__repr__ or own.extra_repr is not plain.extra_repr
-
-
-def _prune_empty(tree: nn.Module, path: str, keep: set[str]) -> None:
-    """Remove a module that lost all it had, then its parent if that now is empty too."""
-    while path and path not in keep:
-        owner, _, name = path.rpartition(".")
-        try:
-            module, parent = tree.get_submodule(path), tree.get_submodule(owner)
-        except AttributeError:
-            return
-        counters = {"num_batches_tracked"}
-        left = {*module._parameters, *(set(module._buffers) - counters)}
-        if left or module._modules:
-            return
-        parent._modules.pop(name, None)
-        path = owner
