@@ -58,21 +58,21 @@ def _signature(function: Any) -> inspect.Signature:
 def _schemas(name: str) -> tuple[Any, ...]:
     if name.endswith("_") and not name.endswith("__"):
         return _schemas(name[:-1])
-    return tuple(torch._C._jit_get_schemas_for_operator(f"aten::{name}"))
+    found = torch._C._jit_get_schemas_for_operator(f"aten::{name}")
+    return tuple(s for s in found if s.arguments and _kind(s.arguments[0].type) == "TensorType")
 
 
 def _lacks(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether None stands for a tensor or number in one overload."""
     given = {a.name: value for a, value in zip(schema.arguments, args, strict=False)}
     given.update(kwargs)
-    needed = {a.name for a in schema.arguments if _needs_value(a.type)}
+    needed = {a.name for a in schema.arguments if _kind(a.type) in ("TensorType", "NumberType")}
     return any(_has_none(given.get(name, 0)) for name in needed)
 
 
-def _needs_value(kind: Any) -> bool:
-    if kind.kind() == "ListType":
-        kind = kind.getElementType()
-    return kind.kind() in ("TensorType", "NumberType")
+def _kind(declared: Any) -> str:
+    """The kind of a declared type, or of the elements of a list."""
+    return str((declared.getElementType() if declared.kind() == "ListType" else declared).kind())
 
 
 def _has_none(value: object) -> bool:

@@ -41,7 +41,10 @@ class Mentions:
     @classmethod
     def of_forward(cls, module: nn.Module) -> Mentions:
         """What a module's forward and the functions it uses mention."""
-        return cls._scan(*_code_of(module))
+        own = module.__dict__.get("forward")
+        start = own if own is not None else type(module).forward
+        kinds = {type(m): None for m in module.modules() if not is_leaf(m)}
+        return cls._scan([start], type(module), list(kinds))
 
     @classmethod
     def of_hooks(cls, hooks: Sequence[Any]) -> Mentions:
@@ -54,7 +57,7 @@ class Mentions:
         own: set[str] = set()
         calls: set[str] = set()
         others: set[str] = set()
-        for _, code, is_own in _reached(start, owner, below):
+        for code, is_own in _reached(start, owner, below):
             first = code.co_varnames[0] if code.co_argcount else None
             previous: dis.Instruction | None = None
             for step in dis.get_instructions(code):
@@ -91,35 +94,10 @@ class Mentions:
         return bool(_TREE & (self.elsewhere | self.own)) or any(n in self.elsewhere for n in names)
 
 
-def draws_numbers(module: nn.Module) -> bool:
-    """Whether a module's forward, or what it uses, mentions the generators of random or NumPy."""
-    return any(
-        name in _GENERATORS or _is_generator(function.__globals__.get(name))
-        for function, code, _ in _reached(*_code_of(module))
-        for name in code.co_names
-    )
-
-
-_GENERATORS = words("random numpy")
-
-
-def _is_generator(value: object) -> bool:
-    home = getattr(value, "__name__" if isinstance(value, types.ModuleType) else "__module__", "")
-    return str(home).partition(".")[0] in _GENERATORS
-
-
-def _code_of(module: nn.Module) -> tuple[list[Any], type, list[type]]:
-    """A module's forward, its class, and the classes below whose methods it may call."""
-    own = module.__dict__.get("forward")
-    start = own if own is not None else type(module).forward
-    kinds = {type(m): None for m in module.modules() if not is_leaf(m)}
-    return [start], type(module), list(kinds)
-
-
 def _reached(
     start: list[Any], owner: type, below: list[type]
-) -> Iterator[tuple[types.FunctionType, types.CodeType, bool]]:
-    """All code that may run: its function, itself, and whether it is a method of `owner`."""
+) -> Iterator[tuple[types.CodeType, bool]]:
+    """All code that may run, and whether it is a method's of `owner`."""
     stack = [(entry, True) for thing in start for entry in _functions(thing)]
     seen: set[types.CodeType] = set()
     while stack:
@@ -128,7 +106,7 @@ def _reached(
             if code in seen:
                 continue
             seen.add(code)
-            yield function, code, is_own
+            yield code, is_own
             for name in code.co_names:
                 mine = inspect.getattr_static(owner, name, None)
                 stack.extend((entry, is_own) for entry in _functions(mine))

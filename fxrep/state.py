@@ -125,6 +125,11 @@ class DrawnNumbers:
             sys.modules["numpy"].random.set_state(self.numpy)
 
 
+def is_only_thread() -> bool:
+    """Whether no other thread runs Python code."""
+    return len(sys._current_frames()) == 1
+
+
 @contextlib.contextmanager
 def unchanged_random_state() -> Iterator[None]:
     """What running a model draws is given back to the user's generators."""

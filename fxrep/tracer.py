@@ -16,13 +16,12 @@ from torch import fx, nn
 
 from fxrep.absent import lacks_input, lacks_operand
 from fxrep.hollow import Hollow
-from fxrep.mentions import draws_numbers
 from fxrep.modes import Watch, contexts
 from fxrep.owner import called_class, foreign_hooks, is_leaf, weight_hooks
 from fxrep.proxies import ParameterWrite, TracedValue, Unfaithful, item_count
 from fxrep.signature import Arguments, is_literal
 from fxrep.skeleton import named_tensors
-from fxrep.state import Containers, DrawnNumbers
+from fxrep.state import Containers, DrawnNumbers, is_only_thread
 from fxrep.substitution import surely
 
 
@@ -77,6 +76,7 @@ class Tracer(fx.Tracer):
         self.hollow = Hollow(root, self)
         self.watch = Watch(self, [tensor for _, tensor in registered])
         self.numbers = DrawnNumbers()
+        self.drew = False
         self.surroundings = contexts()
 
     def run(self) -> fx.Graph:
@@ -93,6 +93,14 @@ class Tracer(fx.Tracer):
         if name is not None:
             raise Unfaithful(f"forward sets the attribute '{name}' of a module")
         return self.graph
+
+    def expect_none_drawn(self, numbers: DrawnNumbers) -> None:
+        """Refuse a forward while whose trace the process's generators were used."""
+        if numbers.moved():
+            self.drew = True
+            if is_only_thread():
+                numbers.give_back()
+            raise Unfaithful("forward draws random numbers")
 
     def _end(self) -> None:
         self.watch.end()
@@ -254,8 +262,7 @@ class Tracer(fx.Tracer):
             result = m.forward(*args, **kwargs)
             if len(self.violations) > seen:
                 raise self.violations[seen]
-            if numbers.moved() and draws_numbers(m):
-                raise Unfaithful("forward draws random numbers")
+            self.expect_none_drawn(numbers)
             name = self.hollow.written(m)
             if name is not None:
                 raise Unfaithful(f"forward sets the attribute '{name}' of a module")
