@@ -24,8 +24,8 @@ def lacks_operand(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         return False
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     home = "torch" if isinstance(target, str) else getattr(target, "__module__", None) or "torch"
-    if home == "_operator":
-        return name not in _ANSWERING
+    if home == "_operator":  # a tuple of None may be the key of an index
+        return name not in _ANSWERING and any(value is None for value in args)
     if home.partition(".")[0] != "torch":
         return False
     if inspect.isfunction(target):  # of torch.nn.functional: None is for options

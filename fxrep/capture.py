@@ -187,7 +187,7 @@ class _Explorer:
         program = Program(path, module, traced.graph, traced.arguments)
         program.keep_modules = (
             keep
-            or bool(path and traced.arguments.are_narrowed)
+            or (traced.arguments.are_narrowed and not program.is_root)
             or any(reader.code.reaches(module) for reader in readers)
         )
         self.capture.programs.append(program)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 
+from fxrep.owner import foreign_hooks
 from fxrep.proxies import ParameterWrite, Unfaithful
 
 if TYPE_CHECKING:
@@ -75,7 +77,9 @@ class Hollow:
     def __init__(self, root: nn.Module, tracer: Tracer) -> None:
         self.tracer = tracer
         self.modules = list(root.modules())
+        self.hidden = _hidden(self.modules)
         self.originals = [dict(module.__dict__) for module in self.modules]
+        self.hooks = {id(module): _Hooks(module) for module in self.modules}
         self.filled: dict[int, dict[str, Any]] = {}
         self._below: dict[int, list[nn.Module]] = {}
 
@@ -89,11 +93,22 @@ class Hollow:
             # what torch.compile's in-place form uses: a call that is not the class's own
             own["_compiled_call_impl"] = functools.partial(self._call, module)
             self.filled[id(module)] = dict(own)
+        for module in self.hidden:
+            module.__dict__["_compiled_call_impl"] = functools.partial(self._call_hidden, module)
 
     def empty(self) -> None:
         """Give every module back all that it had. Calling it again changes nothing."""
         for module, original in zip(self.modules, self.originals, strict=True):
             _assign(module, original)
+            self.hooks[id(module)].restore()
+        for module in self.hidden:
+            module.__dict__.pop("_compiled_call_impl", None)
+
+    def _call_hidden(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if foreign_hooks(module) or any(True for _ in module.state_dict()):
+            name = type(module).__name__
+            raise self.tracer.refuse(Unfaithful(f"forward calls a {name} that no module registers"))
+        return module.forward(*args, **kwargs)
 
     def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.tracer.call(module, args, kwargs)
@@ -113,15 +128,62 @@ class Hollow:
         for module in self.below(root):
             if any(True for _ in self._changes(module)):
                 _assign(module, self.filled[id(module)])
+                self.hooks[id(module)].restore()
 
     def _changes(self, module: nn.Module) -> Iterator[str]:
         now, before = module.__dict__, self.filled[id(module)]
         same: Callable[..., bool] = operator.is_
+        if self.hooks[id(module)].changed():
+            yield "_forward_hooks"
         if len(now) == len(before) and all(map(same, now.values(), before.values())):
             return
         for name in (*now, *before):
             if name not in now or name not in before or now[name] is not before[name]:
                 yield name
+
+
+class _Hooks:
+    """The hooks of a module, which a forward may register: dicts that are written in place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.dicts = [v for v in module.__dict__.values() if type(v) is OrderedDict]
+        self.saved = [(each, dict(each)) for each in self.dicts if each]
+        self.count = sum(map(len, self.dicts))
+
+    def changed(self) -> bool:
+        """Whether a hook was registered or removed."""
+        return sum(map(len, self.dicts)) != self.count
+
+    def restore(self) -> None:
+        """Remove what was registered, register what was removed."""
+        if self.changed():
+            for each in self.dicts:
+                each.clear()
+            for each, saved in self.saved:
+                each.update(saved)
+
+
+def _hidden(modules: list[nn.Module]) -> list[nn.Module]:
+    """Modules that those of a tree keep in lists and other plain containers, and all below them."""
+    known = {id(module) for module in modules}
+    found: list[nn.Module] = []
+    plain = nn.Module().__dict__.keys()
+
+    def collect(value: object, depth: int) -> None:
+        if isinstance(value, nn.Module):
+            for module in value.modules():
+                if id(module) not in known:
+                    known.add(id(module))
+                    found.append(module)
+        elif depth < 4 and isinstance(value, dict | list | tuple | set):
+            for each in value.values() if isinstance(value, dict) else value:
+                collect(each, depth + 1)
+
+    for module in modules:
+        for name, value in module.__dict__.items():
+            if name not in plain:
+                collect(value, 0)
+    return found
 
 
 def _assign(module: nn.Module, values: dict[str, Any]) -> None:

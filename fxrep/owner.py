@@ -71,6 +71,8 @@ def torch_class(module: nn.Module) -> type[nn.Module] | None:
         for name in vars(module).keys() - _INERT
         if callable(inspect.getattr_static(kind, name, None))
     }
+    if not all(_is_torchs(kind, name) for name in _RUN):
+        return None
     for index, base in enumerate(kind.__mro__):
         if base is nn.Module or not base.__module__.startswith(("torch.nn.", "torch.ao.nn.")):
             continue
@@ -79,6 +81,15 @@ def torch_class(module: nn.Module) -> type[nn.Module] | None:
         changed = own.union(*(vars(child) for child in kind.__mro__[:index])) - _INERT
         return None if changed & inherited else base
     return None
+
+
+# Methods that a call runs: somebody may have set others on torch's own classes.
+_RUN = ("forward", "_conv_forward", "_check_input_dim", "_call_impl")
+
+
+def _is_torchs(kind: type, name: str) -> bool:
+    home = getattr(getattr(kind, name, None), "__module__", None) or "torch"
+    return home.partition(".")[0] == "torch"
 
 
 # What a subclass or an instance may have of its own without changing what a call computes.

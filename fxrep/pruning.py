@@ -69,9 +69,15 @@ def prune(captured: Capture, retired: Mapping[str, list[str]]) -> None:
         captured: with its graphs rewritten; the skeleton is pruned in place.
         retired: by a program's path, the paths below it that erased nodes called or read.
     """
+    taken: list[tuple[nn.Module, dict[str, Any]]] = []
     for program in captured.programs:
         if not program.keep_modules:
+            if not program.is_root:
+                taken.append((program.module, dict(program.module.__dict__)))
             _Pruning(program, retired.get(program.path, [])).run()
+    if taken and not _prints(captured.tree):
+        for module, attributes in taken:  # somebody prints what was merged: it stays
+            module.__dict__.update(attributes)
 
 
 @dataclass(eq=False)
@@ -107,7 +113,6 @@ class _Pruning:
     def run(self) -> None:
         root = self.program.module
         stays = not self.program.is_root
-        taken = dict(root.__dict__)
         children = {
             name: self._left(child, stays) if child is not None else None
             for name, child in root._modules.items()
@@ -124,8 +129,6 @@ class _Pruning:
                 for name, tensor in getattr(root, kind).items()
                 if name in self.read.get(id(root), ()) or (stays and name not in gone)
             })  # fmt: skip
-        if stays and not _prints(root):
-            root.__dict__.update(taken)  # it prints what it lost: it keeps all it had
 
     def _left(self, module: nn.Module, keep: bool) -> nn.Module | None:
         """What stays of a module; with `keep`, all of it where nothing was merged."""

@@ -34,7 +34,8 @@ class Arguments:
 
     `specialized` maps the name of an argument to the value the graph was traced with; `required`
     names arguments whose default (None) does not hold any more, as they were traced as tensors;
-    `tensors` names those that code asked the type of and that were taken for tensors.
+    `tensors` names those that code asked the type of and that were taken for tensors;
+    `takes_more` says that the forward has `*args` or `**kwargs`, which the graph has not.
     """
 
     parameters: tuple[inspect.Parameter, ...]
@@ -42,6 +43,7 @@ class Arguments:
     required: frozenset[str] = frozenset()
     tensors: frozenset[str] = frozenset()
     returns: Any = inspect.Signature.empty
+    takes_more: bool = False
 
     @property
     def values(self) -> tuple[str, ...]:
@@ -51,7 +53,7 @@ class Arguments:
     @property
     def are_narrowed(self) -> bool:
         """Whether the forward takes arguments that the graph does not."""
-        return bool(self.specialized or self.required or self.tensors)
+        return bool(self.specialized or self.required or self.tensors or self.takes_more)
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -66,6 +68,11 @@ class Arguments:
         """The same with a value for an argument that was left out."""
         left = {key: value for key, value in self.specialized.items() if key != name}
         return replace(self, specialized=left, required=self.required | {name})
+
+    def omitted(self, name: str) -> Arguments:
+        """The same without an argument that was `given`."""
+        specialized = {**self.specialized, name: None}
+        return replace(self, specialized=specialized, required=self.required - {name})
 
     @property
     def signature(self) -> inspect.Signature:
@@ -84,7 +91,7 @@ class Arguments:
             (p.name, p.kind, p.default, _picklable(p.annotation)) for p in self.parameters
         )
         others = (dict(self.specialized), self.required, self.tensors, _picklable(self.returns))
-        return _arguments, (parameters, *others)
+        return _arguments, (parameters, *others, self.takes_more)
 
 
 def _picklable(annotation: Any) -> Any:

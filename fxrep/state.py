@@ -131,8 +131,15 @@ def is_only_thread() -> bool:
 
 
 @contextlib.contextmanager
-def unchanged_random_state() -> Iterator[None]:
-    """What running a model draws is given back to the user's generators."""
+def unchanged_random_state(*, whoever_draws: bool = False) -> Iterator[None]:
+    """What running a model draws is given back to the user's generators.
+
+    Where other threads run it is not, unless so asked: they may have drawn numbers meanwhile, and
+    would get them a second time.
+    """
+    if not whoever_draws and not is_only_thread():
+        yield
+        return
     drawn = DrawnNumbers()
     devices = [torch.cuda.current_device()] if _on_cuda() else []
     try:

@@ -13,6 +13,7 @@ is put back when the last capture that needs it ends.
 from __future__ import annotations
 
 import builtins
+import inspect
 import math
 import sys
 import threading
@@ -120,7 +121,44 @@ def _original(home: dict[str, Any], name: str, value: object) -> Any:
 
 
 def _homes(root: nn.Module) -> list[dict[str, Any]]:
-    """The global names of the packages a model is written in."""
+    """The global names of the packages a model is written in, and of the functions it calls."""
+    homes = {id(home): home for home in (*_packages(root), *_called(root))}
+    return list(homes.values())
+
+
+def _called(root: nn.Module) -> Iterator[dict[str, Any]]:
+    """The global names of the functions that the methods of a model's classes lead to."""
+    kinds = {kind for module in root.modules() for kind in type(module).__mro__}
+    kinds -= {kind for kind in kinds if _is_torchs(kind)}
+    ahead = [value for kind in kinds for value in vars(kind).values()]
+    seen: set[types.CodeType] = set()
+    while ahead:
+        function = ahead.pop()
+        if not isinstance(function, types.FunctionType) or _is_torchs(function):
+            continue
+        function = inspect.unwrap(function)
+        names = function.__globals__
+        if function.__code__ in seen or names is _OWN:
+            continue
+        seen.add(function.__code__)
+        yield names
+        mentioned = [names[name] for name in function.__code__.co_names if name in names]
+        mentioned += inspect.getclosurevars(function).nonlocals.values()
+        ahead += mentioned
+        for value in mentioned:  # helpers.scaled(x)
+            if isinstance(value, types.ModuleType) and not value.__name__.startswith("torch"):
+                ahead += [vars(value).get(name) for name in function.__code__.co_names]
+
+
+# Where the substitutes are: they call what they stand for.
+_OWN = vars(sys.modules[is_instance.__module__])
+
+
+def _is_torchs(thing: Any) -> bool:
+    return str(thing.__module__).partition(".")[0] in ("torch", "builtins")
+
+
+def _packages(root: nn.Module) -> list[dict[str, Any]]:
     files = {kind.__module__ for module in root.modules() for kind in type(module).__mro__}
     own = __name__.partition(".")[0]
     packages = {file.partition(".")[0] for file in files} - {"torch", "builtins", own}
@@ -132,12 +170,38 @@ def _homes(root: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
+class _MathFunction:
+    """A function of math; of traced numbers it is an operation of the graph.
+
+    Copied or pickled it is the function itself: a model made meanwhile may keep it.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.__name__ = self.__qualname__ = name
+        self.__module__, self.__doc__, self.function = "math", function.__doc__, function
+        self.traced = fx_trace._create_wrapped_func(function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.traced(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self.function
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr_of_math, (self.__name__,)
+
+
+def getattr_of_math(name: str) -> Any:
+    """The function of math by its name, for pickles."""
+    return getattr(math, name)
+
+
 def _math() -> types.ModuleType:
     """The module math, whose functions of traced numbers are operations of the graph."""
     stand_in = types.ModuleType("math", math.__doc__)
     for name, value in vars(math).items():
-        wrapped = fx_trace._create_wrapped_func(value) if callable(value) else value
-        setattr(stand_in, name, wrapped)
+        public = callable(value) and not name.startswith("_")
+        setattr(stand_in, name, _MathFunction(name, value) if public else value)
     return stand_in
 
 
@@ -149,7 +213,7 @@ _SUBSTITUTES: dict[int, Any] = {
     for original, substitute in (
         (math, _MATH),
         (torch.is_tensor, is_tensor),
-        *((value, getattr(_MATH, name)) for name, value in vars(math).items() if callable(value)),
+        *((f.function, f) for f in vars(_MATH).values() if isinstance(f, _MathFunction)),
     )
     for each in (original, substitute)
 }

@@ -95,7 +95,9 @@ def _supplied(module: nn.Module, arguments: Arguments) -> Traced:
 
     ``forward(self, image=None, labels=None)`` cannot run without an image: those of its arguments
     that default to None are taken for tensors, in order, for as long as that gets the trace on.
+    Those that then turn out not to be needed are None again.
     """
+    supplied: list[str] = []
     while True:
         try:
             return _trace(module, arguments)
@@ -106,13 +108,29 @@ def _supplied(module: nn.Module, arguments: Arguments) -> Traced:
         for name in arguments.left_out:
             trial = arguments.given(name)
             try:
-                return _trace(module, trial)
+                traced = _trace(module, trial)
             except Untraceable as error:
                 if error.progress > problem.progress:
                     arguments = trial
+                    supplied.append(name)
                     break
+            else:
+                return _without(module, traced, trial, supplied)
         else:
             raise problem
+
+
+def _without(
+    module: nn.Module, traced: Traced, arguments: Arguments, supplied: list[str]
+) -> Traced:
+    """The trace that takes as few of the arguments supplied as it can do with."""
+    for name in supplied:
+        fewer = arguments.omitted(name)
+        try:
+            traced, arguments = _trace(module, fewer), fewer
+        except Untraceable:
+            continue
+    return traced
 
 
 def _arguments(module: nn.Module, given: Mapping[str, object]) -> list[Arguments]:
@@ -142,7 +160,11 @@ def _arguments(module: nn.Module, given: Mapping[str, object]) -> list[Arguments
             numeric = type(default) in (int, float)
             (numbers if numeric else specialized)[parameter.name] = default
     first = Arguments(
-        parameters, specialized, frozenset(required), returns=signature.return_annotation
+        parameters,
+        specialized,
+        frozenset(required),
+        returns=signature.return_annotation,
+        takes_more=bool(variadic),
     )
     if not numbers:
         return [first]
@@ -228,8 +250,11 @@ def _trace_once(module: nn.Module, arguments: Arguments) -> Traced:
 def _lacks_input(module: nn.Module, graph: fx.Graph, arguments: Arguments) -> bool:
     """Whether a graph that takes no values at all is one of a forward that does.
 
-    A generator runs as it is called; who defaults to an empty list waits for one that is not.
+    A generator computes something, and runs as it is called; who defaults to an empty list waits
+    for one that is not.
     """
+    if arguments.left_out and not any(node.op.startswith("call_") for node in graph.nodes):
+        return True
     if any(isinstance(v, tuple | list | dict) for v in arguments.specialized.values()):
         return True
     return bool(arguments.left_out) and not _runs(module, graph)

@@ -100,7 +100,8 @@ class Tracer(fx.Tracer):
             self.drew = True
             if is_only_thread():
                 numbers.give_back()
-            raise Unfaithful("forward draws random numbers")
+                raise Unfaithful("forward draws random numbers")
+            raise Unfaithful("forward, or another thread meanwhile, draws random numbers")
 
     def _end(self) -> None:
         self.watch.end()
@@ -122,7 +123,7 @@ class Tracer(fx.Tracer):
             raise self.refuse(Unfaithful(f"forward uses 'with torch.{which}'"))
         if args[0] in ("call_function", "call_method") and lacks_operand(*args[1:4]):
             name = getattr(args[1], "__name__", args[1])
-            raise Absent(f"forward passes None to {name}() for a tensor")
+            raise self._absent(f"forward passes None to {name}() for a tensor")
         node = super().create_node(*args, **kwargs)
         node.meta.setdefault("nn_module_stack", collections.OrderedDict())
         return node
@@ -208,6 +209,7 @@ class Tracer(fx.Tracer):
     def call(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a call of a module of the tree gives."""
         path = self.paths[id(m)]
+        self._expect_unchanged(m)
         with self._inside(m, path):
             if self.is_leaf_module(m, path):
                 return self._call_leaf(m, path, args, kwargs)
@@ -218,6 +220,16 @@ class Tracer(fx.Tracer):
                     return result
             return self._call_opaque(closed, args, kwargs)
 
+    def _expect_unchanged(self, m: nn.Module) -> None:
+        """Refuse a forward that sets attributes or hooks of what it calls: it may restore them."""
+        name = self.hollow.written(m)
+        if name is not None:
+            raise self.refuse(Unfaithful(f"forward sets the attribute '{name}' of a module"))
+
+    def _absent(self, message: str) -> BaseException:
+        """What to raise for None in a tensor's place: an argument may be the reason."""
+        return Absent(message) if self.arguments.left_out else self.refuse(Unfaithful(message))
+
     def _call_leaf(
         self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -225,7 +237,7 @@ class Tracer(fx.Tracer):
         if own is not None and lacks_input(m, args, kwargs):
             if own is nn.Identity:
                 return None
-            raise Absent(f"forward passes None to '{path}', a {own.__name__}, for a tensor")
+            raise self._absent(f"forward passes None to '{path}', a {own.__name__}, for a tensor")
         proxy = self.create_proxy("call_module", path, args, kwargs)
         proxy.node.meta["owner"] = own
         return proxy

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -198,6 +200,9 @@ def test_nothing_that_could_be_an_input_stays_python() -> None:
     assert torch.allclose(fast([x])[0], model([x])[0])
 
 
+helpers: Any = None
+
+
 class Scaled(Body):
     def forward(self, x, shift=None):
         return self.run(x + shift)
@@ -244,3 +249,56 @@ def test_islands_run_their_own_forward_for_other_arguments() -> None:
 )
 def test_none_for_a_tensor(target: Any, args: tuple[Any, ...], lacks: bool) -> None:
     assert lacks_operand(target, args, {}) is lacks
+
+
+class Used(Body):
+    """Uses an optional argument before the one that it cannot do without."""
+
+    def forward(self, labels=None, image=None):
+        if labels is not None:
+            labels = labels.float() + 1
+        y = self.run(image)
+        return y if labels is None else (y, labels)
+
+
+class Quiet(Body):
+    def forward(self, image=None):
+        if image is None:
+            return None
+        return self.run(image)
+
+
+class Indexed(Body):
+    """None in the key of an index is no missing tensor."""
+
+    def forward(self, image):
+        scale = self.norm.weight[(slice(None),) + (None,) * (image.dim() - 2)]
+        return self.run(image) * scale
+
+
+@pytest.mark.parametrize("kind", [Used, Quiet, Indexed])
+def test_only_what_is_needed_is_an_input(kind: Callable[[], nn.Module]) -> None:
+    model = randomize(kind()).double().eval()
+    x = images()
+    assert torch.allclose(fxrep.optimize(model)(image=x), model(image=x))
+
+
+def test_math_of_another_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A helper's own names have to answer for traced values, wherever it stands."""
+    helpers = types.ModuleType("helpers_elsewhere")
+    exec(
+        "import math\nimport torch\ndef scaled(x):\n"
+        "    assert isinstance(x, torch.Tensor)\n    return x / math.sqrt(x.shape[1])\n",
+        vars(helpers),
+    )
+    monkeypatch.setitem(globals(), "helpers", helpers)
+
+    class Helped(Body):
+        def forward(self, image):
+            return helpers.scaled(self.run(image))
+
+    model = randomize(Helped()).double().eval()
+    fast = fxrep.optimize(model)
+    x = images()
+    assert torch.allclose(fast(x), model(x)) and batchnorms(fast) == 0, fxrep.report(fast)
+    assert "isinstance" not in vars(helpers) and vars(helpers)["math"] is sys.modules["math"]

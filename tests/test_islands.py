@@ -98,3 +98,74 @@ def test_parts_are_rewritten_and_every_way_to_call_them_stays_right(kind):
 def test_a_sequential_that_code_iterates_keeps_its_items():
     optimized = fxrep.optimize(settled(Items()))
     assert len(optimized.blocks) == 3
+
+
+class Raw(nn.Module):
+    """A forward of more arguments than a graph has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+
+    def forward(self, x, **options):
+        y = self.conv(x)
+        return y if options.get("raw") else self.bn(y)
+
+
+class Both(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Raw()
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        return self.block(x, raw=True) + self.block(x)
+
+
+def test_an_island_called_with_more_arguments_than_its_graph_has() -> None:
+    model = settled(Both())
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    assert torch.allclose(fxrep.optimize(model)(x), model(x))
+
+
+class Coded(nn.Module):
+    """Keeps its class, for a GraphModule has an attribute of the same name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.code = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), "abc"
+
+    def forward(self, x, raw=False):
+        y = self.conv(x)
+        return y if raw else self.bn(y)
+
+
+def test_a_root_that_keeps_its_class_runs_with_other_arguments() -> None:
+    model = settled(Coded())
+    fast = fxrep.optimize(model)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    for raw in (False, True, False):
+        assert torch.allclose(fast(x, raw=raw), model(x, raw=raw))
+
+
+class Describing(nn.Module):
+    """Prints what its island lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
+
+    def extra_repr(self) -> str:
+        return f"features={self.body[1].num_features}"
+
+    def forward(self, x):
+        return self.body(x) if x.sum() < 1e9 else x
+
+
+def test_code_above_an_island_prints_what_it_prints() -> None:
+    model = settled(Describing())
+    fast = fxrep.optimize(model)
+    assert "features=3" in repr(fast) and "features=3" in repr(copy.deepcopy(fast))
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    assert torch.allclose(fast(x), model(x))

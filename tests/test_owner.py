@@ -213,3 +213,108 @@ def test_the_class_that_answers_is_the_one_that_runs() -> None:
     assert known_class(node, nn.ReLU6(), {nn.Hardtanh}) is nn.Hardtanh
     other = fx.Graph().call_module("x")
     assert known_class(other, nn.LazyConv2d(3, 1), {nn.Conv2d}) is None
+
+
+# --- what a forward itself changes, and gives back before it ends ---------------------------------
+
+
+class Toggling(nn.Module):
+    """Sets something on what it calls, and restores it."""
+
+    def __init__(self, toggle: Callable[[Any], Any], restore: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Dropout(1.0)
+        self.act, self.block = nn.LeakyReLU(), nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+        self.toggle, self.restore = toggle, restore
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.toggle(self)
+        y = self.block(self.act(self.drop(self.norm(self.conv(x)))))
+        self.restore(self if state is None else state)
+        return y
+
+
+def set_to(path: str, value: object) -> Callable[[nn.Module], None]:
+    owner, _, name = path.rpartition(".")
+    return lambda m: setattr(m.get_submodule(owner), name, value)
+
+
+TOGGLES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "training of a BatchNorm": (set_to("norm.training", True), set_to("norm.training", False)),
+    "train and eval": (lambda m: m.drop.train() and None, lambda m: m.drop.eval()),
+    "dilation": (set_to("conv.dilation", (2, 2)), set_to("conv.dilation", (1, 1))),
+    "slope": (set_to("act.negative_slope", 0.9), set_to("act.negative_slope", 0.01)),
+    "by __dict__": (
+        lambda m: m.conv.__dict__.update(stride=(2, 2)),
+        lambda m: m.conv.__dict__.update(stride=(1, 1)),
+    ),
+    "forward hook": (
+        lambda m: m.conv.register_forward_hook(lambda _, a, o: o * 3),
+        lambda handle: handle.remove(),
+    ),
+    "pre-hook": (
+        lambda m: m.act.register_forward_pre_hook(lambda _, a: (a[0] * 2,)), lambda h: h.remove()
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", TOGGLES)
+def test_what_is_set_for_one_call_is_noticed(how: str) -> None:
+    compare(Toggling(*TOGGLES[how]), torch.randn(2, 3, 9, 9, dtype=torch.float64))
+
+
+class Installing(nn.Module):
+    """Installs a hook at its first call, as transformers does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "installed"):
+            self.act.register_forward_hook(lambda m, a, out: out + 1)
+            self.installed = True
+        return self.act(x)
+
+
+def test_hooks_installed_at_the_first_call_are_installed_once() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), Installing()).double().eval()
+    fast = fxrep.optimize(model)
+    assert not model[2].act._forward_hooks and not fast.get_submodule("2.act")._forward_hooks
+    x = torch.randn(1, 3, 5, 5, dtype=torch.float64)
+    for _ in range(2):
+        assert torch.allclose(fast(x), model(x))
+
+
+class Hiding(nn.Module):
+    """Keeps a module where no module registers it."""
+
+    def __init__(self, hidden: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm, self.hidden = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), [hidden]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.hidden[0](self.norm(self.conv(x)))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_modules_in_plain_lists(hooked: bool) -> None:
+    seen: list[object] = []
+    act = nn.ReLU()
+    if hooked:
+        act.register_forward_hook(lambda m, a, out: seen.append(out))
+    model = Hiding(act).double().eval()
+    fast = fxrep.optimize(model)
+    assert not seen, "a hook was run while tracing"
+    x = torch.randn(1, 3, 5, 5, dtype=torch.float64)
+    assert torch.allclose(fast(x), model(x)) and len(seen) == 2 * hooked
+    assert hooked is isinstance(fast, Hiding)
+
+
+def test_a_method_set_on_torchs_own_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = nn.ReLU.forward
+    monkeypatch.setattr(
+        nn.ReLU, "forward", lambda self, y: widened(plain(self, y)) if y.dim() == 2 else y
+    )
+    assert torch_class(nn.ReLU()) is None
+    compare(Around(nn.ReLU()), torch.randn(6, 3, 5, 5, dtype=torch.float64))
