@@ -85,8 +85,8 @@ def optimize(
             "the shapes the model will see, or cost='macs'"
         )
     captured = capture(model, example_inputs)
-    # Running a model, or a part of it, may draw numbers; nothing that is computed has a gradient.
-    with unchanged_random_state(), torch.no_grad():
+    # Running a model on inputs may draw numbers; nothing that is computed has a gradient.
+    with unchanged_random_state(whoever_draws=example_inputs is not None), torch.no_grad():
         report = rewrite(captured, settings, example_inputs).report()
         result = assemble(captured)
         if example_inputs is not None:
