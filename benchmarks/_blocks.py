@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fxrep._demo import randomize_batchnorm
-from fxrep._models import Example, UnknownModelError
+from fxrep.cli.demo import randomize_batchnorm
+from fxrep.cli.models import Example, UnknownModelError
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fxrep._models import Example
+from fxrep.cli.models import Example
 
 # A mode is equal when its largest error, relative to the float64 result, is at most this or at most
 # `SLACK` times that of eager: rounding differs with the order of operations, but not in kind.

@@ -19,8 +19,8 @@ from torch.fx.experimental.optimization import fuse as torch_fuse
 from torch.utils._pytree import tree_leaves
 
 import fxrep
-from fxrep.backend import compile_graph
 from fxrep.errors import OptionError
+from fxrep.torch_compile.backend import compile_graph
 
 Inputs = tuple[Any, ...]
 Call = Callable[[], Any]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fxrep._models import Example, load
+from fxrep.cli.models import Example, load
 
 DTYPES = {
     "fp32": torch.float32,
@@ -42,7 +42,7 @@ class Setting:
 
 
 def example(name: str, size: int | None = None, batch: int = 1) -> Example:
-    """A model by name with inputs: those of `fxrep._models.load`, and `block:NAME`.
+    """A model by name with inputs: those of `fxrep.cli.models.load`, and `block:NAME`.
 
     Raises:
         FxrepError: there is no such model.

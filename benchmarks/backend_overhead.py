@@ -23,9 +23,9 @@ import _torchvision  # noqa: F401
 import torch
 from tabulate import tabulate
 
-from fxrep._models import load
-from fxrep.backend import compile_graph
-from fxrep.compiled import Folded, _Compiled, _Kept
+from fxrep.cli.models import load
+from fxrep.torch_compile.backend import compile_graph
+from fxrep.torch_compile.compiled import Folded, _Compiled, _Kept
 
 MODELS = ("timm:resnet18", "timm:repvgg_a0", "timm:mobileone_s0")
 BUDGET = 0.05

@@ -28,8 +28,8 @@ from tabulate import tabulate
 from torch import nn
 
 import fxrep
-from fxrep._demo import RepVGG, randomize_batchnorm
-from fxrep._models import load
+from fxrep.cli.demo import RepVGG, randomize_batchnorm
+from fxrep.cli.models import load
 
 # The most forward passes that optimize may take (batch 1, 224 pixels, validation on).
 BUDGETS = {"torchvision:resnet50": 12, "repvgg_a0": 25, "timm:mobileone_s0": 25}

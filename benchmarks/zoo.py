@@ -29,7 +29,7 @@ from torch.fx.experimental.optimization import fuse as torch_fuse
 from torch.utils._pytree import tree_map
 
 import fxrep
-from fxrep._models import load
+from fxrep.cli.models import load
 
 LIST = Path(__file__).with_name("models.txt")
 QUICK = ("timm:repvgg_a0", "timm:repghostnet_050", "timm:levit_128s", "torchvision:mobilenet_v2")

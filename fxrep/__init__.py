@@ -12,6 +12,14 @@ from fxrep.errors import SpecializationError as SpecializationError
 from fxrep.passes import default_passes as default_passes
 from fxrep.pipeline import optimize as optimize
 from fxrep.pipeline import report as report
+from fxrep.planning.cost import CostModel as CostModel
+from fxrep.planning.cost import Work as Work
+from fxrep.planning.plan import Plan as Plan
+from fxrep.planning.rule import Drop as Drop
+from fxrep.planning.rule import Fold as Fold
+from fxrep.planning.rule import Joint as Joint
+from fxrep.planning.rule import Pass as Pass
+from fxrep.refusal import Refusal as Refusal
 from fxrep.registry import refresh as refresh
 from fxrep.report import Report as Report
 from fxrep.report import Rewrite as Rewrite

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 import fxrep
-from fxrep._models import BUILT_IN, load
+from fxrep.cli.models import BUILT_IN, load
 
 ROUNDS = 9  # alternating, so that a slow moment of the machine hits both models
 SECONDS_PER_ROUND = 0.25

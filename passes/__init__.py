@@ -10,7 +10,7 @@ from fxrep.passes.concat import CONCAT
 from fxrep.passes.constants import CONSTANTS
 from fxrep.passes.dead import DEAD
 from fxrep.passes.siblings import SIBLINGS
-from fxrep.rule import Pass
+from fxrep.planning.rule import Pass
 
 default_passes: tuple[Pass, ...] = (
     CONSTANTS,  # first: weights that the graph computes become weights the others can read

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxrep import work
-from fxrep.collapse import Plan, absorbing, search
-from fxrep.cost import CostModel, total
-from fxrep.geometry import IDENTITY, Diagonal, Refusal
-from fxrep.rule import Joint, Pass
-from fxrep.view import Affine, View
+from fxrep.algebra.maps import IDENTITY, Diagonal
+from fxrep.planning import work
+from fxrep.planning.cost import CostModel, total
+from fxrep.planning.plan import Plan, absorbing, search
+from fxrep.planning.rule import Joint, Pass
+from fxrep.reading.view import Affine, View
+from fxrep.refusal import Refusal
 
 
 def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Joint | Refusal | None:

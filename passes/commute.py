@@ -21,12 +21,12 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxrep.collapse import Plan, search
-from fxrep.commuting import mover
-from fxrep.cost import CostModel
-from fxrep.geometry import Refusal
-from fxrep.rule import Pass
-from fxrep.view import Affine, View
+from fxrep.planning.cost import CostModel
+from fxrep.planning.plan import Plan, search
+from fxrep.planning.rule import Pass
+from fxrep.reading.commuting import mover
+from fxrep.reading.view import Affine, View
+from fxrep.refusal import Refusal
 
 # How many pointwise operations after a pooling or resize are looked through.
 _LONGEST = 16

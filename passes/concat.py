@@ -24,11 +24,11 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxrep.collapse import Plan, search
-from fxrep.cost import CostModel
-from fxrep.geometry import Refusal
-from fxrep.rule import Pass, tail
-from fxrep.view import Affine, View
+from fxrep.planning.cost import CostModel
+from fxrep.planning.plan import Plan, search
+from fxrep.planning.rule import Pass, tail
+from fxrep.reading.view import Affine, View
+from fxrep.refusal import Refusal
 
 
 def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None:

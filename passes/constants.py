@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxrep.cost import CostModel
-from fxrep.geometry import Refusal
-from fxrep.recipe import Call, record
-from fxrep.rule import Fold, Pass
-from fxrep.view import View
+from fxrep.algebra.recipe import Call, record
+from fxrep.planning.cost import CostModel
+from fxrep.planning.rule import Fold, Pass
+from fxrep.reading.view import View
+from fxrep.refusal import Refusal
 
 _PLACE = frozenset({"device", "dtype", "is_cuda", "requires_grad", "grad", "data_ptr"})
 

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxrep.cost import CostModel
-from fxrep.pointwise import pointwise, writes_over
-from fxrep.rule import Drop, Pass
-from fxrep.structure import PARTS
-from fxrep.view import Affine, View, writes
+from fxrep.planning.cost import CostModel
+from fxrep.planning.rule import Drop, Pass
+from fxrep.reading.pointwise import pointwise, writes_over
+from fxrep.reading.structure import PARTS
+from fxrep.reading.view import Affine, View, writes
 
 
 def propose(view: View, node: fx.Node, cost: CostModel) -> Drop | None:

@@ -29,17 +29,20 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from fxrep import geometry, kernels, work
-from fxrep.collapse import Plan, promotion
-from fxrep.commuting import Mover, mover
-from fxrep.cost import CostModel, Work, total
-from fxrep.geometry import IDENTITY, Map, Refusal
-from fxrep.pieces import Piece
-from fxrep.pointwise import pointwise, writes_over
-from fxrep.recipe import Call, Expr
-from fxrep.rule import Pass
-from fxrep.view import Affine, View, reads_metadata, writes
-from fxrep.walk import Seen
+from fxrep.algebra import maps as geometry
+from fxrep.algebra import weights
+from fxrep.algebra.maps import IDENTITY, Map
+from fxrep.algebra.recipe import Call, Expr
+from fxrep.planning import work
+from fxrep.planning.cost import CostModel, Work, total
+from fxrep.planning.pieces import Piece
+from fxrep.planning.plan import Plan, promotion
+from fxrep.planning.rule import Pass
+from fxrep.planning.walk import Seen
+from fxrep.reading.commuting import Mover, mover
+from fxrep.reading.pointwise import pointwise, writes_over
+from fxrep.reading.view import Affine, View, reads_metadata, writes
+from fxrep.refusal import Refusal
 
 # How many readers of one value are looked at.
 _MOST = 64
@@ -151,11 +154,11 @@ def _plan(view: View, source: fx.Node, members: Sequence[fx.Node]) -> Plan | Ref
         return refusal
     whole = geometry.stacked(maps)
     rank = len(whole.axes)
-    weight = Call(kernels.stack, tuple(r.terms[0].weight for r in readings))
+    weight = Call(weights.stack, tuple(r.terms[0].weight for r in readings))
     bias: Expr | None = None
     if any(r.bias is not None for r in readings):
         parts = [r.bias for r in readings]
-        bias = Call(kernels.stack_biases, (tuple(m.outputs for m in maps), *parts))
+        bias = Call(weights.stack_biases, (tuple(m.outputs for m in maps), *parts))
     after = (Mover(followers[0], followers[0].all_input_nodes[0], rank),) if followers else ()
     layers = [work.of(r, Seen(IDENTITY, (), m), m.outputs, rank) for r, m in zip(
         readings, maps, strict=True

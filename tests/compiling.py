@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from check import FLOAT64, distance, randomize
 from torch import Tensor, nn
 
-from fxrep.backend import compile_graph
-from fxrep.compiled import Folded
 from fxrep.registry import graphs
+from fxrep.torch_compile.backend import compile_graph
+from fxrep.torch_compile.compiled import Folded
 
 
 @pytest.fixture(autouse=True)

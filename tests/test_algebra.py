@@ -13,8 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxrep import geometry, kernels
-from fxrep.geometry import IDENTITY, Axis, Band, Diagonal, Map, Refusal, conv_map, grouped_band
+from fxrep.algebra import composition
+from fxrep.algebra import maps as shapes
+from fxrep.algebra import weights as algebra
+from fxrep.algebra.maps import IDENTITY, Axis, Band, Diagonal, Map, conv_map, grouped_band
+from fxrep.refusal import Refusal
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -26,7 +29,7 @@ def apply(shape: Map | Diagonal, weight: Tensor | None, x: Tensor) -> Tensor:
         if weight is None:
             return x
         return x * weight.reshape(-1, *(1 for _ in x.shape[2:]))
-    full = kernels.to_convolution(weight, shape)
+    full = algebra.to_convolution(weight, shape)
     groups, rank = shape.band.groups, len(shape.axes)
     if not rank:
         return F.linear(x, full)
@@ -78,12 +81,12 @@ def same(a: Tensor, b: Tensor) -> bool:
 def test_chain_equals_its_composite_at_every_size(data, rank, biased):
     inner = data.draw(maps(4, rank))
     outer = data.draw(maps(inner.outputs, rank))
-    shape = geometry.compose(outer, inner, biased=biased)
+    shape = composition.compose(outer, inner, biased=biased)
     if isinstance(shape, Refusal):
         return
     a, b = weight_of(outer), weight_of(inner)
     bias = torch.randn(inner.outputs, dtype=torch.float64) if biased else None
-    weight = kernels.compose(shape, outer, inner, a, b)
+    weight = algebra.compose(shape, outer, inner, a, b)
     first = max(1, max(axis.reach - axis.low - axis.high for axis in shape.axes))
     for n in range(first, first + 12):
         x = torch.randn(1, 4, *(n + i for i in range(rank)), dtype=torch.float64)
@@ -98,7 +101,7 @@ def test_chain_equals_its_composite_at_every_size(data, rank, biased):
             continue
         got = apply(shape, weight, x)
         if bias is not None:
-            shift = kernels.compose_bias(outer, a, bias)
+            shift = algebra.compose_bias(outer, a, bias)
             got = got + shift.reshape(-1, *(1 for _ in range(rank)))
         assert same(got, expected), (outer, inner, n)
 
@@ -117,10 +120,10 @@ def test_sum_equals_its_single_map(data, rank, count):
         branches.append(conv_map(outputs=4, inputs=4, groups=shape.band.groups, axes=fitted))
     if rank and all(a == Axis(1, 1, 0, 0, 1) for a in base):
         branches.append(IDENTITY)
-    shape = geometry.add(branches)
+    shape = composition.add(branches)
     assert not isinstance(shape, Refusal), shape
     weights = [weight_of(b) if isinstance(b, Map) else None for b in branches]
-    weight = kernels.add(shape, branches, *weights)
+    weight = algebra.add(shape, branches, *weights)
     for n in range(1, 10):
         x = torch.randn(1, 4, *(n + i for i in range(rank)), dtype=torch.float64)
         try:
@@ -136,15 +139,15 @@ def test_transposed_layout_round_trips(groups, stride, pad, extra):
     weight = torch.randn(8, 12 // groups, 3, 3, dtype=torch.float64)
     axis = Axis(3, stride, pad, pad - extra)
     shape = conv_map(outputs=12, inputs=8, groups=groups, axes=(axis, axis), transposed=True)
-    banded = kernels.from_convolution(weight, groups, True)
+    banded = algebra.from_convolution(weight, groups, True)
     assert banded.shape == (12, 8 // groups, 3, 3)
-    assert torch.equal(kernels.to_convolution(banded, shape), weight)
+    assert torch.equal(algebra.to_convolution(banded, shape), weight)
 
 
 def test_groups_are_the_largest_that_fit():
     assert grouped_band(8, 8, 4).groups == 4
-    assert geometry._hull([grouped_band(8, 8, 8), grouped_band(8, 8, 2)]).groups == 2
-    assert geometry._hull([grouped_band(12, 12, 4), grouped_band(12, 12, 3)]).groups == 1
+    assert composition._hull([grouped_band(8, 8, 8), grouped_band(8, 8, 2)]).groups == 2
+    assert composition._hull([grouped_band(12, 12, 4), grouped_band(12, 12, 3)]).groups == 1
     assert Band(torch.tensor([0, 0, 2, 2]), 2, 4).groups == 2
 
 
@@ -163,7 +166,7 @@ def test_groups_are_the_largest_that_fit():
     ],
 )
 def test_chain_is_exact_only_where_the_padding_sees_nothing(outer, inner, biased, exact):
-    answer = geometry.compose(
+    answer = composition.compose(
         conv_map(outputs=2, inputs=2, groups=1, axes=(outer,)),
         conv_map(outputs=2, inputs=2, groups=1, axes=(inner,)),
         biased=biased,
@@ -180,7 +183,7 @@ def test_chain_is_exact_only_where_the_padding_sees_nothing(outer, inner, biased
     ],
 )
 def test_sum_is_refused_with_its_reason(a, b, reason):
-    answer = geometry.add(
+    answer = composition.add(
         [conv_map(outputs=2, inputs=2, groups=1, axes=(axis, axis)) for axis in (a, b)]
     )
     assert isinstance(answer, Refusal) and reason in answer.reason
@@ -190,7 +193,7 @@ def test_sum_is_refused_with_its_reason(a, b, reason):
 
 
 def dense(shape: Map, weight: Tensor | None) -> Tensor:
-    """The weight over all input channels, zeros where the band reads nothing: no fxrep.kernels."""
+    """The weight over all input channels, zeros where the band reads nothing: no fxrep."""
     band = shape.band
     full = torch.zeros(shape.outputs, shape.inputs, *shape.kernel, dtype=torch.float64)
     if weight is None or weight.dim() == 0:
@@ -220,9 +223,7 @@ def bands(outputs: int, inputs: int) -> list[Band]:
     """Every kind of band with so many channels."""
     every = torch.arange(outputs)
     found = [grouped_band(outputs, inputs, g) for g in (1, 2) if not (outputs % g or inputs % g)]
-    found.append(
-        geometry.selection_band((every * 5 + 1) % inputs, inputs)
-    )  # a permutation, repeats
+    found.append(shapes.selection_band((every * 5 + 1) % inputs, inputs))  # a permutation, repeats
     found.append(Band((every % (inputs - 1)).clamp(max=inputs - 2), 2, inputs))
     found.append(Band((every * 3) % inputs, 1, inputs, (1, outputs - 1)))
     found.append(Band(every.clamp(max=inputs - 2), 2, inputs, (0, 1)))
@@ -230,7 +231,7 @@ def bands(outputs: int, inputs: int) -> list[Band]:
         found.append(grouped_band(outputs, inputs, inputs))
     if outputs > inputs:
         found += [
-            geometry.placement_band(first, inputs, outputs)
+            shapes.placement_band(first, inputs, outputs)
             for first in {0, 1, outputs - inputs}
         ]  # fmt: skip
     return found
@@ -283,7 +284,7 @@ def test_all_bands_compose(counts: Sequence[int], columns: Sequence[tuple[Axis, 
     composed = 0
     for a, b in itertools.product(bands(outputs, middle), bands(middle, inputs)):
         outer, inner = Map(columns[0], a), Map(columns[1], b)
-        shape = geometry.compose(outer, inner, biased=False)
+        shape = composition.compose(outer, inner, biased=False)
         if isinstance(shape, Refusal):
             assert any(axis.padded for axis in columns[0])
             continue
@@ -292,7 +293,7 @@ def test_all_bands_compose(counts: Sequence[int], columns: Sequence[tuple[Axis, 
         for one, two in itertools.product(weights_of(outer), weights_of(inner)):
             if one is two is None and has_gap(outer, inner):
                 continue  # see below
-            weight = kernels.compose(shape, outer, inner, one, two)
+            weight = algebra.compose(shape, outer, inner, one, two)
             x = images(inner)[composed % 2 if columns[0] else 0]
             try:
                 expected = convolve(outer, one, convolve(inner, two, x))
@@ -302,16 +303,16 @@ def test_all_bands_compose(counts: Sequence[int], columns: Sequence[tuple[Axis, 
             assert same(convolve(shape, weight, x), expected), (a, b)
             bias = torch.randn(middle, dtype=torch.float64)
             constant = dense(outer, one).reshape(outputs, middle, -1).sum(2) @ bias
-            assert same(kernels.compose_bias(outer, one, bias), constant)
+            assert same(algebra.compose_bias(outer, one, bias), constant)
     assert composed or any(axis.padded for axis in columns[0])
 
 
 def test_interleaved_selections_leave_gaps() -> None:
     """Channels of x at 0 and 2 of a shuffled cat([x, y]): 1 and 3 read nothing of x."""
-    place = Map((), geometry.placement_band(0, 2, 4))
-    shuffle = Map((), geometry.selection_band([0, 2, 1, 3], 4))
-    shape = geometry.compose(shuffle, place, biased=False)
-    weight = kernels.compose(shape, shuffle, place, None, None)
+    place = Map((), shapes.placement_band(0, 2, 4))
+    shuffle = Map((), shapes.selection_band([0, 2, 1, 3], 4))
+    shape = composition.compose(shuffle, place, biased=False)
+    weight = algebra.compose(shape, shuffle, place, None, None)
     assert torch.equal(dense(shape, weight), dense(shuffle, None) @ dense(place, None))
 
 
@@ -319,8 +320,8 @@ def test_a_selection_of_nothing_has_a_weight_of_zeros() -> None:
     """cat([x, a(h)])[:, :2] reads nothing of h."""
     nothing = Map((), Band(torch.zeros(2).long(), 1, 3, (0, 0)))
     layer = conv_map(outputs=3, inputs=4, groups=1, axes=())
-    shape = geometry.compose(nothing, layer, biased=False)
-    weight = kernels.compose(shape, nothing, layer, None, weight_of(layer))
+    shape = composition.compose(nothing, layer, biased=False)
+    weight = algebra.compose(shape, nothing, layer, None, weight_of(layer))
     assert not dense(shape, weight).any()
 
 
@@ -331,11 +332,11 @@ def test_all_bands_add(counts: Sequence[int], column: tuple[Axis, ...]) -> None:
     every = bands(outputs, inputs)
     for chosen in itertools.chain(itertools.product(every, repeat=2), [every]):
         terms = [Map(column, band) for band in chosen]
-        shape = geometry.add(terms)
+        shape = composition.add(terms)
         assert isinstance(shape, Map)
         for which in range(3):
             given_ = [weights_of(term)[(which + i) % 3] for i, term in enumerate(terms)]
-            weight = kernels.add(shape, terms, *given_)
+            weight = algebra.add(shape, terms, *given_)
             expected = sum(dense(term, w) for term, w in zip(terms, given_, strict=True))
             assert same(dense(shape, weight), expected), chosen
 
@@ -347,7 +348,7 @@ def test_all_bands_are_layers(counts: Sequence[int], column: tuple[Axis, ...]) -
     for band in bands(counts[1], counts[0]):
         shape = Map(column, band)
         for weight in weights_of(shape):
-            layer, groups = kernels.to_convolution(weight, shape), band.narrowed.groups
+            layer, groups = algebra.to_convolution(weight, shape), band.narrowed.groups
             if band.rows is None:
                 assert layer.numel() == shape.weights
             rows = slice(*(band.rows or (0, shape.outputs)))
@@ -367,17 +368,17 @@ def test_slices_of_concatenations_pick_their_rows() -> None:
     whole = torch.cat([convolve(m, w, x) for m, w in zip(maps_, weights, strict=True)], 1)
     firsts = (0, 2)
     for i, j in itertools.product(range(2), range(3, 7)):  # some of both: see above
-        cut = Map((geometry.POINT,), geometry.selection_band(range(i, j), 6))
+        cut = Map((shapes.POINT,), shapes.selection_band(range(i, j), 6))
         parts, used = [], []
         for first, each, weight in zip(firsts, maps_, weights, strict=True):
-            place = Map((geometry.POINT,), geometry.placement_band(first, each.outputs, 6))
-            outer = geometry.compose(cut, place, biased=True)
-            shape = geometry.compose(outer, each, biased=True)
+            place = Map((shapes.POINT,), shapes.placement_band(first, each.outputs, 6))
+            outer = composition.compose(cut, place, biased=True)
+            shape = composition.compose(outer, each, biased=True)
             parts.append(shape)
-            picked = kernels.compose(outer, cut, place, None, None)
-            used.append(kernels.compose(shape, outer, each, picked, weight))
-        total = geometry.add(parts)
-        weight = kernels.add(total, parts, *used)
+            picked = algebra.compose(outer, cut, place, None, None)
+            used.append(algebra.compose(shape, outer, each, picked, weight))
+        total = composition.add(parts)
+        weight = algebra.add(total, parts, *used)
         assert same(convolve(total, weight, x), whole[:, i:j]), (i, j)
 
 
@@ -387,7 +388,7 @@ def test_symmetric_padding_where_little_is_left_unread(stride: int, rest: int) -
     changed = 0
     for kernel, low, high in itertools.product(range(1, 5), range(4), range(4)):
         shape = Map((Axis(kernel, stride, low, high, rest=rest),), grouped_band(1, 1, 1))
-        other, weight = geometry.symmetric(shape), weight_of(shape)
+        other, weight = shapes.symmetric(shape), weight_of(shape)
         changed += other.axes != shape.axes
         for n in range(4, 16):
             if (n + low + high - kernel) % stride > rest:
@@ -406,7 +407,7 @@ def test_a_frame_is_the_padded_image_of_the_bias(mode: str) -> None:
             continue
         bias = torch.randn(4, dtype=torch.float64)
         for weight in weights_of(shape) if mode == "frame" else [weight_of(shape)]:
-            framed = kernels.frame(shape, weight, bias)
+            framed = algebra.frame(shape, weight, bias)
             ones = Map(column, Band(torch.zeros(5).long(), 1, 1))
             for n in range(1, 7):
                 size = [n + i for i in range(len(column))]

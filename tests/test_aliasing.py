@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from fxrep import aliasing
-from fxrep.aliasing import Aliasing
-from fxrep.capture import capture
+from fxrep.analysis import aliasing
+from fxrep.analysis.aliasing import Aliasing
+from fxrep.capture.islands import capture
 
 _Forward = Callable[[Any, Any], Any]
 

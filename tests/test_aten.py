@@ -14,7 +14,7 @@ from torch.export import Dim, export
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxrep
-from fxrep.aten import respelled
+from fxrep.capture.aten import respelled
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from updates import copy_, recalibrate
 
 import fxrep
-from fxrep.backend import compile_graph
-from fxrep.compiled import MOST_SETS
 from fxrep.registry import graphs
+from fxrep.torch_compile.backend import compile_graph
+from fxrep.torch_compile.compiled import MOST_SETS
 
 # --- what it finds --------------------------------------------------------------------------------
 
@@ -543,7 +543,7 @@ def test_a_failing_pass_leaves_the_graph_alone(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("broken")
 
-    monkeypatch.setattr("fxrep.compiled.fold", broken)
+    monkeypatch.setattr("fxrep.torch_compile.compiled.fold", broken)
     model, inner = block(), Recorder()
     with caplog.at_level(logging.INFO, "fxrep"):
         compiled = through(model, inner)
@@ -561,7 +561,7 @@ def test_a_pass_that_fails_later_runs_the_original(monkeypatch: pytest.MonkeyPat
     def broken(*_: object) -> None:
         raise ZeroDivisionError("broken")
 
-    monkeypatch.setattr("fxrep.folding.Folding.compute", broken)
+    monkeypatch.setattr("fxrep.torch_compile.folding.Folding.compute", broken)
     for _ in range(2):
         copy_(model)
         same(compiled, model, x)

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from fxrep.capture import Capture, capture
+from fxrep.capture.assemble import assemble
+from fxrep.capture.islands import Capture, capture
 from fxrep.errors import InputError, ModelError, SpecializationError
-from fxrep.module import assemble
-from fxrep.owner import foreign_hooks, weight_hooks
+from fxrep.ops.owner import foreign_hooks, weight_hooks
 
 
 def block(channels: int = 4) -> nn.Sequential:

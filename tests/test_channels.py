@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
-from fxrep.capture import capture
-from fxrep.channels import Channels
-from fxrep.ranks import Ranks
+from fxrep.analysis.channels import Channels
+from fxrep.analysis.ranks import Ranks
+from fxrep.capture.islands import capture
 
 _Forward = Callable[[Any, Any], Any]
 

@@ -13,7 +13,9 @@ from check import check
 from torch import Tensor, nn
 
 import fxrep
-from fxrep import collapse, geometry, kernels, pipeline, rewrite
+from fxrep.algebra import composition, weights
+from fxrep.planning import walk
+from fxrep.rewriting import editor, session
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -76,57 +78,57 @@ def _unpadded(add_maps: Any, maps: Any, *rest: Any) -> Any:
 SIZES = ((2, 8, 9, 9), (1, 8, 8, 7))
 WRONG = {
     "shift without its sign": (
-        wrap(kernels, "batchnorm_shift", lambda f, *a: -f(*a)),
+        wrap(weights, "batchnorm_shift", lambda f, *a: -f(*a)),
         conv_bn(8, 8, 3), SIZES,
     ),
     "scale without eps": (
-        wrap(kernels, "batchnorm_scale", lambda f, v, eps, w: f(v, 0.0, w)),
+        wrap(weights, "batchnorm_scale", lambda f, v, eps, w: f(v, 0.0, w)),
         conv_bn(8, 8, 3), SIZES,
     ),
-    "bias lost": (wrap(pipeline, "build", _no_bias), conv_bn(8, 8, 3, bias=True), SIZES),
-    "layer spoilt after its recipe": (wrap(pipeline, "build", _spoilt), conv_bn(8, 8, 3), SIZES),
+    "bias lost": (wrap(session, "build", _no_bias), conv_bn(8, 8, 3, bias=True), SIZES),
+    "layer spoilt after its recipe": (wrap(session, "build", _spoilt), conv_bn(8, 8, 3), SIZES),
     "bias of a padded chain ignored": (
-        wrap(geometry, "_chain_is_exact", lambda f, *a: True),
+        wrap(composition, "_chain_is_exact", lambda f, *a: True),
         Sum(nn.Sequential(conv(8, 32, 1), conv(32, 8, 3, padding=1)), nn.Identity()), SIZES,
     ),
     "padding over a padded convolution": (
-        wrap(geometry, "_chain_is_exact", lambda f, *a: True),
+        wrap(composition, "_chain_is_exact", lambda f, *a: True),
         Sum(
             nn.Sequential(conv(8, 64, 3, padding=1, bias=False), conv(64, 8, 3, padding=1)),
             nn.Identity(),
         ), SIZES,
     ),
     "shift before a padded convolution": (
-        wrap(geometry, "compose", lambda f, a, b, biased: f(a, b, biased=False)),
+        wrap(composition, "compose", lambda f, a, b, biased: f(a, b, biased=False)),
         nn.Sequential(nn.BatchNorm2d(8), conv(8, 8, 3, padding=1)), SIZES,
     ),
     "a branch that broadcasts": (
-        wrap(geometry, "_add_axes", _any_size),
+        wrap(composition, "_add_axes", _any_size),
         Sum(conv(8, 32, 3, padding=1), conv(8, 32, 3)), ((2, 8, 3, 3), (3, 8, 3, 3)),
     ),
     "sizes equal for even inputs only": (
-        wrap(geometry, "_add_axes", _any_size),
+        wrap(composition, "_add_axes", _any_size),
         Sum(conv(8, 32, 2, stride=2), conv(8, 32, 1, stride=2)),
         ((2, 8, 8, 8), (2, 8, 3, 3)),
     ),
     "kernels off by one": (
-        wrap(kernels, "add", lambda f, *a: f(*a).roll(1, -1)),
+        wrap(weights, "add", lambda f, *a: f(*a).roll(1, -1)),
         Sum(conv(8, 8, 3, padding=1), conv(8, 8, 1)), SIZES,
     ),
     "kernels mirrored": (
-        wrap(kernels, "add", lambda f, *a: f(*a).transpose(-1, -2)),
+        wrap(weights, "add", lambda f, *a: f(*a).transpose(-1, -2)),
         Sum(conv(8, 8, 3, padding=1), conv(8, 8, (1, 3), padding=(0, 1))), SIZES,
     ),
     "groups mixed up": (
-        wrap(kernels, "to_convolution", lambda f, *a: f(*a).flip(0)),
+        wrap(weights, "to_convolution", lambda f, *a: f(*a).flip(0)),
         Sum(conv(8, 8, 3, padding=1, groups=4), conv(8, 8, 1, groups=8)), SIZES,
     ),
     "padding modes mixed up": (
-        wrap(geometry, "_add_maps", _unpadded),
+        wrap(composition, "_add_maps", _unpadded),
         Sum(conv(8, 8, 3, padding=1), conv(8, 8, 3, padding=1, padding_mode="reflect")), SIZES,
     ),
     "a vector along the width": (
-        wrap(geometry, "_meets", lambda f, diagonal, channels, axis: None),
+        wrap(composition, "_meets", lambda f, diagonal, channels, axis: None),
         nn.Sequential(conv(8, 8, 1), RepVGG(8, 8)), SIZES,
     ),
 }  # fmt: skip
@@ -279,4 +281,4 @@ def test_one_size_is_refused() -> None:
 
 def test_the_walk_and_the_editor_are_what_the_faults_patch() -> None:
     """The planted faults reach the library through these names; a rename must show here."""
-    assert collapse.geometry is geometry and pipeline.build is rewrite.build
+    assert walk.composition is composition and session.build is editor.build

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from fxrep import __main__ as cli
-from fxrep._demo import RepVGG, randomize_batchnorm
-from fxrep._models import load
+from fxrep.cli.demo import RepVGG, randomize_batchnorm
+from fxrep.cli.models import load
 
 FACTORY = """
 import torch

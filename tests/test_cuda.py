@@ -18,8 +18,8 @@ from check import distance, tensors
 from torch import Tensor, nn
 
 import fxrep
-from fxrep._demo import RepVGG, randomize_batchnorm
-from fxrep.backend import compile_graph
+from fxrep.cli.demo import RepVGG, randomize_batchnorm
+from fxrep.torch_compile.backend import compile_graph
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -14,8 +14,8 @@ from check import randomize
 from torch import Tensor, nn
 
 import fxrep
-from fxrep.absent import lacks_operand
 from fxrep.errors import SpecializationError
+from fxrep.ops.absent import lacks_operand
 
 
 class Body(nn.Module):

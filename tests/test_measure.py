@@ -18,8 +18,8 @@ from test_islands import Items, settled
 from torch import nn
 
 import fxrep
-from fxrep import measure
-from fxrep.measure import Timing
+from fxrep.rewriting import measure
+from fxrep.rewriting.measure import Timing
 
 IMAGE = torch.randn(1, 4, 9, 8, dtype=torch.float64)
 

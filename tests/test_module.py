@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import fxrep
-from fxrep.capture import capture
+from fxrep.capture.assemble import assemble, attach, attached
+from fxrep.capture.islands import capture
 from fxrep.errors import SpecializationError
-from fxrep.module import assemble, attach, attached
 from fxrep.report import Report
 
 

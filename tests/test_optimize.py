@@ -13,9 +13,9 @@ from check import check, distance, randomize, run, untouched
 from torch import Tensor, fx, nn
 
 import fxrep
-from fxrep.collapse import Plan
-from fxrep.cost import Work
-from fxrep.rule import Pass
+from fxrep.planning.cost import Work
+from fxrep.planning.plan import Plan
+from fxrep.planning.rule import Pass
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -200,9 +200,9 @@ def test_a_report_needs_an_optimized_model(model: Backbone) -> None:
 def test_a_wrong_result_on_the_inputs_is_an_error(
     model: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fxrep import kernels
+    from fxrep.algebra import weights
 
-    monkeypatch.setattr(kernels, "batchnorm_shift", lambda *a: torch.zeros(8).double())
+    monkeypatch.setattr(weights, "batchnorm_shift", lambda *a: torch.zeros(8).double())
     with pytest.raises(fxrep.EquivalenceError):
         fxrep.optimize(model, X, validate=False)
 

@@ -15,7 +15,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrizations
 
 import fxrep
-from fxrep.owner import called_class, foreign_hooks, is_leaf, known_class, torch_class
+from fxrep.ops.owner import called_class, foreign_hooks, is_leaf, known_class, torch_class
 
 # Leaves by what they do to a (N, 6) value; all keep its shape.
 LEAVES: dict[str, Callable[[], nn.Module]] = {

@@ -15,7 +15,10 @@ import pytest
 import fxrep
 
 ROOT = Path(__file__).parent.parent
-PUBLIC = {"optimize", "report", "Report", "Rewrite", "Skip", "default_passes", "FxrepError"}
+PUBLIC = {
+    "optimize", "report", "refresh", "Report", "Rewrite", "Skip", "default_passes", "FxrepError",
+    "Pass", "Plan", "Fold", "Joint", "Drop", "Refusal", "CostModel", "Work",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def test_wheel_has_one_top_level_package(wheel: list[str]) -> None:
 
 
 def test_wheel_holds_every_module_once(wheel: list[str]) -> None:
-    expected = {f"fxrep/{path.name}" for path in (ROOT / "fxrep").glob("*.py")}
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fxrep").rglob("*.py")}
     expected |= {f"fxrep/passes/{path.name}" for path in (ROOT / "passes").glob("*.py")}
     expected.add("fxrep/py.typed")
     found = [name for name in wheel if ".dist-info/" not in name]

@@ -13,7 +13,7 @@ from check import randomize
 from torch import Tensor, nn
 
 import fxrep
-from fxrep.pruning import Container
+from fxrep.rewriting.pruning import Container
 
 timm = pytest.importorskip("timm")
 

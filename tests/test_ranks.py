@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from fxrep.capture import capture
-from fxrep.ranks import Ranks
+from fxrep.analysis.ranks import Ranks
+from fxrep.capture.islands import capture
 
 _Forward = Callable[[Any, Any], Any]
 

@@ -8,7 +8,7 @@ import pickle
 import torch
 from torch import Tensor
 
-from fxrep.recipe import Call, Load, Ref, record
+from fxrep.algebra.recipe import Call, Load, Ref, record
 
 TENSORS = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 5.0])}
 

@@ -14,7 +14,7 @@ from test_islands import settled
 from torch import nn
 
 import fxrep
-from fxrep import measure
+from fxrep.rewriting import measure
 
 
 def block() -> nn.Sequential:

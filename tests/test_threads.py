@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.fx import _symbolic_trace as fx_trace
 
 import fxrep
+from fxrep.capture.substitution import _names
 from fxrep.errors import FxrepError
-from fxrep.substitution import _names
 
 
 class Asking(nn.Module):
@@ -164,7 +164,7 @@ def test_drawn_numbers_are_not_baked_in(
     draw: Callable[[], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for home in ("state", "tracer", "trace"):  # what runs these tests has threads of its own
-        monkeypatch.setattr(f"fxrep.{home}.is_only_thread", lambda: True)
+        monkeypatch.setattr(f"fxrep.capture.{home}.is_only_thread", lambda: True)
     model = Drawing(draw).eval()
     states = random.getstate(), np.random.get_state()[2], torch.get_rng_state()
     fast = fxrep.optimize(model)
@@ -175,7 +175,7 @@ def test_drawn_numbers_are_not_baked_in(
 
 # --- interrupts ----------------------------------------------------------------------------------
 
-_WATCHED = ("capture", "trace", "tracer", "hollow", "modes", "substitution", "state", "pipeline")
+_WATCHED = ("islands", "trace", "tracer", "hollow", "modes", "substitution", "state")
 
 
 class Interrupt:
@@ -184,7 +184,8 @@ class Interrupt:
     def __init__(self, at: int) -> None:
         self.at, self.count = at, 0
         home = Path(fxrep.__file__).parent
-        self.files = {str(home / f"{name}.py") for name in _WATCHED} | {__file__}
+        self.files = {str(home / "capture" / f"{name}.py") for name in _WATCHED}
+        self.files |= {str(home / "pipeline.py"), __file__}
         self.files |= {contextlib_file(), torch.random.__file__, torch.autograd.grad_mode.__file__}
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> Any:

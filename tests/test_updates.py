@@ -16,7 +16,7 @@ from torch import nn
 from updates import TABLE, Way, multiply_data, numpy
 
 import fxrep
-from fxrep.backend import compile_graph
+from fxrep.torch_compile.backend import compile_graph
 
 SLOW = pytest.mark.slow
 ways = pytest.mark.parametrize("way", TABLE, ids=[way.name for way in TABLE])
@@ -150,6 +150,6 @@ def test_contents_are_not_compared_while_a_graph_is_captured(
     def waits(*_: object) -> bool:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr("fxrep.compiled._is_capturing", lambda: True)
-    monkeypatch.setattr("fxrep.compiled._equal", waits)
+    monkeypatch.setattr("fxrep.torch_compile.compiled._is_capturing", lambda: True)
+    monkeypatch.setattr("fxrep.torch_compile.compiled._equal", waits)
     same(compiled, model, x)

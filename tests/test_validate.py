@@ -12,9 +12,9 @@ from blocks import BLOCKS
 from torch import Tensor, nn
 
 import fxrep
-from fxrep import pipeline, validate
-from fxrep.geometry import Axis, conv_map
-from fxrep.validate import relative_error
+from fxrep.algebra.maps import Axis, conv_map
+from fxrep.rewriting import session, validate
+from fxrep.rewriting.validate import relative_error
 
 
 class Sum(nn.Module):
@@ -54,7 +54,7 @@ def test_a_wrong_number_in_the_geometry_is_seen(
     """Each number of the fused layer's shape changed by one: refused, unless nothing changes."""
     conv = nn.Conv1d(2, 2, kernel, stride, padding, dilation, bias=False)
     model = nn.Sequential(conv, nn.BatchNorm1d(2)).eval()
-    build = pipeline.build
+    build = session.build
     for mutant in _mutants(Axis(kernel, stride, padding, padding, dilation)):
         if kernel == 1 and mutant.dilation != dilation:
             continue  # one tap has every dilation
@@ -64,7 +64,7 @@ def test_a_wrong_number_in_the_geometry_is_seen(
             object.__setattr__(plan.pieces[0], "map", shape)
             return build(plan, *args)
 
-        monkeypatch.setattr(pipeline, "build", wrong)
+        monkeypatch.setattr(session, "build", wrong)
         report = fxrep.report(fxrep.optimize(model))
         assert not report.rewrites, mutant
         assert any("validation failed" in skip.reason for skip in report.skipped), report

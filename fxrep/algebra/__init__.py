@@ -1,0 +1,1 @@
+"""The mathematics of affine convolution maps: integers and tensors, no graphs."""

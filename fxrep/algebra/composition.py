@@ -1,0 +1,324 @@
+"""How affine maps compose and add, by geometry alone; the weights follow in `weights`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fxrep.algebra.maps import (
+    IDENTITY,
+    POINT,
+    Axis,
+    Band,
+    Diagonal,
+    Linear,
+    Map,
+    aligned,
+    lifted,
+    map_of,
+)
+from fxrep.refusal import Refusal
+
+
+def _compose_bands(outer: Band | None, inner: Band | None) -> Band | None:
+    """The hull of the inner intervals that each outer interval covers."""
+    if inner is None or inner.is_diagonal:
+        return outer if outer is not None else inner
+    if outer is None or outer.is_diagonal:
+        return inner
+    low, high = inner.ends
+    if outer.width == 1:
+        low, high = low[outer.starts], high[outer.starts]
+    else:
+        distinct, where = torch.unique(outer.starts, return_inverse=True)
+        low = low.unfold(0, outer.width, 1)[distinct].amin(1)[where]
+        high = high.unfold(0, outer.width, 1)[distinct].amax(1)[where]
+    return _band(low, high, inner.inputs, outer.rows)
+
+
+def _hull(bands: Sequence[Band]) -> Band:
+    """The smallest band that holds all of them."""
+    if all(band is bands[0] for band in bands):
+        return bands[0]
+    ends = [band.ends for band in bands]
+    low, high = torch.stack([low for low, _ in ends]), torch.stack([high for _, high in ends])
+    return _band(low.amin(0), high.amax(0), bands[0].inputs, None)
+
+
+def _band(low: Tensor, high: Tensor, inputs: int, rows: tuple[int, int] | None) -> Band:
+    """The band of these ends, of which the outputs outside `rows` count as reading nothing."""
+    reads = low < high
+    if rows is not None:
+        reads[: rows[0]] = False
+        reads[rows[1] :] = False
+    holes = False
+    if not bool(reads.all()):
+        index = reads.nonzero()
+        rows = (int(index[0]), int(index[-1]) + 1) if len(index) else (0, 0)
+        holes = len(index) < rows[1] - rows[0]
+        low, high = low.masked_fill(~reads, 0), high.masked_fill(~reads, 0)
+    else:
+        rows = None
+    width = max(1, int((high - low).max()))
+    return Band(low.clamp(max=inputs - width), width, inputs, rows, holes)
+
+
+def _lift(diagonal: Diagonal, like: Map) -> Map | Refusal:
+    """A diagonal map written as a convolution of the rank and channels of `like`."""
+    points = tuple(POINT for _ in like.axes)
+    if like.channelwise is None:
+        if diagonal.channels is None:
+            return Map(points, None)
+        refusal = _meets(diagonal, diagonal.channels, like.channel_axis)
+        return refusal or lifted(Map(points, None), diagonal.channels)
+    refusal = _meets(diagonal, like.outputs, like.channel_axis)
+    if refusal is not None:
+        return refusal
+    if like.inputs != like.outputs:
+        return Refusal(
+            f"a branch of {like.outputs} channels is added to one of {like.inputs} channels"
+        )
+    return lifted(Map(points, None), like.outputs)
+
+
+def _meets(diagonal: Diagonal, channels: int | None, axis: int) -> Refusal | None:
+    """Why `diagonal` does not act on these channels, or None if it does."""
+    if diagonal.axis is not None and diagonal.axis != axis:
+        return Refusal(f"it acts on dimension {diagonal.axis}, the channels are on {axis}")
+    if diagonal.channels is not None and diagonal.channels != channels:
+        return Refusal(f"it has {diagonal.channels} channels, its operand has {channels}")
+    return None
+
+
+def compose(outer: Linear, inner: Linear, *, biased: bool) -> Linear | Refusal:
+    """The shape of ``outer(inner(x) + b)``, or why that is no single map.
+
+    Args:
+        outer: the map applied last.
+        inner: the map applied first.
+        biased: whether a bias b is added between the two.
+
+    Returns:
+        The composite, equal to the chain for every input size and at every border, or a
+        `Refusal`: padding of the outer map reads zeros where the chain without it would read
+        ``b`` or values computed from real inputs.
+    """
+    if isinstance(outer, Diagonal) and isinstance(inner, Diagonal):
+        return _compose_diagonals(outer, inner)
+    if isinstance(outer, Diagonal):
+        assert isinstance(inner, Map)
+        if inner.channelwise is None and outer.channels is not None:
+            inner = lifted(inner, outer.channels)
+        outputs = None if inner.channelwise is None else inner.outputs
+        return _meets(outer, outputs, inner.channel_axis) or inner
+    if isinstance(inner, Diagonal):
+        if outer.channelwise is None and inner.channels is not None:
+            outer = lifted(outer, inner.channels)
+        inputs = None if outer.channelwise is None else outer.inputs
+        refusal = _meets(inner, inputs, outer.channel_axis)
+        # Reflected or repeated values carry the bias with them; zeros do not. What constants are
+        # worth below the bias is for the caller to see.
+        zeros = outer.transposed or (outer.padded and outer.padding_mode == "zeros")
+        if refusal is None and biased and zeros:
+            refusal = Refusal(
+                "a transposed convolution after it spreads its bias unevenly"
+                if outer.transposed
+                else "the padding of the convolution after it does not see its bias"
+            )
+        return refusal or outer
+    return _compose_maps(outer, inner, biased)
+
+
+def _compose_diagonals(outer: Diagonal, inner: Diagonal) -> Diagonal | Refusal:
+    for name in ("axis", "channels"):
+        a, b = getattr(outer, name), getattr(inner, name)
+        if a is not None and b is not None and a != b:
+            return Refusal(f"scales of {name} {b} and {a} follow each other")
+    axis = inner.axis if outer.axis is None else outer.axis
+    return Diagonal(inner.channels if outer.channels is None else outer.channels, axis)
+
+
+def _compose_maps(outer: Map, inner: Map, biased: bool) -> Map | Refusal:
+    outer, inner = aligned((outer, inner))
+    if len(outer.axes) != len(inner.axes):
+        return Refusal(f"a {len(outer.axes)}-d map follows a {len(inner.axes)}-d one")
+    if outer.channelwise is not None and inner.channelwise is not None:
+        if outer.inputs != inner.outputs:
+            return Refusal(f"{inner.outputs} channels feed a map of {outer.inputs}")
+    elif outer.channelwise is not None:
+        inner = lifted(inner, outer.inputs)
+    elif inner.channelwise is not None:
+        outer = lifted(outer, inner.outputs)
+    band = _compose_bands(outer.channelwise, inner.channelwise)
+    if outer.transposed or inner.transposed:
+        if outer.pointwise:
+            return replace(inner, channelwise=band)
+        if inner.pointwise and not biased:
+            return replace(outer, channelwise=band)
+        if inner.pointwise:
+            return Refusal("a transposed convolution after it spreads its bias unevenly")
+        return Refusal("a transposed convolution composes with pointwise maps only")
+    if inner.pointwise and outer.padding_mode != "zeros":
+        return replace(outer, channelwise=band)
+    if outer.padding_mode == "constant":
+        return Refusal("padding by a constant between two convolutions")
+    if outer.padding_mode != "zeros":
+        return Refusal(f"{outer.padding_mode} padding between two convolutions")
+    if inner.padding_mode != "zeros" and outer.padded:
+        return Refusal(f"zero padding after {inner.padding_mode} padding")
+    axes = []
+    for axis_outer, axis_inner in zip(outer.axes, inner.axes, strict=True):
+        if not _chain_is_exact(axis_outer, axis_inner, biased):
+            return Refusal(
+                "the outer convolution's padding would see "
+                + ("the inner bias" if biased else "values the inner convolution computes")
+            )
+        axes.append(_compose_axes(axis_outer, axis_inner))
+    return map_of(tuple(axes), band, False, inner.padding_mode)
+
+
+def _compose_axes(outer: Axis, inner: Axis) -> Axis:
+    reach = inner.reach + inner.stride * outer.reach
+    step = math.gcd(
+        inner.dilation if inner.kernel > 1 else 0,
+        inner.stride * outer.dilation if outer.kernel > 1 else 0,
+    )
+    return Axis(
+        kernel=reach // step + 1 if step else 1,
+        stride=inner.stride * outer.stride,
+        low=inner.low + inner.stride * outer.low,
+        high=inner.high + inner.stride * outer.high,
+        dilation=step or 1,
+        rest=None
+        if inner.rest is None and outer.rest is None
+        else inner.stride * outer.slack + inner.slack,
+    )
+
+
+def _chain_is_exact(outer: Axis, inner: Axis, biased: bool) -> bool:
+    """Whether the outer padding reads only positions where the inner map would give zero.
+
+    The inner map, continued past its ends, reads real inputs within ``reach`` of its padding; the
+    original reads zeros there instead.
+    """
+    if outer.low > 0:
+        nearest = min(e for j in range(outer.kernel) if (e := _nearest_padding(outer, j)) > 0)
+        if biased or inner.reach >= nearest * inner.stride + inner.low:
+            return False
+    # The first position past the inner map's end starts `stride` after its last window.
+    beyond = inner.high + inner.stride - 1 - inner.slack
+    return not (outer.high > 0 and (biased or beyond < inner.reach))
+
+
+def _nearest_padding(axis: Axis, tap: int) -> int:
+    """How far before the input's start `tap` reads nearest to it; 0 if it never does."""
+    before = axis.low - tap * axis.dilation
+    return (before - 1) % axis.stride + 1 if before > 0 else 0
+
+
+def add(maps: Sequence[Linear], *, same_size: bool = False) -> Linear | Refusal:
+    """The shape of ``sum(map(x) for map in maps)``, or why that is no single map.
+
+    All kernels are laid on one grid, whose step is the greatest common divisor of the dilations
+    and of the differences of the low paddings. The sizes of the branches agree for every input
+    size iff padding less reach agrees, per axis.
+
+    Args:
+        maps: the branches.
+        same_size: they have one size, or the original raises: they meet in a concatenation.
+    """
+    full = [m for m in maps if isinstance(m, Map)]
+    if not full:
+        return _add_diagonals([m for m in maps if isinstance(m, Diagonal)])
+    full.sort(key=lambda m: m.channelwise is None)
+    like = full[0]
+    if like.channelwise is None:
+        known = {m.channels for m in maps if isinstance(m, Diagonal) and m.channels is not None}
+        like = lifted(like, known.pop()) if known else like
+    terms: list[Map] = []
+    for each in maps:
+        term = _lift(each, like) if isinstance(each, Diagonal) else each
+        if isinstance(term, Refusal):
+            return term
+        if term.channelwise is None and like.channelwise is not None:
+            if like.inputs != like.outputs:
+                return Refusal(
+                    f"a branch of {like.outputs} channels is added to one of {like.inputs} channels"
+                )
+            term = lifted(term, like.outputs)
+        terms.append(term)
+    return _add_maps(terms, same_size)
+
+
+def _add_diagonals(diagonals: Sequence[Diagonal]) -> Diagonal | Refusal:
+    total = IDENTITY
+    for each in diagonals:
+        answer = _compose_diagonals(total, each)
+        if isinstance(answer, Refusal):
+            return answer
+        total = answer
+    return total
+
+
+def _add_maps(maps: Sequence[Map], same_size: bool) -> Map | Refusal:
+    maps = aligned(maps)
+    first = maps[0]
+    for each in maps[1:]:
+        if len(first.axes) != len(each.axes):
+            return Refusal(f"branches differ in rank: {len(first.axes)} and {len(each.axes)}")
+        if first.channelwise is None:
+            continue
+        for what, a, b in (
+            ("input channels", first.inputs, each.inputs),
+            ("output channels", first.outputs, each.outputs),
+        ):
+            if a != b:
+                return Refusal(f"branches differ in {what}: {a} and {b}")
+    if len({m.transposed for m in maps}) > 1:
+        return Refusal("a transposed convolution is added to one that is not")
+    modes = {m.padding_mode for m in maps if m.padded}
+    if len(modes) > 1:
+        return Refusal(f"branches differ in padding mode: {' and '.join(sorted(modes))}")
+    if "constant" in modes:
+        return Refusal("branches padded with constants")
+    axes = []
+    for column in zip(*(m.axes for m in maps), strict=True):
+        axis = _add_axes(column, same_size)
+        if isinstance(axis, Refusal):
+            return axis
+        axes.append(axis)
+    mode = modes.pop() if modes else "zeros"
+    band = None if first.channelwise is None else _hull([m.band for m in maps])
+    if band is not None and band.rows == (0, 0):
+        return Refusal("a sum without channels")
+    return map_of(tuple(axes), band, first.transposed, mode)
+
+
+def _add_axes(axes: Sequence[Axis], same_size: bool) -> Axis | Refusal:
+    first = axes[0]
+    for each in axes[1:]:
+        if each.stride != first.stride:
+            return Refusal(f"branches differ in stride: {first.stride} and {each.stride}")
+        if each.excess != first.excess and not same_size:
+            return Refusal(
+                "branches give different output sizes: padding less kernel reach is "
+                f"{first.excess} and {each.excess}"
+            )
+    low = max(a.low for a in axes)
+    reach = max(a.reach - a.low for a in axes) + low
+    step = math.gcd(*(a.dilation for a in axes if a.kernel > 1), *(low - a.low for a in axes))
+    least = min(a.excess for a in axes)
+    # Where sizes agree although the excess does not, the one with least leaves less unread.
+    rest = max(0, min(a.slack - (a.excess - least) for a in axes))
+    return Axis(
+        kernel=reach // step + 1 if step else 1,
+        stride=first.stride,
+        low=low,
+        high=least + reach - low,
+        dilation=step or 1,
+        rest=rest if rest < first.stride - 1 else None,
+    )

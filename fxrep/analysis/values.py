@@ -1,0 +1,181 @@
+"""What example inputs tell of a graph: every value's shape, strides, dtype and device."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from fxrep.capture.islands import Capture, Program
+from fxrep.capture.skeleton import call_arguments, does_not_run, named_inputs, skeleton
+
+UNKNOWN = object()
+"""A value that could not be found out."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """One call of a module, its tensors faked."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
+
+@dataclass(eq=False)
+class Examples:
+    """The user's inputs, and what the model passes on of them.
+
+    Attributes:
+        inputs: as given to `optimize`; None if there are none.
+        mode: whose fake tensors stand for the values.
+        calls: the calls of what runs on its own or was not traced, by module path, in order; only
+            where the model was run.
+    """
+
+    inputs: object
+    mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
+    calls: Mapping[str, Sequence[_Run]] = field(default_factory=dict)
+
+    def fake(self, value: Any) -> Any:
+        """A value with its tensors faked."""
+        known = torch._subclasses.FakeTensor
+        return tree_map_only(
+            Tensor, lambda t: t if isinstance(t, known) else self.mode.from_tensor(t), value
+        )
+
+    def values(self, program: Program) -> Values:
+        """What the values of one graph are."""
+        return Values(program, self)
+
+    def arguments(self, program: Program) -> Mapping[str, Any]:
+        """The arguments that a program is called with, by name."""
+        if not program.path:
+            return self.fake(named_inputs(program.module, self.inputs))  # type: ignore[no-any-return]
+        for call in self.calls.get(program.path, ()):
+            try:
+                bound = inspect.signature(program.module.forward).bind(*call.args, **call.kwargs)
+            except TypeError:
+                return {}
+            return bound.arguments
+        return {}
+
+
+def watched(captured: Capture, example_inputs: object) -> Examples:
+    """Run a copy of the model to see what its parts are called with.
+
+    It costs a forward and a copy of the model, for as long as that runs; the other way to make
+    `Examples` costs neither and knows the values of graphs that are the whole model only.
+
+    Raises:
+        InputError: the model does not run on them.
+    """
+    examples = Examples(example_inputs)
+    twin = copy.deepcopy(skeleton(captured.model))
+    calls: dict[str, list[_Run]] = {}
+    for path in _own_calls(captured):
+
+        def note(_: nn.Module, args: Any, kwargs: Any, result: Any, path: str = path) -> None:
+            calls.setdefault(path, []).append(_Run(*examples.fake((args, kwargs, result))))
+
+        twin.get_submodule(path).register_forward_hook(note, with_kwargs=True)
+    args, kwargs = tree_map_only(Tensor, Tensor.clone, call_arguments(example_inputs))
+    with torch.no_grad():
+        try:
+            twin(*args, **kwargs)
+        except Exception as error:
+            raise does_not_run(captured.model, error) from error
+    examples.calls = calls
+    return examples
+
+
+def _own_calls(captured: Capture) -> set[str]:
+    """Paths of the modules whose calls no graph shows: programs of their own, and the opaque."""
+    found = {program.path for program in captured.programs if program.path}
+    for program in captured.programs:
+        prefix = f"{program.path}." if program.path else ""
+        found |= {prefix + str(node.target) for node in program.graph.nodes if opaque(node)}
+    return found
+
+
+def opaque(node: fx.Node) -> bool:
+    """A module that runs code which is not torch's and could write what it likes: not here."""
+    return node.op == "call_module" and node.meta.get("owner", nn.Module) is None
+
+
+class Values(fx.Interpreter):
+    """The values of a graph as fake tensors: that costs nothing and writes nothing.
+
+    Nodes that come later are found out when they are asked for.
+    """
+
+    def __init__(self, program: Program, examples: Examples) -> None:
+        super().__init__(program.module, graph=program.graph)
+        self.examples = examples
+        self.path = program.path
+        self.env: dict[fx.Node, Any] = {}
+        if examples.inputs is None or (program.path and program.path not in examples.calls):
+            return
+        given = examples.arguments(program)
+        calls: dict[str, int] = {}
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                default = node.args[0] if node.args else None
+                self.env[node] = given.get(str(node.target), default)
+            elif opaque(node):
+                self.env[node] = self._seen(str(node.target), calls)
+            else:
+                self.of(node)
+
+    def _seen(self, target: str, calls: dict[str, int]) -> Any:
+        """What a module that was not traced gave at its next call."""
+        runs = self.examples.calls.get(f"{self.path}.{target}" if self.path else target, ())
+        count = calls[target] = calls.get(target, -1) + 1
+        return runs[count].result if count < len(runs) else UNKNOWN
+
+    def of(self, node: fx.Node) -> Any:
+        """The value of a node, tensors faked, or `UNKNOWN`."""
+        ahead = [node]
+        while ahead:
+            each = ahead[-1]
+            missing = [source for source in each.all_input_nodes if source not in self.env]
+            if each in self.env or not missing:
+                ahead.pop()
+                if each not in self.env:
+                    self.env[each] = self._evaluated(each)
+            else:
+                ahead += missing
+        return self.env[node]
+
+    def _evaluated(self, node: fx.Node) -> Any:
+        known = all(self.env[source] is not UNKNOWN for source in node.all_input_nodes)
+        if not known or node.op == "placeholder" or opaque(node):
+            return UNKNOWN
+        try:
+            with self.examples.mode, torch.no_grad():
+                return self.run_node(node)
+        except Exception:  # an operation without a fake form
+            return UNKNOWN
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a module on fake copies of its tensors: a BatchNorm in training counts its calls."""
+        module = self.fetch_attr(target)
+        tensors = (*module.named_parameters(), *module.named_buffers())
+        fakes = {name: self.examples.fake(tensor) for name, tensor in tensors}
+        return torch.func.functional_call(module, fakes, args, kwargs)
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Read a fake copy: a write to a small real tensor would be carried out."""
+        return self.examples.fake(super().get_attr(target, args, kwargs))
+
+    @property
+    def ranks(self) -> dict[fx.Node, int]:
+        """The rank of each tensor."""
+        return {node: v.dim() for node, v in self.env.items() if isinstance(v, Tensor)}

@@ -1,0 +1,1 @@
+"""From a model to graphs, and from graphs back to a module."""

@@ -1,0 +1,117 @@
+"""Traced values: in-place operators, types and lengths as a model's own code sees them.
+
+Given: `b = a; b += x; use(a)`. torch.fx's Proxy has no `__iadd__`, so Python rebinds b to a sum
+and the trace uses the old a.
+Result: `operator.iadd(a, x)` is a node, and a is written as the model writes it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.fx.proxy import Attribute
+
+from fxrep.ops.values import is_size, item_count, value_type
+from fxrep.words import words
+
+if TYPE_CHECKING:
+    from fxrep.capture.tracer import Tracer
+
+
+IN_PLACE = words("iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift")
+
+
+class Unfaithful(fx.proxy.TraceError):
+    """A trace would not do what the forward does."""
+
+
+class ParameterWrite(Unfaithful):
+    """A forward that replaces its own parameters."""
+
+
+class _InPlace:
+    """What a Proxy lacks: in-place operators, known lengths, and no silent attribute writes."""
+
+    tracer: Tracer
+    node: fx.Node
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in ("tracer", "node", "root", "attr", "_node"):
+            object.__setattr__(self, name, value)
+            return
+        node = self.node
+        raise self.tracer.refuse(
+            ParameterWrite(f"forward assigns .{name} of parameter '{node.target}'")
+            if node.op == "get_attr"
+            else Unfaithful(f"forward assigns .{name} of a tensor")
+        )
+
+    def __setitem__(self, key: object, value: object) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __delitem__(self, key: object) -> None:
+        raise self.tracer.refuse(Unfaithful("forward deletes an item of a traced value"))
+
+    def __len__(self) -> int:
+        count = item_count(self.node)
+        if count is None:
+            raise self.tracer.refuse(Unfaithful("forward takes len() of a traced value"))
+        return count
+
+
+def _in_place(name: str) -> Callable[[Any, object], Any]:
+    changed = getattr(operator, name)
+    fresh = getattr(operator, name[1:], None) or getattr(operator, name[1:] + "_")
+
+    def record(self: Any, other: object) -> Any:
+        # `n = x.shape[2]; n += 1` rebinds n: an int has no in-place operators
+        target = fresh if is_size(self.node) else changed
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return record
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"):
+    setattr(_InPlace, f"__{_name}__", _in_place(_name))
+
+for _name in ("iand", "ior", "ixor", "ilshift", "irshift"):
+    setattr(_InPlace, f"__{_name}__", _in_place(_name))
+
+
+class TracedAttribute(_InPlace, Attribute):  # type: ignore[misc]
+    """`x.shape`, `x.data`: an attribute of a traced value."""
+
+    def __getattr__(self, name: str) -> TracedAttribute:
+        return TracedAttribute(self, name)
+
+
+class TracedValue(_InPlace, fx.Proxy):  # type: ignore[misc]
+    """A traced value."""
+
+    def __getattr__(self, name: str) -> TracedAttribute:
+        return TracedAttribute(self, name)
+
+
+def is_instance(value: Any, kinds: Any) -> bool:
+    """`isinstance` as a model's own code sees it: a traced tensor is a tensor.
+
+    It stands in for the builtin by name, in the modules a model is written in. A `__class__` that
+    answers for the proxy would also be asked by torch's C++ argument parser, which then crashes.
+    """
+    if not isinstance(value, _InPlace) or isinstance(value, kinds):
+        return isinstance(value, kinds)
+    kind = value_type(value.node)
+    if kind is None:
+        raise value.tracer.refuse(Unfaithful("forward asks for the type of a traced value"))
+    if value.node.op == "placeholder":
+        value.tracer.tensors.add(str(value.node.target))
+    return issubclass(kind, kinds)
+
+
+def is_tensor(value: Any) -> bool:
+    """`torch.is_tensor` for traced values too."""
+    return is_instance(value, torch.Tensor)

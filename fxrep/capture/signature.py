@@ -1,0 +1,219 @@
+"""Arguments of a traced forward: the signature kept, baked-in arguments guarded at run time."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.graph import CodeGen
+
+from fxrep.errors import SpecializationError
+
+_LITERALS = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+@dataclass(frozen=True, eq=False)
+class Arguments:
+    """What a traced forward takes: its parameters in order, and the ones that are constants.
+
+    `specialized` maps the name of an argument to the value the graph was traced with; `required`
+    names arguments whose default (None) does not hold any more, as they were traced as tensors;
+    `tensors` names those that code asked the type of and that were taken for tensors;
+    `takes_more` says that the forward has `*args` or `**kwargs`, which the graph has not.
+    """
+
+    parameters: tuple[inspect.Parameter, ...]
+    specialized: Mapping[str, object] = field(default_factory=dict)
+    required: frozenset[str] = frozenset()
+    tensors: frozenset[str] = frozenset()
+    returns: Any = inspect.Signature.empty
+    takes_more: bool = False
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The arguments that are values of the graph."""
+        return tuple(p.name for p in self.parameters if p.name not in self.specialized)
+
+    @property
+    def are_narrowed(self) -> bool:
+        """Whether the forward takes arguments that the graph does not."""
+        return bool(self.specialized or self.required or self.tensors or self.takes_more)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The arguments that are constants because they default to None."""
+        return tuple(
+            p.name
+            for p in self.parameters
+            if p.default is None and self.specialized.get(p.name, ...) is None
+        )
+
+    def given(self, name: str) -> Arguments:
+        """The same with a value for an argument that was left out."""
+        left = {key: value for key, value in self.specialized.items() if key != name}
+        return replace(self, specialized=left, required=self.required | {name})
+
+    def omitted(self, name: str) -> Arguments:
+        """The same without an argument that was `given`."""
+        specialized = {**self.specialized, name: None}
+        return replace(self, specialized=specialized, required=self.required - {name})
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """The signature without `self`, as `inspect.signature(module.forward)` answers."""
+        return inspect.Signature(list(self.parameters), return_annotation=self.returns)
+
+    def default(self, name: str) -> Any:
+        """The declared default of an argument."""
+        return self.signature.parameters[name].default
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Arguments:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        parameters = tuple(
+            (p.name, p.kind, p.default, _picklable(p.annotation)) for p in self.parameters
+        )
+        others = (dict(self.specialized), self.required, self.tensors, _picklable(self.returns))
+        return _arguments, (parameters, *others, self.takes_more)
+
+
+def _picklable(annotation: Any) -> Any:
+    try:
+        pickle.dumps(annotation)
+    except Exception:  # an annotation with a local class is not worth losing the model for
+        return inspect.Parameter.empty
+    return annotation
+
+
+def _arguments(parameters: Any, *others: Any) -> Arguments:
+    declared = tuple(
+        inspect.Parameter(name, kind, default=default, annotation=annotation)
+        for name, kind, default, annotation in parameters
+    )
+    return Arguments(declared, *others)
+
+
+def is_literal(value: object) -> bool:
+    """Whether generated code can spell the value."""
+    if isinstance(value, tuple | list):
+        return type(value) in (tuple, list) and all(is_literal(item) for item in value)
+    return value is None or value is ... or type(value) in _LITERALS
+
+
+def is_variadic(parameter: inspect.Parameter) -> bool:
+    """Whether the parameter is `*args` or `**kwargs`."""
+    return parameter.kind in _VARIADIC
+
+
+def same_value(given: object, value: object) -> bool:
+    """Whether a caller's value is the one baked in; 1, 1.0 and True are three values."""
+    if given is value:
+        return True
+    return type(given) is type(value) and is_literal(given) and given == value
+
+
+def expect(name: str, given: object, value: object) -> None:
+    """Refuse a call whose argument differs from the value the graph was specialised to.
+
+    Raises:
+        SpecializationError: the argument is not the value baked in.
+    """
+    if isinstance(given, fx.Proxy):  # a later symbolic trace keeps the guard
+        given.tracer.create_proxy("call_function", expect, (name, given, value), {})
+        return
+    if not same_value(given, value):
+        shown = "a tensor" if isinstance(given, torch.Tensor) else repr(given)
+        raise SpecializationError(
+            f"argument '{name}' is {shown}, but this network was optimized for {name}={value!r}; "
+            f"call fxrep.optimize again with example_inputs that contain '{name}'"
+        )
+
+
+def expect_given(name: str, given: object) -> None:
+    """Refuse a call that leaves out an argument the graph was traced with.
+
+    Raises:
+        SpecializationError: the argument is None.
+    """
+    if given is None:
+        raise SpecializationError(
+            f"argument '{name}' is missing, but this network was optimized with a value for it; "
+            f"pass it, or call fxrep.optimize again with example_inputs without '{name}'"
+        )
+
+
+def expect_tensor(name: str, given: object) -> None:
+    """Refuse a call that passes something else where the forward asked for a tensor.
+
+    Raises:
+        SpecializationError: the argument is no tensor.
+    """
+    if not isinstance(given, torch.Tensor | fx.Proxy):
+        raise SpecializationError(
+            f"argument '{name}' is a {type(given).__name__}, but this network was optimized for a "
+            f"tensor; call fxrep.optimize again with example_inputs that contain '{name}'"
+        )
+
+
+class KeepSignature(CodeGen):
+    """Code generation that keeps keyword-only arguments and guards baked-in ones."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        super().__init__()
+        self.arguments = arguments
+
+    def gen_fn_def(  # noqa: D102
+        self, free_vars: list[str], maybe_return_annotation: str, **options: Any
+    ) -> str:
+        if not free_vars or free_vars[0] != "self":
+            free_vars.insert(0, "self")
+        given = dict(zip((p.name for p in self.arguments.parameters), free_vars[1:], strict=True))
+        head = ["self"]
+        star = False
+        for parameter in self.arguments.parameters:
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not star:
+                head.append("*")
+                star = True
+            head.append(given[parameter.name])
+            if parameter.default is not parameter.empty and not is_literal(parameter.default):
+                head[-1] = f"{parameter.name} = _fxrep_arguments.default({parameter.name!r})"
+            if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+                head = [entry for entry in head if entry != "/"] + ["/"]
+        lines = [f"def {self._func_name}({', '.join(head)}){maybe_return_annotation}:"]
+        for name, value in self.arguments.specialized.items():
+            spelled = (
+                repr(value) if is_literal(value) else f"_fxrep_arguments.specialized[{name!r}]"
+            )
+            lines.append(f"    _fxrep_expect({name!r}, {name}, {spelled})")
+        for name in sorted(self.arguments.required):
+            lines.append(f"    _fxrep_expect_given({name!r}, {name})")
+        for name in sorted(self.arguments.tensors):
+            lines.append(f"    _fxrep_expect_tensor({name!r}, {name})")
+        return "\n".join(lines)
+
+    def additional_globals(self) -> list[tuple[str, Any]]:  # noqa: D102
+        found: list[tuple[str, Any]] = [("_fxrep_arguments", self.arguments)]
+        if self.arguments.specialized:
+            found.append(("_fxrep_expect", expect))
+        if self.arguments.required:
+            found.append(("_fxrep_expect_given", expect_given))
+        if self.arguments.tensors:
+            found.append(("_fxrep_expect_tensor", expect_tensor))
+        return found

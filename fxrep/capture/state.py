@@ -1,0 +1,178 @@
+"""What a trial trace must not leave behind, or must not lose: state and random numbers."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+
+class Containers:
+    """The Python containers (caches) modules hold, so that tracing leaves nothing in them."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.saved: dict[int, list[tuple[Any, Any]]] = {}
+        self.owners: dict[int, nn.Module] = {}
+        plain = nn.Module().__dict__.keys()
+        for module in root.modules():
+            found: list[tuple[Any, Any]] = []
+            for name, value in module.__dict__.items():
+                if name not in plain:
+                    self._collect(value, found, 0)
+            if found:
+                self.saved[id(module)] = found
+                self.owners[id(module)] = module
+
+    def _collect(self, value: object, found: list[tuple[Any, Any]], depth: int) -> None:
+        if isinstance(value, dict | list | set | collections.deque) and depth < 4:
+            found.append((value, copy.copy(value)))
+            if not isinstance(value, set):
+                for item in value.values() if isinstance(value, dict) else value:
+                    self._collect(item, found, depth + 1)
+
+    def restore(self, root: nn.Module | None = None) -> None:
+        """Put back what `root` and the modules below it held; everything without a root."""
+        if not self.saved:
+            return
+        chosen = self.saved if root is None else {id(m) for m in root.modules()} & set(self.saved)
+        for key in chosen:
+            for container, saved in self.saved[key]:
+                if _same_items(container, saved):
+                    continue
+                container.clear()
+                if isinstance(container, dict | set):
+                    container.update(saved)
+                else:
+                    container.extend(saved)
+
+    def written(self) -> tuple[nn.Module, str] | None:
+        """A module whose containers now hold state of a call, not just a cache of constants."""
+        for key, entries in self.saved.items():
+            for container, saved in entries:
+                if _same_items(container, saved):
+                    continue
+                if not isinstance(container, dict) or not _is_cache(container, saved):
+                    kind = type(container).__name__
+                    return self.owners[key], f"forward writes into a {kind} the module keeps"
+        return None
+
+
+def _same_items(container: Any, saved: Any) -> bool:
+    if len(container) != len(saved):
+        return False
+    if isinstance(container, set):
+        return bool(container == saved)
+    if isinstance(container, dict):
+        return all(k in saved and saved[k] is v for k, v in container.items())
+    return all(a is b for a, b in zip(container, saved, strict=True))
+
+
+def _is_cache(container: dict[Any, Any], saved: dict[Any, Any]) -> bool:
+    """Only new entries, none of which depends on the forward's inputs."""
+    if any(key not in container or container[key] is not saved[key] for key in saved):
+        return False
+    values = [container[key] for key in container if key not in saved]
+    if not all(isinstance(value, fx.Proxy | torch.Tensor) for value in values):
+        return False
+    stack = [value.node for value in values if isinstance(value, fx.Proxy)]
+    seen: set[fx.Node] = set()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node._erased or node.op == "placeholder":
+            return False
+        stack.extend(node.all_input_nodes)
+    return True
+
+
+def _on_cuda() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+class DrawnNumbers:
+    """The generators of `random` and NumPy, which are the process's: what a forward drew of them.
+
+    Torch's own are watched by `fxrep.capture.modes`, call by call.
+    """
+
+    def __init__(self) -> None:
+        self.python = random.getstate()
+        numpy = sys.modules.get("numpy")
+        self.numpy = None if numpy is None else numpy.random.get_state(legacy=True)
+
+    def moved(self) -> bool:
+        """Whether numbers were drawn since, by this thread or another."""
+        now = DrawnNumbers()
+        if self.python != now.python:
+            return True
+        if self.numpy is None or now.numpy is None:
+            return False
+        return bool(self.numpy[2] != now.numpy[2] or (self.numpy[1] != now.numpy[1]).any())
+
+    def give_back(self) -> None:
+        """Set the generators to where they were."""
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+
+def is_only_thread() -> bool:
+    """Whether no other thread runs Python code."""
+    return len(sys._current_frames()) == 1
+
+
+@contextlib.contextmanager
+def unchanged_random_state(*, whoever_draws: bool = False) -> Iterator[None]:
+    """What running a model draws is given back to the user's generators.
+
+    Where other threads run it is not, unless so asked: they may have drawn numbers meanwhile, and
+    would get them a second time.
+    """
+    if not whoever_draws and not is_only_thread():
+        yield
+        return
+    drawn = DrawnNumbers()
+    devices = [torch.cuda.current_device()] if _on_cuda() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        drawn.give_back()
+
+
+def tensor_versions(root: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor, int]]:
+    """The plain tensor attributes of a tree and how often each was written."""
+    return [
+        (module, name, value, value._version)
+        for module in root.modules()
+        for name, value in module.__dict__.items()
+        if isinstance(value, torch.Tensor) and not value.is_inference()
+    ]
+
+
+def written_tensor(
+    versions: list[tuple[nn.Module, str, torch.Tensor, int]],
+) -> tuple[nn.Module, str] | None:
+    """A module that wrote into one of them, and why that matters."""
+    for module, name, tensor, version in versions:
+        if tensor._version != version:
+            return module, f"forward writes into the tensor attribute '{name}'"
+    return None
+
+
+def restore_tensors(tree: nn.Module, model: nn.Module) -> None:
+    """A trial that wrote plain tensor attributes for real: take the values from the user's."""
+    for mine, theirs in zip(tree.modules(), model.modules(), strict=False):
+        for name, value in theirs.__dict__.items():
+            own = mine.__dict__.get(name)
+            if isinstance(value, torch.Tensor) and isinstance(own, torch.Tensor) and own._version:
+                mine.__dict__[name] = value.detach().clone()

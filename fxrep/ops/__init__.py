@@ -1,0 +1,1 @@
+"""What torch's operators are, and whose code a call runs."""

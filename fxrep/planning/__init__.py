@@ -1,0 +1,1 @@
+"""From a root to the plan that replaces what leads to it; nothing is changed here."""

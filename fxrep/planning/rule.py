@@ -1,0 +1,74 @@
+"""What a pass is: a name, and a function that answers for one node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from fxrep.algebra.maps import Diagonal
+from fxrep.algebra.recipe import Call
+from fxrep.planning.cost import CostModel
+from fxrep.planning.plan import Plan
+from fxrep.reading.view import Affine, View
+from fxrep.refusal import Refusal
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """``node`` depends on the model's tensors alone and has this value."""
+
+    node: fx.Node
+    value: Any
+    expr: Call
+
+
+@dataclass(frozen=True, eq=False)
+class Joint:
+    """Plans that pay only together, after which nobody reads `node` any more."""
+
+    node: fx.Node
+    plans: tuple[Plan, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Drop:
+    """Nobody reads `node`, and it does nothing else."""
+
+    node: fx.Node
+    kind: str
+
+
+Answer = Plan | Fold | Joint | Drop | Refusal | None
+"""A replacement, why there is none although the structure is there, or nothing of the kind."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One kind of rewrite.
+
+    Attributes:
+        name: how reports and ``optimize(passes=...)`` name it.
+        propose: answers for one node of a graph; it never changes the graph.
+    """
+
+    name: str
+    propose: Callable[[View, fx.Node, CostModel], Answer]
+
+
+# How many scales and shifts after an operation are looked through: a BatchNorm, some coefficients.
+_LONGEST_TAIL = 16
+
+
+def tail(view: View, node: fx.Node) -> Affine | None:
+    """The last operation at or above `node` that is more than a scale or shift of channels."""
+    for _ in range(_LONGEST_TAIL):
+        reading = view.read(node)
+        if not isinstance(reading, Affine):
+            return None
+        if len(reading.terms) > 1 or not isinstance(reading.terms[0].map, Diagonal):
+            return reading
+        node = reading.terms[0].operand
+    return None

@@ -1,0 +1,253 @@
+"""Operations that a per-channel map or a 1x1 convolution may be moved over.
+
+Given: a spatial operation R that treats every channel alike and gives constant images back as
+they are (every resize, average pooling over real values only), and a pointwise map W.
+
+Result: ``W(R(x)) + b = R(W(x) + b)``; with max pooling only for positive scales without mixing,
+with a pixel shuffle after repeating each scale for all the channels its output is made of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxrep.algebra.maps import Axis
+from fxrep.ops.owner import known_class
+from fxrep.reading.layers import as_tuple
+from fxrep.reading.view import View, arguments
+
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Mover:
+    """A call that pointwise maps move over.
+
+    Attributes:
+        node: the call.
+        source: the value it works on.
+        spatial: how many spatial axes it has.
+        shrinks: it gives fewer positions than it reads: run a 1x1 after it.
+        orders: it keeps the order of values only: positive scales, one per channel.
+        spread: channels it reads for each one it gives: per-channel maps only.
+        axes: windows it reads, where it has such.
+        factors: how much larger its result is, per axis, where that is known.
+    """
+
+    node: fx.Node
+    source: fx.Node
+    spatial: int
+    shrinks: bool = False
+    orders: bool = False
+    spread: int = 1
+    axes: tuple[Axis, ...] = ()
+    factors: tuple[float, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The operation's name, as reports show it."""
+        target = self.node.meta.get("owner") or self.node.target
+        return str(getattr(target, "__name__", target))
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a map that mixes channels moves over it."""
+        return not self.orders and self.spread == 1
+
+    def below(self, sizes: Sizes) -> Sizes:
+        """Positions it reads for so many it gives; at the least, where that is not known."""
+        if self.axes:
+            return tuple(a.needed(n) for a, n in zip(self.axes, sizes, strict=True))
+        if self.factors:
+            return tuple(math.ceil(n / f) for n, f in zip(sizes, self.factors, strict=True))
+        if self.shrinks:  # a mean over all there is: of more than one, or it is none
+            return tuple(2 * n for n in sizes)
+        return sizes
+
+
+def mover(view: View, node: fx.Node) -> Mover | None:
+    """The node as something to move over, or None."""
+    if node.op == "call_module":
+        module = view.submodule(str(node.target))
+        base = known_class(node, module, _MODULES)
+        if base is None or len(node.args) != 1 or node.kwargs:
+            return None
+        read, names = _MODULES[base]
+        given = [node.args[0], *(getattr(module, name, None) for name in names)]
+        found = read(view, node, *given)
+    else:
+        entry = _CALLS.get(node.target) if node.op in ("call_function", "call_method") else None
+        bound = None if entry is None else arguments(entry[1], node)
+        if entry is None or bound is None:
+            return None
+        found = entry[0](view, node, **bound)
+    if found is None or node.all_input_nodes != [found.source]:
+        return None
+    return found if view.aliasing.pure(node) else None
+
+
+def _resize(
+    view: View, node: fx.Node, input: Any, size: Any = None, scale_factor: Any = None, *_: Any,
+    **__: Any,
+) -> Mover | None:  # fmt: skip
+    rank, _assumed = view.rank(node)
+    if rank is None or rank < 3:
+        return None
+    given = (
+        scale_factor if isinstance(scale_factor, (tuple, list)) else (scale_factor,) * (rank - 2)
+    )
+    known = len(given) == rank - 2 and all(isinstance(f, (int, float)) and f > 0 for f in given)
+    return Mover(node, input, rank - 2, factors=tuple(map(float, given)) if known else ())
+
+
+def _overhang(stride: int, ceil_mode: Any) -> int:
+    """How far the last window may reach beyond the padding."""
+    return stride - 1 if ceil_mode else 0
+
+
+def _max_pool(rank: int) -> Callable[..., Mover | None]:
+    def read(
+        view: View, node: fx.Node, input: Any, kernel_size: Any, stride: Any = None,
+        padding: Any = 0, dilation: Any = 1, ceil_mode: Any = False, return_indices: Any = False,
+    ) -> Mover | None:  # fmt: skip
+        kernel, pads = as_tuple(kernel_size, rank), as_tuple(padding, rank)
+        strides = kernel if stride is None or stride == [] else as_tuple(stride, rank)
+        dilations = as_tuple(dilation, rank)
+        if return_indices or None in (kernel, pads, strides, dilations):
+            return None
+        columns = zip(kernel, strides, pads, dilations, strict=True)  # type: ignore[arg-type]
+        axes = tuple(Axis(k, s, p, p + _overhang(s, ceil_mode), d) for k, s, p, d in columns)
+        return Mover(node, input, rank, orders=True, axes=axes)
+
+    return read
+
+
+def _avg_pool(rank: int) -> Callable[..., Mover | None]:
+    def read(
+        view: View, node: fx.Node, input: Any, kernel_size: Any, stride: Any = None,
+        padding: Any = 0, ceil_mode: Any = False, count_include_pad: Any = True,
+        divisor_override: Any = None,
+    ) -> Mover | None:  # fmt: skip
+        kernel, pads = as_tuple(kernel_size, rank), as_tuple(padding, rank)
+        strides = kernel if stride is None or stride == [] else as_tuple(stride, rank)
+        if kernel is None or pads is None or strides is None:
+            return None
+        if any(pads) and count_include_pad:
+            return None  # its zeros are no constant image
+        exact = divisor_override == math.prod(kernel) and not ceil_mode and not any(pads)
+        if divisor_override is not None and not exact:
+            return None
+        columns = zip(kernel, strides, pads, strict=True)
+        axes = tuple(Axis(k, s, p, p + _overhang(s, ceil_mode)) for k, s, p in columns)
+        return Mover(node, input, rank, shrinks=True, axes=axes)
+
+    return read
+
+
+def _adaptive(rank: int, orders: bool) -> Callable[..., Mover | None]:
+    def read(
+        view: View, node: fx.Node, input: Any, output_size: Any, return_indices: Any = False
+    ) -> Mover | None:
+        single = as_tuple(output_size, rank) == (1,) * rank
+        if return_indices:
+            return None
+        return Mover(node, input, rank, shrinks=single and not orders, orders=orders)
+
+    return read
+
+
+def _mean(
+    view: View, node: fx.Node, input: Any, dim: Any = None, keepdim: Any = False, dtype: Any = None
+) -> Mover | None:
+    """The mean over all positions that keeps them as axes of size one."""
+    rank, assumed = view.rank(input) if isinstance(input, fx.Node) else (None, False)
+    dims = (dim,) if isinstance(dim, int) else dim
+    if (
+        rank is None
+        or keepdim is not True
+        or dtype is not None
+        or not isinstance(dims, (tuple, list))
+    ):
+        return None
+    if not all(isinstance(d, int) for d in dims) or (assumed and any(d >= 0 for d in dims)):
+        return None
+    if sorted(d - rank if d >= 0 else d for d in dims) != list(range(2 - rank, 0)) or rank < 3:
+        return None
+    return Mover(node, input, rank - 2, shrinks=True)
+
+
+def _shuffle(view: View, node: fx.Node, input: Any, upscale_factor: Any) -> Mover | None:
+    if not isinstance(upscale_factor, int) or upscale_factor < 1:
+        return None
+    factors = (float(upscale_factor),) * 2
+    return Mover(node, input, 2, spread=upscale_factor**2, factors=factors)
+
+
+# --- spellings -----------------------------------------------------------------------------------
+
+_Reader = Callable[..., Mover | None]
+_WINDOWS = ("kernel_size", "stride", "padding")
+
+_MODULES: dict[Any, tuple[_Reader, tuple[str, ...]]] = {
+    nn.Upsample: (_resize, ("size", "scale_factor")),
+    nn.UpsamplingNearest2d: (_resize, ("size", "scale_factor")),
+    nn.UpsamplingBilinear2d: (_resize, ("size", "scale_factor")),
+    nn.PixelShuffle: (_shuffle, ("upscale_factor",)),
+    nn.AvgPool1d: (_avg_pool(1), (*_WINDOWS, "ceil_mode", "count_include_pad")),
+    **{
+        kind: (_avg_pool(n), (*_WINDOWS, "ceil_mode", "count_include_pad", "divisor_override"))
+        for n, kind in ((2, nn.AvgPool2d), (3, nn.AvgPool3d))
+    },
+    **{
+        getattr(nn, f"MaxPool{n}d"): (
+            _max_pool(n), (*_WINDOWS, "dilation", "ceil_mode", "return_indices")
+        )
+        for n in (1, 2, 3)
+    },
+    **{
+        getattr(nn, f"AdaptiveAvgPool{n}d"): (_adaptive(n, False), ("output_size",))
+        for n in (1, 2, 3)
+    },
+    **{
+        getattr(nn, f"AdaptiveMaxPool{n}d"): (
+            _adaptive(n, True), ("output_size", "return_indices")
+        )
+        for n in (1, 2, 3)
+    },
+}  # fmt: skip
+
+_MAX = (
+    "input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False"
+)
+_AVG = "input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True"
+_INTERPOLATE = (
+    "input, size=None, scale_factor=None, mode='nearest', align_corners=None, "
+    "recompute_scale_factor=None, antialias=False"
+)
+
+_CALLS: dict[Any, tuple[_Reader, str]] = {
+    F.interpolate: (_resize, _INTERPOLATE),
+    **dict.fromkeys(
+        (F.pixel_shuffle, torch.pixel_shuffle), (_shuffle, "input, upscale_factor")
+    ),
+    **dict.fromkeys((torch.mean, "mean"), (_mean, "input, dim=None, keepdim=False, dtype=None")),
+    F.avg_pool1d: (_avg_pool(1), _AVG),
+    F.avg_pool2d: (_avg_pool(2), f"{_AVG}, divisor_override=None"),
+    F.avg_pool3d: (_avg_pool(3), f"{_AVG}, divisor_override=None"),
+    **{
+        f: (_max_pool(n), _MAX)
+        for n in (1, 2, 3)
+        for f in (getattr(F, f"max_pool{n}d"), getattr(torch, f"max_pool{n}d"))
+    },
+    **{
+        getattr(F, f"adaptive_avg_pool{n}d"): (_adaptive(n, False), "input, output_size")
+        for n in (1, 2, 3)
+    },
+}  # fmt: skip

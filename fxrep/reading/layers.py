@@ -1,0 +1,555 @@
+"""Readers of layers and arithmetic: convolution, BatchNorm, sums, scales and shifts.
+
+Modules, subclasses that keep the forward, functions, methods, operators and in-place forms all end
+in the same few readers, so a rule never sees how a thing was spelt.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fxrep.algebra import weights
+from fxrep.algebra.composition import compose
+from fxrep.algebra.maps import IDENTITY, Axis, Diagonal, conv_map
+from fxrep.algebra.recipe import Call, Expr
+from fxrep.reading.view import (
+    Affine,
+    Constant,
+    ModuleReader,
+    Reading,
+    Spelling,
+    Term,
+    View,
+    number,
+)  # fmt: skip
+from fxrep.refusal import Refusal
+
+
+def _flatten(value: Tensor) -> Tensor:
+    value = value.double()  # an integer constant too: 1/3 is not a float32
+    return value.reshape(()) if value.numel() == 1 else value.reshape(-1)
+
+
+def _reciprocal(value: Tensor) -> Tensor:
+    return value.reciprocal()
+
+
+def _negative(value: Tensor) -> Tensor:
+    return -value
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return a * b
+
+
+# --- readers: what remains when the spelling is gone ---------------------------------------
+
+
+def _convolution(
+    view: View,
+    node: fx.Node,
+    source: Any,
+    weight: Constant | None,
+    bias: Constant | None,
+    *,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    output_padding: Any = 0,
+    transposed: bool = False,
+    padding_mode: str = "zeros",
+    rank: int,
+) -> Reading:
+    """``conv(source)``: weight (O, I/g, *k), or (I, O/g, *k) transposed."""
+    if not isinstance(source, fx.Node) or weight is None:
+        return None
+    value = weight.value
+    assert isinstance(value, Tensor)
+    if not value.is_floating_point() or type(value) not in _PLAIN_TENSORS:
+        return Refusal(f"its weight is a {type(value).__name__} of dtype {value.dtype}")
+    spatial, kernel = rank, value.shape[2:]
+    axes = []
+    strides, dilations = as_tuple(stride, spatial), as_tuple(dilation, spatial)
+    extra = as_tuple(output_padding, spatial)
+    if strides is None or dilations is None or extra is None or len(kernel) != spatial:
+        return None
+    for i, k in enumerate(kernel):
+        if padding == "same":
+            total = dilations[i] * (k - 1)
+            low, high = total // 2, total - total // 2
+        else:
+            sizes = as_tuple(0 if padding == "valid" else padding, spatial)
+            if sizes is None:
+                return None
+            low, high = sizes[i], sizes[i] - extra[i]
+        axes.append(Axis(k, strides[i], low, high, dilations[i]))
+    shape = conv_map(
+        outputs=value.shape[1] * groups if transposed else value.shape[0],
+        inputs=value.shape[0] if transposed else value.shape[1] * groups,
+        groups=groups,
+        axes=axes,
+        transposed=transposed,
+        padding_mode=padding_mode,
+    )
+    expr = Call(weights.from_convolution, (weight.expr, groups, transposed))
+    kind = f"conv_transpose{rank}d" if transposed else f"conv{rank}d" if rank else "linear"
+    term = Term(source, shape, expr)
+    return Affine(
+        kind, (term,), None if bias is None else bias.expr, weight=value, owner=weight.owner
+    )
+
+
+def _batchnorm(
+    view: View,
+    node: fx.Node,
+    source: Any,
+    mean: Constant | None,
+    variance: Constant | None,
+    weight: Constant | None,
+    bias: Constant | None,
+    eps: Any,
+    axis: int | None = None,
+    kind: str = "batch_norm",
+) -> Reading:
+    """``(source - mean) / sqrt(variance + eps) * weight + bias``, statistics (C,)."""
+    if not isinstance(source, fx.Node):
+        return None
+    if mean is None or variance is None:
+        return Refusal("BatchNorm uses batch statistics: it keeps no running ones")
+    if not isinstance(eps, (int, float)):
+        return None
+    relies: tuple[fx.Node, ...] = ()
+    if axis is None:
+        # It normalises dimension 1, which is the channels' only at the expected rank.
+        rank, assumed = view.rank(source)
+        if rank is None:
+            return Refusal(
+                "BatchNorm normalises dimension 1 of a value of unknown rank: pass example_inputs"
+            )
+        axis, relies = 1 - rank, ((source,) if assumed else ())
+    scale = Call(
+        weights.batchnorm_scale,
+        (variance.expr, float(eps), None if weight is None else weight.expr),
+    )
+    shift = Call(weights.batchnorm_shift, (scale, mean.expr, None if bias is None else bias.expr))
+    term = Term(source, Diagonal(mean.shape[0], axis), scale)
+    return Affine(kind, (term,), shift, relies)
+
+
+def _scaled(view: View, node: fx.Node, a: Any, b: Any, *, divide: bool = False) -> Reading:
+    """``a * b`` or ``a / b`` where one is a constant."""
+    constant = view.constant(b)
+    if constant is None and not divide:
+        a, b = b, a
+        constant = view.constant(b)
+    if constant is None or not isinstance(a, fx.Node) or view.constant(a) is not None:
+        return None
+    met = _broadcast(view, a, constant)
+    if not isinstance(met, _Broadcast):
+        return met
+    weight = Call(_reciprocal, (met.expr,)) if divide else met.expr
+    term = Term(a, met.diagonal, weight)
+    kind = "div" if divide else "mul"
+    return Affine(kind, (term,), None, met.relies, met.promotes, met.diagonal.axis is None)
+
+
+def _sum(view: View, node: fx.Node, a: Any, b: Any, *, sign: int = 1, alpha: Any = 1) -> Reading:
+    """``a + sign * alpha * b``, of values and constants."""
+    if not isinstance(alpha, (int, float)):
+        return None
+    operands = ((a, 1.0), (b, float(sign * alpha)))
+    values = [x for x, _ in operands if view.constant(x) is None]
+    if not values or not all(isinstance(x, fx.Node) for x in values):
+        return None
+    met = _Broadcast(IDENTITY)
+    bias: Expr | None = None
+    for operand, factor in operands:
+        constant = view.constant(operand)
+        if constant is None or _is_zero(constant):
+            continue
+        answer = _broadcast(view, values[0], constant)
+        if not isinstance(answer, _Broadcast):
+            return answer
+        met, bias = answer, _times(answer.expr, factor)
+    terms = tuple(
+        Term(x, met.diagonal, _times(None, factor)) for x, factor in operands if x in values
+    )
+    kind = "add" if sign > 0 else "sub"
+    return Affine(kind, terms, bias, met.relies, met.promotes, met.diagonal.axis is None)
+
+
+def _is_zero(constant: Constant) -> bool:
+    """The int 0 that ``sum([...])`` starts from."""
+    return isinstance(constant.value, float) and constant.value == 0
+
+
+def _times(expr: Expr | None, factor: float) -> Expr | None:
+    """``factor * expr``, where None stands for one."""
+    if factor == 1:
+        return expr
+    scale = Call(number, (factor,))
+    return scale if expr is None else Call(_product, (expr, scale))
+
+
+@dataclass(frozen=True)
+class _Broadcast:
+    diagonal: Diagonal
+    expr: Expr | None = None
+    relies: tuple[fx.Node, ...] = ()
+    promotes: tuple[torch.dtype, ...] = ()
+
+
+def _broadcast(view: View, operand: fx.Node, constant: Constant) -> _Broadcast | Refusal | None:
+    """How a constant meets a value: on one axis, without growing its rank."""
+    shape = constant.shape
+    wide = [i for i, size in enumerate(shape) if size != 1]
+    if len(wide) > 1:
+        return None  # a mask, an embedding: nothing per channel
+    relies: tuple[fx.Node, ...] = ()
+    if len(shape) > 1:
+        rank, assumed = view.rank(operand)
+        if rank is None:
+            if not isinstance(view.read(operand), Affine):
+                return None
+            return Refusal(
+                f"a constant of shape {tuple(shape)} meets a value of unknown rank: "
+                "pass example_inputs"
+            )
+        if len(shape) > rank:
+            return Refusal(f"a constant of shape {tuple(shape)} grows a value of rank {rank}")
+        # A Conv2d takes (C, H, W) too: only a constant of full rank tells the two apart.
+        if assumed and len(shape) == rank:
+            relies = (operand,)
+    dtypes: tuple[torch.dtype, ...] = ()
+    if isinstance(constant.value, Tensor):
+        if constant.value.is_complex():
+            return Refusal("a complex constant")
+        if len(shape):
+            dtypes = (constant.value.dtype,)
+    diagonal = Diagonal(shape[wide[0]], wide[0] - len(shape)) if wide else IDENTITY
+    return _Broadcast(diagonal, Call(_flatten, (constant.expr,)), relies, dtypes)
+
+
+def per_channel(view: View, node: fx.Node, value: Any, axis: int) -> Expr | None:
+    """A constant that has one value for each channel of `node`, or one for all: (C,) or ()."""
+    constant = view.constant(value)
+    met = None if constant is None else _broadcast(view, node, constant)
+    if not isinstance(met, _Broadcast) or met.diagonal.axis not in (None, axis):
+        return None
+    return met.expr
+
+
+def _identity(view: View, node: fx.Node, source: Any) -> Reading:
+    if not isinstance(source, fx.Node):
+        return None
+    return Affine("identity", (Term(source, IDENTITY),))
+
+
+# --- spellings -------------------------------------------------------------------------------
+
+
+def _read_module(view: View, node: fx.Node, module: nn.Module, base: Any, source: Any) -> Reading:
+    path = str(node.target)
+
+    def get(name: str) -> Constant | None:
+        return view.attribute(module, path, name)
+
+    if isinstance(module, nn.modules.conv._ConvNd):
+        if module.padding_mode != "zeros" and not _pads_as_it_says(module):
+            return Refusal("its padding was changed after it was made")
+        return _convolution(
+            view, node, source, get("weight"), get("bias"),
+            stride=module.stride,
+            padding=module.padding,
+            dilation=module.dilation,
+            groups=module.groups,
+            output_padding=module.output_padding,
+            transposed=module.transposed,
+            padding_mode=module.padding_mode,
+            rank=len(module.kernel_size),
+        )  # fmt: skip
+    if isinstance(module, nn.Linear):
+        return _convolution(view, node, source, get("weight"), get("bias"), rank=0)
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        if module.training:
+            return Refusal("BatchNorm is in training mode")
+        instance = isinstance(module, nn.modules.instancenorm._InstanceNorm)
+        if instance and not module.track_running_stats:
+            return None
+        return _batchnorm(
+            view, node, source, get("running_mean"), get("running_var"),
+            get("weight"), get("bias"), module.eps,
+            axis=_NORM_AXES.get(base),
+            kind="instance_norm" if instance else "batch_norm",
+        )  # fmt: skip
+    if isinstance(module, nn.modules.dropout._DropoutNd) and module.training:
+        return None
+    return _identity(view, node, source)
+
+
+def _pads_as_it_says(module: nn.modules.conv._ConvNd) -> bool:
+    """Whether what a convolution pads by, which is computed when it is made, is its padding still.
+
+    Only reflecting, replicating and circular ones read it.
+    """
+    sizes, spatial = module.padding, len(module.kernel_size)
+    if isinstance(sizes, str):
+        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        same = [size for t in reversed(totals) for size in (t // 2, t - t // 2)]
+        expected = same if sizes == "same" else [0] * 2 * spatial
+    else:
+        expected = [size for size in reversed(as_tuple(sizes, spatial) or ()) for _ in "lh"]
+    return list(module._reversed_padding_repeated_twice) == expected
+
+
+_PLAIN_TENSORS = {Tensor, nn.Parameter, nn.Buffer}
+
+MODULES: dict[Any, ModuleReader] = dict.fromkeys((
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+), _read_module)  # fmt: skip
+
+# The ranks these accept leave no choice; BatchNorm1d takes (N, C) and (N, C, L).
+_NORM_AXES: dict[Any, int] = {
+    nn.BatchNorm2d: -3, nn.BatchNorm3d: -4,
+    nn.InstanceNorm1d: -2, nn.InstanceNorm2d: -3, nn.InstanceNorm3d: -4,
+}  # fmt: skip
+
+
+def _read_conv(rank: int, transposed: bool = False) -> Callable[..., Reading]:
+    """The reader of a convolution of this rank; of rank 0, of a linear layer."""
+
+    def read(view: View, node: fx.Node, input: Any, weight: Any, bias: Any, **how: Any) -> Reading:
+        constants = view.constant(weight), view.constant(bias)
+        if bias is not None and constants[1] is None:
+            return None
+        return _convolution(view, node, input, *constants, transposed=transposed, rank=rank, **how)
+
+    return read
+
+
+def _read_batchnorm(
+    view: View, node: fx.Node, input: Any, running_mean: Any, running_var: Any,
+    weight: Any, bias: Any, training: Any, eps: Any, **_: Any,
+) -> Reading:  # fmt: skip
+    if training is not False:
+        return Refusal("BatchNorm is in training mode")
+    scale, shift = view.constant(weight), view.constant(bias)
+    if (weight is not None and scale is None) or (bias is not None and shift is None):
+        return Refusal("BatchNorm's weight or bias is computed from the input or written")
+    mean, variance = view.constant(running_mean), view.constant(running_var)
+    return _batchnorm(view, node, input, mean, variance, scale, shift, eps)
+
+
+def _read_add(view: View, node: fx.Node, input: Any, other: Any, alpha: Any = 1) -> Reading:
+    return _sum(view, node, input, other, alpha=alpha)
+
+
+def _read_sub(view: View, node: fx.Node, input: Any, other: Any, alpha: Any = 1) -> Reading:
+    return _sum(view, node, input, other, alpha=alpha, sign=-1)
+
+
+def _read_rsub(view: View, node: fx.Node, input: Any, other: Any, alpha: Any = 1) -> Reading:
+    return _sum(view, node, other, input, alpha=alpha, sign=-1)
+
+
+def _read_mul(view: View, node: fx.Node, input: Any, other: Any) -> Reading:
+    return _scaled(view, node, input, other)
+
+
+def _read_div(view: View, node: fx.Node, input: Any, other: Any, rounding_mode: Any) -> Reading:
+    return None if rounding_mode else _scaled(view, node, input, other, divide=True)
+
+
+def _read_neg(view: View, node: fx.Node, input: Any) -> Reading:
+    return _scaled(view, node, input, -1)
+
+
+def _read_dropout(view: View, node: fx.Node, input: Any, training: Any, **_: Any) -> Reading:
+    return _identity(view, node, input) if training is False else None
+
+
+def _read_contiguous(view: View, node: fx.Node, input: Any, memory_format: Any) -> Reading:
+    plain = memory_format in (None, torch.contiguous_format)
+    return _identity(view, node, input) if plain else None
+
+
+def _read_reshape_as(view: View, node: fx.Node, input: Any, other: Any) -> Reading:
+    """``scale(v.flatten(0, k)).reshape_as(v)``: the leading dimensions never mattered.
+
+    Tokens (N, L, C) meet BatchNorm1d this way; the last dimension is the channels' throughout.
+    """
+    return _unflattened(view, node, input, other)
+
+
+def _read_view(view: View, node: fx.Node, input: Any, shape: tuple[Any, ...]) -> Reading:
+    """The same as ``scale(v.reshape(-1, v.shape[-1])).view(v.shape)``."""
+    only = shape[0] if len(shape) == 1 else None
+    if not isinstance(only, fx.Node):
+        return None
+    by_attribute = only.target is getattr and only.args[1:] == ("shape",)
+    if not by_attribute and not (only.target == "size" and len(only.args) == 1):
+        return None
+    return _unflattened(view, node, input, only.args[0])
+
+
+def _unflattened(view: View, node: fx.Node, input: Any, other: Any) -> Reading:
+    shape = IDENTITY
+    relies: tuple[fx.Node, ...] = ()
+    weight: Expr | None = None
+    biases: list[Expr] = []
+    inside: list[fx.Node] = []
+    value = input
+    while isinstance(value, fx.Node) and len(inside) < 8:
+        if any(user is not node and user not in inside for user in value.users):
+            return None
+        inside.append(value)
+        start = _flattened(view, value)
+        if start is not None:
+            if start is not other or shape.axis not in (None, -1):
+                return None
+            if view.ranks.rank(start) is None:
+                relies = (*relies, start)
+            bias = Call(weights.add_biases, tuple(biases)) if biases else None
+            term = Term(start, shape, weight)
+            return Affine("identity", (term,), bias, relies, inside=tuple(inside))
+        reading = view.read(value)
+        if not isinstance(reading, Affine) or len(reading.terms) > 1:
+            return reading if isinstance(reading, Refusal) else None
+        relies = (*relies, *reading.relies)
+        term = reading.terms[0]
+        composed = compose(shape, term.map, biased=reading.bias is not None)
+        if not isinstance(composed, Diagonal):
+            return None
+        if reading.bias is not None:
+            biases.append(Call(weights.compose_bias, (shape, weight, reading.bias)))
+        weight = Call(weights.compose, (composed, shape, term.map, weight, term.weight))
+        shape, value = composed, term.operand
+    return None
+
+
+def _flattened(view: View, node: fx.Node) -> fx.Node | None:
+    """The value whose leading dimensions, and not its last, `node` flattens."""
+    if node.target in ("reshape", "view", torch.reshape):
+        return _flattened_by_size(node)
+    if node.target not in ("flatten", torch.flatten):
+        return None
+    args = [*node.args, *(node.kwargs[k] for k in ("start_dim", "end_dim") if k in node.kwargs)]
+    if len(args) != 3 or args[1] != 0 or not isinstance(args[2], int):
+        return None
+    source = args[0]
+    assert isinstance(source, fx.Node)
+    rank, _ = view.rank(source)
+    if rank is None:
+        return None
+    end = args[2] + rank if args[2] < 0 else args[2]
+    return source if 0 <= end <= rank - 2 else None
+
+
+def _flattened_by_size(node: fx.Node) -> fx.Node | None:
+    """The value v of ``v.reshape(-1, v.shape[-1])``."""
+    source, *sizes = node.args
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+        sizes = list(sizes[0])
+    if len(sizes) != 2 or sizes[0] != -1 or not isinstance(sizes[1], fx.Node):
+        return None
+    last = sizes[1]
+    if last.target == "size":
+        return source if last.args == (source, -1) else None  # type: ignore[return-value]
+    if last.target is not operator.getitem or last.args[1] != -1:
+        return None
+    shape = last.args[0]
+    if not isinstance(shape, fx.Node) or shape.args[:1] != (source,):
+        return None
+    by_attribute = shape.target is getattr and shape.args[1] == "shape"
+    return source if by_attribute or shape.target == "size" else None  # type: ignore[return-value]
+
+
+_CONV = "input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1"
+_CONV_T = "input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1"
+_BATCH_NORM = (
+    "input, running_mean, running_var, weight=None, bias=None, training=False, "
+    "momentum=0.1, eps=1e-5"
+)
+_TORCH_BATCH_NORM = (
+    "input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled"
+)
+_ADD = Spelling(_read_add, "input, other, alpha=1")
+_SUB = Spelling(_read_sub, "input, other, alpha=1")
+_RSUB = Spelling(_read_rsub, "input, other, alpha=1")
+_MUL = Spelling(_read_mul, "input, other")
+_DIV = Spelling(_read_div, "input, other, rounding_mode=None")
+_NEG = Spelling(_read_neg, "input")
+_CONTIGUOUS = Spelling(_read_contiguous, "input, memory_format=None")
+_RESHAPE_AS = Spelling(_read_reshape_as, "input, other")
+
+FUNCTIONS: dict[Any, Spelling] = {
+    **{
+        f: Spelling(_read_conv(rank, False), _CONV)
+        for rank, fs in enumerate(
+            ((F.conv1d, torch.conv1d), (F.conv2d, torch.conv2d), (F.conv3d, torch.conv3d)), 1
+        )
+        for f in fs
+    },
+    **{
+        f: Spelling(_read_conv(rank, True), _CONV_T)
+        for rank, fs in enumerate(
+            (
+                (F.conv_transpose1d, torch.conv_transpose1d),
+                (F.conv_transpose2d, torch.conv_transpose2d),
+                (F.conv_transpose3d, torch.conv_transpose3d),
+            ),
+            1,
+        )
+        for f in fs
+    },
+    F.linear: Spelling(_read_conv(0), "input, weight, bias=None"),
+    F.batch_norm: Spelling(_read_batchnorm, _BATCH_NORM),
+    torch.batch_norm: Spelling(_read_batchnorm, _TORCH_BATCH_NORM),
+    **dict.fromkeys((operator.add, operator.iadd, torch.add), _ADD),
+    **dict.fromkeys((operator.sub, operator.isub, torch.sub, torch.subtract), _SUB),
+    torch.rsub: _RSUB,
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul, torch.multiply), _MUL),
+    **dict.fromkeys(
+        (operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide), _DIV
+    ),
+    **dict.fromkeys((operator.neg, torch.neg, torch.negative), _NEG),
+    **dict.fromkeys(
+        (F.dropout, F.dropout2d, F.dropout3d),
+        Spelling(_read_dropout, "input, p=0.5, training=True, inplace=False"),
+    ),
+}
+
+METHODS: dict[str, Spelling] = {
+    **dict.fromkeys(("add", "add_", "__add__", "__radd__", "__iadd__"), _ADD),
+    **dict.fromkeys(("sub", "sub_", "subtract", "subtract_", "__sub__"), _SUB),
+    "__rsub__": _RSUB,
+    **dict.fromkeys(("mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__"), _MUL),
+    **dict.fromkeys(("div", "div_", "divide", "divide_", "true_divide", "__truediv__"), _DIV),
+    **dict.fromkeys(("neg", "neg_", "negative"), _NEG),
+    "contiguous": _CONTIGUOUS,
+    **dict.fromkeys(("reshape_as", "view_as"), _RESHAPE_AS),
+    **dict.fromkeys(("view", "reshape"), Spelling(_read_view, "input, *shape")),
+}
+
+
+def as_tuple(value: Any, length: int) -> tuple[int, ...] | None:
+    """An int or a sequence of ints as a tuple of `length`; None if it is not known."""
+    if isinstance(value, int):
+        return (value,) * length
+    if isinstance(value, Sequence) and all(isinstance(v, int) for v in value):
+        if len(value) == 1:
+            return tuple(value) * length
+        return tuple(value) if len(value) == length else None
+    return None

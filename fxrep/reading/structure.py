@@ -1,0 +1,484 @@
+"""Readers of structure: concatenations, slices, splits, paddings, average pooling, unshuffling.
+
+Each is an affine convolution map of its operands that computes nothing or next to nothing: it
+picks, places or averages. What treats every channel alike is a map without a band; what moves
+channels needs to know how many there are (`fxrep.analysis.channels`) and which axis they are on.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fxrep.algebra import weights
+from fxrep.algebra.maps import (
+    IDENTITY,
+    POINT,
+    Axis,
+    Band,
+    Map,
+    channel_map,
+    placement_band,
+    selection_band,
+)
+from fxrep.algebra.recipe import Call, Expr
+from fxrep.reading.layers import as_tuple, per_channel
+from fxrep.reading.view import (
+    Affine,
+    ModuleReader,
+    Reading,
+    Spelling,
+    Term,
+    View,
+    number,
+)  # fmt: skip
+from fxrep.refusal import Refusal
+
+
+def _place(view: View, node: fx.Node, dim: int) -> tuple[int, tuple[fx.Node, ...]] | Refusal:
+    """A dimension of a value counted from the last, and the values whose rank that assumes."""
+    if dim < 0:
+        return dim, ()
+    rank, assumed = view.rank(node)
+    if rank is None:
+        return Refusal(f"dimension {dim} of a value of unknown rank: pass example_inputs", "cat")
+    return dim - rank, ((node,) if assumed else ())
+
+
+def _points(axis: int) -> tuple[Axis, ...]:
+    """The spatial axes behind a channel axis, untouched."""
+    return (POINT,) * (-axis - 1)
+
+
+# --- concatenation, slices, splits ---------------------------------------------------------------
+
+
+def _read_cat(view: View, node: fx.Node, tensors: Any, dim: Any = 0) -> Reading:
+    if not isinstance(tensors, (tuple, list)) or not isinstance(dim, int) or not tensors:
+        return None
+    operands = list(tensors)
+    if not all(isinstance(each, fx.Node) for each in operands) or dim == 0:
+        return None
+    placed = _place(view, operands[0], dim)
+    if isinstance(placed, Refusal):
+        return placed
+    axis, relies = placed
+    counts = [view.channels.of(each, axis) for each in operands]
+    if not all(counts):
+        return Refusal("the channels of what it concatenates are not known", "cat")
+    sizes = [count for count in counts if count is not None]
+    total, first, terms = sum(sizes), 0, []
+    for operand, size in zip(operands, sizes, strict=True):
+        band = placement_band(first, size, total)
+        terms.append(Term(operand, Map(_points(axis), band)))
+        first += size
+    return Affine("cat", tuple(terms), relies=relies, proves=False)
+
+
+def _read_item(view: View, node: fx.Node, a: Any, b: Any) -> Reading:
+    if not isinstance(a, fx.Node):
+        return None
+    if isinstance(b, int) and not isinstance(b, bool):
+        return _part(view, a, b)
+    entries = list(b) if isinstance(b, tuple) else [b]
+    if entries.count(Ellipsis) > 1 or not entries:
+        return None
+    rank, assumed = view.rank(a)
+    if Ellipsis in entries:
+        here = entries.index(Ellipsis)
+        after = len(entries) - here - 1
+        places = [*range(here), *range(-after, 0)]
+        entries = entries[:here] + entries[here + 1 :]
+    else:
+        places = list(range(len(entries)))
+    cuts: dict[int, Any] = {}
+    relies: tuple[fx.Node, ...] = ()
+    for place, entry in zip(places, entries, strict=True):
+        if isinstance(entry, slice) and entry == slice(None):
+            continue
+        if place >= 0:
+            if rank is None:
+                return None
+            place, relies = place - rank, ((a,) if assumed else ())
+        cuts[place] = entry
+    if not cuts:
+        return Affine("identity", (Term(a, IDENTITY),))
+    if rank is None:
+        return None
+    if set(cuts) == {1 - rank}:
+        return _pick(view, a, 1 - rank, cuts[1 - rank], relies)
+    axes = []
+    for place in range(2 - rank, 0):
+        axis = _cut(cuts.pop(place, slice(None)))
+        if axis is None:
+            return None
+        axes.append(axis)
+    if cuts:
+        return None
+    return Affine("slice", (Term(a, channel_map(axes)),), relies=relies, proves=False)
+
+
+def _cut(entry: Any) -> Axis | None:
+    """``a:-b:s`` along a spatial axis, where it means the same at every size."""
+    if not isinstance(entry, slice):
+        return None
+    start, stop = entry.start or 0, entry.stop
+    step = 1 if entry.step is None else entry.step
+    if not all(isinstance(x, int) for x in (start, step)) or start < 0 or step < 1:
+        return None
+    if stop is not None and (not isinstance(stop, int) or stop >= 0):
+        return None
+    return Axis(1, step, -start, stop or 0)
+
+
+def _pick(
+    view: View, source: fx.Node, axis: int, entry: Any, relies: tuple[fx.Node, ...]
+) -> Reading:
+    """Some channels: a slice, or an index tensor."""
+    size = view.channels.of(source, axis)
+    if size is None:
+        return None
+    if isinstance(entry, slice):
+        bounds = (entry.start, entry.stop, entry.step)
+        if not all(x is None or isinstance(x, int) for x in bounds):
+            return None
+        picked = list(range(size))[entry]
+    else:
+        constant = view.constant(entry) if isinstance(entry, fx.Node) else None
+        value = None if constant is None else constant.value
+        if constant is None or not isinstance(value, Tensor):
+            return None
+        if value.dim() != 1 or value.is_floating_point():
+            return None
+        if value.dtype == torch.bool or value.dtype == torch.uint8:
+            return None
+        view.look(constant.expr)
+        picked = [int(i) % size if -size <= i < size else -1 for i in value.tolist()]
+    if not picked or -1 in picked:
+        return None
+    shape = Map(_points(axis), selection_band(picked, size))
+    kind = "slice" if isinstance(entry, slice) else "index"
+    return Affine(kind, (Term(source, shape),), relies=relies, proves=False)
+
+
+def _read_index_select(view: View, node: fx.Node, input: Any, dim: Any, index: Any) -> Reading:
+    if not isinstance(input, fx.Node) or not isinstance(dim, int):
+        return None
+    placed = _place(view, input, dim)
+    if isinstance(placed, Refusal):
+        return placed
+    return _pick(view, input, placed[0], index, placed[1])
+
+
+def _read_narrow(
+    view: View, node: fx.Node, input: Any, dim: Any, start: Any, length: Any
+) -> Reading:
+    """``input[:, start : start + length]``; along other axes the size would have to be known."""
+    if not isinstance(input, fx.Node) or not all(isinstance(x, int) for x in (dim, start, length)):
+        return None
+    placed = _place(view, input, dim)
+    rank, _ = view.rank(input)
+    if isinstance(placed, Refusal) or rank is None or placed[0] != 1 - rank or start < 0:
+        return None
+    return _pick(view, input, placed[0], slice(start, start + length), placed[1])
+
+
+_SPLITS = {
+    spelt: name
+    for name in ("chunk", "split", "tensor_split", "split_with_sizes")
+    for spelt in (name, getattr(torch, name))
+}
+
+# What takes a value apart, and its parts: views, without effect.
+PARTS = {*_SPLITS, operator.getitem}
+
+_HOW = ("chunks", "split_size_or_sections", "split_size", "split_sizes", "indices_or_sections")
+
+
+def _part(view: View, split: fx.Node, index: int) -> Reading:
+    """One of the values that a chunk or split gives."""
+    if split.op not in ("call_method", "call_function") or split.target not in _SPLITS:
+        return None
+    source, *rest = split.args
+    kwargs = dict(split.kwargs)
+    how = rest[0] if rest else next((kwargs[name] for name in _HOW if name in kwargs), None)
+    dim = rest[1] if len(rest) > 1 else kwargs.get("dim", 0)
+    if not isinstance(source, fx.Node) or not isinstance(dim, int) or dim == 0:
+        return None
+    placed = _place(view, source, dim)
+    if isinstance(placed, Refusal):
+        return None
+    axis, relies = placed
+    size = view.channels.of(source, axis)
+    if size is None:
+        return None
+    try:  # torch's own answer: each of these rounds in its own way
+        parts = getattr(torch.empty(size, device="meta"), _SPLITS[split.target])(how)
+        lengths = [len(part) for part in parts]
+        length = lengths[index]
+    except (RuntimeError, IndexError, TypeError, ValueError):
+        return None
+    if not length:
+        return None
+    first = sum(lengths[: index % len(lengths)])
+    shape = Map(_points(axis), selection_band(range(first, first + length), size))
+    return Affine("chunk", (Term(source, shape),), relies=relies, proves=False, inside=(split,))
+
+
+# --- padding -------------------------------------------------------------------------------------
+
+
+def _read_pad(
+    view: View, node: fx.Node, input: Any, pad: Any, mode: Any = "constant", value: Any = None
+) -> Reading:
+    if not isinstance(input, fx.Node) or not isinstance(pad, (tuple, list)) or len(pad) % 2:
+        return None
+    if not all(isinstance(size, int) for size in pad):
+        return None
+    sizes = [(pad[i], pad[i + 1]) for i in range(0, len(pad), 2)][::-1]  # by axis, last one last
+    while sizes and sizes[0] == (0, 0):
+        sizes.pop(0)
+    if mode == "constant" and value not in (None, 0):
+        return _constant_pad(view, input, sizes, value)
+    rank, assumed = view.rank(input)
+    if rank is not None and len(sizes) == rank - 1 and mode == "constant":
+        return _channel_pad(view, input, sizes, (input,) if assumed else ())
+    if rank is None or len(sizes) > rank - 2:
+        return None
+    shape = channel_map(
+        [Axis(1, 1, low, high) for low, high in sizes], "zeros" if mode == "constant" else mode
+    )
+    written = [u for u in node.users if u.target is operator.setitem and u.args[0] is node]
+    if written and mode == "constant":
+        return _written_pad(view, node, input, sizes, rank, sorted(written))
+    return Affine("pad", (Term(input, shape),))
+
+
+def _channel_pad(
+    view: View, source: fx.Node, sizes: Sequence[tuple[int, int]], relies: tuple[fx.Node, ...]
+) -> Reading:
+    """Channels of zeros before and behind (the shortcuts of CIFAR ResNets)."""
+    (low, high), spatial = sizes[0], sizes[1:]
+    count = view.channels.of(source, -len(sizes))
+    if count is None or low < 0 or high < 0 or any(size != (0, 0) for size in spatial):
+        return None
+    shape = Map(_points(-len(sizes)), placement_band(low, count, low + count + high))
+    return Affine("pad", (Term(source, shape),), relies=relies, proves=False)
+
+
+def _constant_pad(
+    view: View, source: fx.Node, sizes: Sequence[tuple[int, int]], value: Any
+) -> Reading:
+    rank, _ = view.rank(source)
+    if rank is None or len(sizes) > rank - 2 or not isinstance(value, (int, float)):
+        return None
+    shape = channel_map([Axis(1, 1, low, high) for low, high in sizes], "constant")
+    if shape.padding_mode == "zeros":  # a crop
+        return Affine("pad", (Term(source, shape),))
+    return Affine("pad", (Term(source, shape),), outside=Call(number, (float(value),)))
+
+
+def _written_pad(
+    view: View, node: fx.Node, source: fx.Node, sizes: Sequence[tuple[int, int]], rank: int,
+    written: Sequence[fx.Node],
+) -> Reading:  # fmt: skip
+    """Zero padding whose border then is overwritten, side by side, with one value per channel.
+
+    DBB, ECBSR and RRRB pad with what the layer before gives for a zero input, so that the padding
+    of the merged convolution, at its own input, is zero.
+    """
+    readers = [user for user in node.users if user not in written]
+    if not readers or min(readers) < max(written):
+        return Refusal("its padding is written over after others have read it", "pad")
+    if view.aliasing.writes_between(node, max(readers), [node], dying=set(written)):
+        return Refusal("its padding is written over by more than assignments", "pad")
+    values: list[Expr] = []
+    sides = set()
+    for write in written:
+        side = _side(write.args[1], rank)
+        value = per_channel(view, node, write.args[2], -1 - len(range(2, rank)))
+        if side is None or value is None:
+            return Refusal("its padding is written over, but not with one value per channel", "pad")
+        values.append(value)
+        sides.add(side)
+    expected = {
+        (axis, which, size[which])
+        for axis, size in zip(range(-len(sizes), 0), sizes, strict=True)
+        for which in (0, 1)
+        if size[which]
+    }
+    if sides != expected or any(size < 0 for pair in sizes for size in pair):
+        return Refusal("its padding is written over, but not on exactly the padded sides", "pad")
+    first = view.value(values[0])
+    if not all(torch.equal(view.value(v).expand_as(first), first) for v in values[1:]):
+        return Refusal("its padding is written over with different values", "pad")
+    shape = channel_map([Axis(1, 1, low, high) for low, high in sizes], "constant")
+    _, assumed = view.rank(node)
+    return Affine(
+        "pad", (Term(source, shape),), outside=values[0], inside=tuple(written), settled=True,
+        relies=(source,) if assumed else (),
+    )  # fmt: skip
+
+
+def _side(key: Any, rank: int) -> tuple[int, int, int] | None:
+    """Which axis, end and width an assignment like ``y[:, :, -1:] = v`` writes."""
+    entries = list(key) if isinstance(key, tuple) else [key]
+    if entries.count(Ellipsis) > 1:
+        return None
+    if Ellipsis in entries:
+        here = entries.index(Ellipsis)
+        fill = [slice(None)] * (rank - len(entries) + 1)
+        entries = entries[:here] + fill + entries[here + 1 :]
+    cut = [(i - rank, entry) for i, entry in enumerate(entries) if entry != slice(None)]
+    if len(cut) != 1 or not isinstance(cut[0][1], slice) or cut[0][0] < 2 - rank:
+        return None
+    axis, entry = cut[0]
+    if entry.step not in (None, 1):
+        return None
+    if entry.start in (None, 0) and isinstance(entry.stop, int) and entry.stop > 0:
+        return axis, 0, entry.stop
+    if isinstance(entry.start, int) and entry.start < 0 and entry.stop is None:
+        return axis, 1, -entry.start
+    return None
+
+
+# --- average pooling -----------------------------------------------------------------------------
+
+
+def _read_avg_pool(rank: int) -> Callable[..., Reading]:
+    def read(
+        view: View, node: fx.Node, input: Any, kernel_size: Any, stride: Any = None,
+        padding: Any = 0, ceil_mode: Any = False, count_include_pad: Any = True,
+        divisor_override: Any = None,
+    ) -> Reading:  # fmt: skip
+        kernel = as_tuple(kernel_size, rank)
+        strides = kernel if stride is None or stride == [] else as_tuple(stride, rank)
+        pads = as_tuple(padding, rank)
+        if not isinstance(input, fx.Node) or kernel is None or strides is None or pads is None:
+            return None
+        if any(pads) and not count_include_pad and divisor_override is None:
+            return Refusal("average pooling divides by fewer values at the border", "avg_pool")
+        if ceil_mode and any(s > 1 for s in strides):
+            return Refusal(
+                "average pooling in ceil mode: its last window depends on the size", "avg_pool"
+            )
+        if not isinstance(divisor_override or 1, int):
+            return None
+        axes = [Axis(k, s, p, p) for k, s, p in zip(kernel, strides, pads, strict=True)]
+        weight = Call(number, (1 / (divisor_override or math.prod(kernel)),))
+        return Affine("avg_pool", (Term(input, channel_map(axes), weight),), proves=False)
+
+    return read
+
+
+def _read_adaptive_avg_pool(rank: int) -> Callable[..., Reading]:
+    """Known sizes that the output divides: windows of one size."""
+
+    def read(view: View, node: fx.Node, input: Any, output_size: Any) -> Reading:
+        outputs = as_tuple(output_size, rank)
+        if not isinstance(input, fx.Node) or outputs is None:
+            return None
+        axes = []
+        for axis, size in zip(range(-rank, 0), outputs, strict=True):
+            given = view.channels.of(input, axis)
+            if given is None or size < 1 or given % size:
+                return None
+            axes.append(Axis(given // size, given // size))
+        weight = Call(number, (1 / math.prod(axis.kernel for axis in axes),))
+        return Affine("avg_pool", (Term(input, channel_map(axes), weight),), proves=False)
+
+    return read
+
+
+# --- pixels to channels --------------------------------------------------------------------------
+
+
+def _read_unshuffle(view: View, node: fx.Node, input: Any, downscale_factor: Any) -> Reading:
+    if not isinstance(input, fx.Node) or not isinstance(downscale_factor, int):
+        return None
+    count, r = view.channels.of(input, -3), downscale_factor
+    if count is None:
+        return None
+    band = Band(torch.arange(count * r * r) // (r * r), 1, count)
+    # It raises unless r divides the size: its windows leave nothing unread.
+    shape = Map((Axis(r, r, rest=0), Axis(r, r, rest=0)), band)
+    weight = Call(weights.one_hot, (count * r * r, (r, r)))
+    return Affine("pixel_unshuffle", (Term(input, shape, weight),), proves=False)
+
+
+# --- spellings -----------------------------------------------------------------------------------
+
+
+def _module_reader(read: Callable[..., Reading], *names: str) -> ModuleReader:
+    def by_attributes(view: View, node: fx.Node, module: Any, base: Any, source: Any) -> Reading:
+        return read(view, node, source, *(getattr(module, name) for name in names))
+
+    return by_attributes
+
+
+def _pad_module(mode: str) -> ModuleReader:
+    def read(view: View, node: fx.Node, module: Any, base: Any, source: Any) -> Reading:
+        value = getattr(module, "value", None)
+        return _read_pad(view, node, source, module.padding, mode, value)
+
+    return read
+
+
+_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+
+MODULES: dict[Any, ModuleReader] = {
+    nn.AvgPool1d: _module_reader(_read_avg_pool(1), *_POOL),
+    nn.AvgPool2d: _module_reader(_read_avg_pool(2), *_POOL, "divisor_override"),
+    nn.AvgPool3d: _module_reader(_read_avg_pool(3), *_POOL, "divisor_override"),
+    nn.AdaptiveAvgPool1d: _module_reader(_read_adaptive_avg_pool(1), "output_size"),
+    nn.AdaptiveAvgPool2d: _module_reader(_read_adaptive_avg_pool(2), "output_size"),
+    nn.AdaptiveAvgPool3d: _module_reader(_read_adaptive_avg_pool(3), "output_size"),
+    nn.PixelUnshuffle: _module_reader(_read_unshuffle, "downscale_factor"),
+    **{
+        getattr(nn, f"{name}Pad{n}d"): _pad_module(mode)
+        for name, mode in (
+            ("Zero", "constant"),
+            ("Constant", "constant"),
+            ("Reflection", "reflect"),
+            ("Replication", "replicate"),
+            ("Circular", "circular"),
+        )
+        for n in (1, 2, 3)
+    },
+}
+
+_AVG_POOL_1D = "input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True"
+_AVG_POOL = f"{_AVG_POOL_1D}, divisor_override=None"
+_CAT = Spelling(_read_cat, "tensors, dim=0")
+_UNSHUFFLE = Spelling(_read_unshuffle, "input, downscale_factor")
+
+_NARROW = Spelling(_read_narrow, "input, dim, start, length")
+
+FUNCTIONS: dict[Any, Spelling] = {
+    torch.narrow: _NARROW,
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _CAT),
+    operator.getitem: Spelling(_read_item, "a, b"),
+    torch.index_select: Spelling(_read_index_select, "input, dim, index"),
+    **dict.fromkeys(
+        (F.pad, torch._C._nn.pad),  # as torch.compile spells it
+        Spelling(_read_pad, "input, pad, mode='constant', value=None"),
+    ),
+    F.avg_pool1d: Spelling(_read_avg_pool(1), _AVG_POOL_1D),
+    F.avg_pool2d: Spelling(_read_avg_pool(2), _AVG_POOL),
+    F.avg_pool3d: Spelling(_read_avg_pool(3), _AVG_POOL),
+    F.adaptive_avg_pool1d: Spelling(_read_adaptive_avg_pool(1), "input, output_size"),
+    F.adaptive_avg_pool2d: Spelling(_read_adaptive_avg_pool(2), "input, output_size"),
+    F.adaptive_avg_pool3d: Spelling(_read_adaptive_avg_pool(3), "input, output_size"),
+    **dict.fromkeys((F.pixel_unshuffle, torch.pixel_unshuffle), _UNSHUFFLE),
+}
+
+METHODS: dict[str, Spelling] = {
+    "narrow": _NARROW,
+    "index_select": Spelling(_read_index_select, "input, dim, index"),
+}

@@ -1,0 +1,185 @@
+"""What stays of a module tree: what its graphs call and read, and what code that stays can reach.
+
+Given: a model whose forward became a graph, with a BatchNormAct2d at ``bn`` of which only the
+activation is still called, at ``bn.act``.
+
+Result: a `Container` at ``bn`` that holds ``act`` and nothing else: it is no BatchNorm any more, is
+not called, and prints what it has. Of a model that keeps its class, as its forward is Python code
+or has hooks, only what was merged is taken away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxrep.capture.islands import Capture, Program
+from fxrep.capture.skeleton import named_tensors
+
+
+class Container(nn.Module):
+    """What is left of a module whose forward became part of a graph; it cannot be called.
+
+    It prints under the name of the module's class and has its plain attributes, the submodules and
+    the tensors that are still used, at their old names: ``blocks[2]`` is the child named ``2``.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def _get_name(self) -> str:
+        return self._name
+
+    def extra_repr(self) -> str:
+        """The tensors that are left of its own, by shape."""
+        own = {**self._parameters, **self._buffers}
+        return ", ".join(f"{n}={tuple(t.shape)}" for n, t in own.items() if t is not None)
+
+    def __getitem__(self, key: int | str | slice) -> Any:
+        if isinstance(key, slice):
+            return list(self._modules.values())[key]
+        if str(key) in self._modules:
+            return self._modules[str(key)]
+        numbered = all(name.isdigit() for name in self._modules)
+        if isinstance(key, str) or (numbered and key >= 0):
+            names = ", ".join(self._modules)
+            kind = KeyError if isinstance(key, str) else IndexError
+            raise kind(f"{key} was merged into another layer; there are {names}")
+        return list(self._modules.values())[key]
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[nn.Module | None]:
+        return iter(self._modules.values())
+
+    def __bool__(self) -> bool:
+        return True
+
+
+def prune(captured: Capture, retired: Mapping[str, list[str]]) -> None:
+    """Take away what nothing calls or reads.
+
+    Args:
+        captured: with its graphs rewritten; the skeleton is pruned in place.
+        retired: by a program's path, the paths below it that erased nodes called or read.
+    """
+    taken: list[tuple[nn.Module, dict[str, Any]]] = []
+    for program in captured.programs:
+        if not program.keep_modules:
+            if not program.is_root:
+                taken.append((program.module, dict(program.module.__dict__)))
+            _Pruning(program, retired.get(program.path, [])).run()
+    if taken and not _prints(captured.tree):
+        for module, attributes in taken:  # somebody prints what was merged: it stays
+            module.__dict__.update(attributes)
+
+
+@dataclass(eq=False)
+class _Pruning:
+    """The pruning of one program's module."""
+
+    program: Program
+    retired: list[str]
+    called: set[int] = field(default_factory=set)  # ids of modules
+    read: dict[int, set[str]] = field(default_factory=dict)  # names of tensors, by their owner
+    merged: set[int] = field(default_factory=set)  # ids of modules that lost something
+    left: dict[int, nn.Module | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        root = self.program.module
+        for node in self.program.graph.nodes:
+            if node.op == "call_module":
+                self.called.add(id(root.get_submodule(str(node.target))))
+            elif node.op == "get_attr":
+                owner, _, name = str(node.target).rpartition(".")
+                self.read.setdefault(id(root.get_submodule(owner)), set()).add(name)
+        for path in self.retired:
+            module = root
+            for name in path.split("."):
+                self.merged.add(id(module))
+                child = module._modules.get(name)
+                if child is None:
+                    break
+                module = child
+            else:
+                self.merged.add(id(module))
+
+    def run(self) -> None:
+        root = self.program.module
+        stays = not self.program.is_root
+        children = {
+            name: self._left(child, stays) if child is not None else None
+            for name, child in root._modules.items()
+        }
+        root._modules = {
+            name: child
+            for name, child in children.items()
+            if child is not None or root._modules[name] is None
+        }
+        gone = {path for path in self.retired if "." not in path}
+        for kind in ("_parameters", "_buffers"):
+            setattr(root, kind, {
+                name: tensor
+                for name, tensor in getattr(root, kind).items()
+                if name in self.read.get(id(root), ()) or (stays and name not in gone)
+            })  # fmt: skip
+
+    def _left(self, module: nn.Module, keep: bool) -> nn.Module | None:
+        """What stays of a module; with `keep`, all of it where nothing was merged."""
+        if id(module) in self.called:
+            return module
+        if keep and id(module) not in self.merged:
+            return module
+        if id(module) not in self.left:
+            self.left[id(module)] = self._container(module)
+        return self.left[id(module)]
+
+    def _container(self, module: nn.Module) -> nn.Module | None:
+        stays = not self.program.is_root
+        children = {}
+        for name, child in module._modules.items():
+            if child is not None:
+                found = self._left(child, stays and any(True for _ in named_tensors(child)))
+                if found is not None:
+                    children[name] = found
+        read = self.read.get(id(module), set())
+        if not children and not read:
+            return None
+        left = Container(type(module).__name__)
+        own = left.__dict__.keys() | {"forward"}
+        for name, value in vars(module).items():
+            if name not in own and (name in read or not _holds_modules(value)):
+                left.__dict__[name] = value
+        for kind in ("_parameters", "_buffers"):
+            tensors = vars(module)[kind]
+            vars(left)[kind].update({name: t for name, t in tensors.items() if name in read})
+        left._non_persistent_buffers_set = module._non_persistent_buffers_set & read
+        left._modules.update(children)
+        left.training = module.training
+        return left
+
+
+def _holds_modules(value: object, depth: int = 0) -> bool:
+    """Whether a plain attribute is, or holds, modules or tensors."""
+    if isinstance(value, nn.Module | torch.Tensor):
+        return True
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple | set) and depth < 4:
+        return any(_holds_modules(each, depth + 1) for each in value)
+    return False
+
+
+def _prints(module: nn.Module) -> bool:
+    """Whether `repr` works: a class may print what was merged."""
+    try:
+        repr(module)
+    except Exception:
+        return False
+    return True

@@ -1,0 +1,250 @@
+"""What dynamo hands to a backend, as the passes want it: a graph over a module that holds weights.
+
+Parameters and buffers arrive as inputs of the graph. Those that are registered in a module, and are
+ordinary tensors, become attributes of a module of the same structure; the rest stays an input.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.source import is_from_unspecialized_param_buffer_source
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fxrep.analysis import aliasing
+from fxrep.errors import FxrepError
+
+log = logging.getLogger("fxrep")
+
+
+class Unfoldable(FxrepError):
+    """A graph, or a set of weights, that is left to the inner compiler as it is."""
+
+
+def static_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[int, fx.Node]:
+    """The inputs that hold a registered parameter or buffer, an ordinary tensor, by position."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return {
+        i: node
+        for i, (node, value) in enumerate(zip(placeholders, inputs, strict=True))
+        if _registered(node) is not None and _is_ordinary(value)
+    }
+
+
+def lasting(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of dynamo's graph, with what has to be known of it for later rewrites.
+
+    Dynamo forgets where inputs come from as soon as it is done, and its fake tensors watch the real
+    ones: those are kept only where sizes vary.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    nodes = list(graph.nodes)
+    fakes = [node.meta.get("example_value") for node in nodes]
+    dynamic = any(map(is_symbolic, fakes))
+    for node, fake in zip(nodes, fakes, strict=True):
+        known = {key: node.meta[key] for key in ("nn_module_stack",) if key in node.meta}
+        if isinstance(fake, Tensor):
+            known["rank"] = fake.dim()
+        if node.op == "placeholder":
+            known["registered"] = _registered(node)
+        if dynamic and fake is not None:
+            known["example_value"] = fake
+        node.meta = known
+    return fx.GraphModule(gm, graph)
+
+
+def is_symbolic(value: object) -> bool:
+    """Whether a value, or its sizes, vary."""
+    if isinstance(value, FakeTensor):
+        return bool(value._has_symbolic_sizes_strides)
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _registered(node: fx.Node) -> str | None:
+    """The path of the parameter or buffer that an input holds, if a module registered it."""
+    if "registered" in node.meta:
+        path: str | None = node.meta["registered"]
+        return path
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None or not is_from_unspecialized_param_buffer_source(source):
+        return None
+    return _path(source.name)
+
+
+def _is_ordinary(value: object) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and type(value) in (Tensor, nn.Parameter, nn.Buffer)
+        and value.layout is torch.strided
+        and value.device.type != "meta"
+        and not value.is_inference()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+    )
+
+
+def statistics(gm: fx.GraphModule) -> set[fx.Node]:
+    """Running means and variances: kernels write them without leaving a trace."""
+    return {
+        source
+        for node in gm.graph.nodes
+        if normalizes(node)
+        for source in aliasing.statistics(node)
+        if source.op == "placeholder"
+    }
+
+
+def normalizes(node: fx.Node) -> bool:
+    """Whether a node calls a BatchNorm or InstanceNorm, whatever way it is spelt."""
+    name = str(getattr(node.target, "__name__", node.target))
+    return node.op == "call_function" and ("batch_norm" in name or "instance_norm" in name)
+
+
+# --- a copy to rewrite ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Copied:
+    """A copy of dynamo's graph that reads its weights as attributes of a module.
+
+    Attributes:
+        graph: the copy.
+        root: the module.
+        statics: parameters and buffers, by path: their positions among dynamo's inputs.
+        held: what dynamo's graph held itself (constants, bodies of control flow), by path.
+    """
+
+    graph: fx.Graph
+    root: nn.Module
+    statics: dict[str, int]
+    held: dict[str, Any]
+
+    @property
+    def ranks(self) -> dict[fx.Node, int]:
+        """The ranks of tensors, which dynamo guards."""
+        return {
+            node: node.meta["rank"]
+            for node in self.graph.nodes
+            if node.op != "get_attr" and "rank" in node.meta
+        }
+
+
+def copied(gm: fx.GraphModule, inputs: Sequence[Any]) -> Copied:
+    """Copy a lasting graph of dynamo's, called with `inputs`.
+
+    Raises:
+        Unfoldable: it holds what the passes do not know.
+    """
+    positions = static_inputs(gm, inputs)
+    graph, copies = fx.Graph(), {}  # type: ignore[var-annotated]
+    graph.output(graph.graph_copy(gm.graph, copies))
+    root = nn.Module()
+    held = {str(n.target): _held(gm, n) for n in gm.graph.find_nodes(op="get_attr")}
+    for path, value in held.items():
+        register(root, path, value)
+    statics: dict[str, int] = {}
+    for position, original in positions.items():
+        placeholder = copies[original]
+        if placeholder.users:
+            path = _place(root, original, inputs[position])
+            statics[path] = position
+            with graph.inserting_before(placeholder):
+                read = graph.get_attr(path)
+            read.meta = dict(placeholder.meta)
+            placeholder.replace_all_uses_with(read)
+        graph.erase_node(placeholder)
+    for node in graph.nodes:
+        _refuse(node)
+        _say_where(root, node)
+    return Copied(graph, root, statics, held)
+
+
+def _held(gm: fx.GraphModule, node: fx.Node) -> Any:
+    if "." in str(node.target):
+        raise Unfoldable(f"it reads {node.target}, which is no attribute of its own")
+    return getattr(gm, str(node.target))
+
+
+_MODES = (
+    "_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode",
+    "_exit_inference_mode", "_enter_torch_function_mode", "push_torch_function_stack",
+)  # fmt: skip
+
+
+def _refuse(node: fx.Node) -> None:
+    """Fix what dynamo left open, and refuse what the passes do not know."""
+    name = getattr(node.target, "__name__", "")
+    if node.op == "call_module":
+        raise Unfoldable(f"it calls the module {node.target}")
+    if name in _MODES:
+        raise Unfoldable(f"it switches modes inside ({name})")
+    if normalizes(node):
+        # With dynamic shapes even a module's eps is an input: its value is guarded from here on.
+        for each in node.all_input_nodes:
+            value = each.meta.get("example_value")
+            if isinstance(value, (float, torch.SymFloat)):
+                node.replace_input_with(each, float(value))  # type: ignore[arg-type]
+                if each.target == "item" and not each.users:
+                    each.graph.erase_node(each)
+
+
+def _say_where(root: nn.Module, node: fx.Node) -> None:
+    """The path of the module whose forward made a node, as `fxrep.reading.view.scope` reads it."""
+    stack = node.meta.pop("nn_module_stack", None)
+    if not stack:
+        return
+    name, kind = next(reversed(stack.values()))
+    path = _path(name)
+    if path and _module_at(root, path) is not None:
+        node.meta["nn_module_stack"] = {path: (path, kind)}
+
+
+def _path(source: str) -> str:
+    """``L['self']._modules['stem']._parameters['weight']`` -> ``stem.weight``."""
+    words: list[str] = re.findall(r"\w+", source)
+    return ".".join(word for word in words if word not in _FRAMES)
+
+
+_FRAMES = {"L", "G", "self", "_modules", "_parameters", "_buffers"}
+
+
+def _place(root: nn.Module, node: fx.Node, value: Tensor) -> str:
+    """Register a parameter or buffer under a path of its own, that of the model if it is free."""
+    path = _registered(node) or ""
+    owner, _, name = path.rpartition(".")
+    parent = _module_at(root, owner)
+    if not name or parent is None or hasattr(parent, name):
+        path, parent = f"{node.name}_", root
+    register(parent, path.rpartition(".")[2], value)
+    return path
+
+
+def _module_at(root: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path, made if there is none; None if something else is there."""
+    module = root
+    for name in path.split(".") if path else ():
+        if not hasattr(module, name):
+            module.add_module(name, nn.Module())
+        found = getattr(module, name)
+        if not isinstance(found, nn.Module):
+            return None
+        module = found
+    return module
+
+
+def register(module: nn.Module, name: str, value: Any) -> None:
+    """Keep a value on a module as what it is."""
+    if isinstance(value, nn.Parameter):
+        module._parameters[name] = value  # no hooks: this is no new home for a weight
+    elif isinstance(value, Tensor):
+        module._buffers[name] = value
+    elif isinstance(value, nn.Module):
+        module.add_module(name, value)
+    else:
+        setattr(module, name, value)
