@@ -7,7 +7,6 @@ included; of such a call nothing is known.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Container
 from typing import Any
 
@@ -66,20 +65,17 @@ def torch_class(module: nn.Module) -> type[nn.Module] | None:
         return None
     if parametrize.is_parametrized(module):
         kind = parametrize.type_before_parametrizations(module)
-    own = {
-        name
-        for name in vars(module).keys() - _INERT
-        if callable(inspect.getattr_static(kind, name, None))
-    }
     if not all(_is_torchs(kind, name) for name in _RUN):
         return None
     for index, base in enumerate(kind.__mro__):
         if base is nn.Module or not base.__module__.startswith(("torch.nn.", "torch.ao.nn.")):
             continue
         inherited = {name for parent in kind.__mro__[index:-1] for name in vars(parent)}
-        inherited.add("__getattribute__")
-        changed = own.union(*(vars(child) for child in kind.__mro__[:index])) - _INERT
-        return None if changed & inherited else base
+        inherited = (inherited | {"__getattribute__"}) - _INERT
+        if any(vars(child).keys() & inherited for child in kind.__mro__[:index]):
+            return None
+        own = vars(module).keys() & inherited
+        return None if any(callable(getattr(kind, name, None)) for name in own) else base
     return None
 
 
