@@ -60,7 +60,7 @@ def the_process() -> list[object]:
         found += [(kind, name, id(value)) for name, value in vars(kind).items()]
     for home in (sys.modules["math"], torch, F, torch.random, random):
         found += [(home, name, id(value)) for name, value in vars(home).items()]
-    return [*found, fx_trace._is_fx_tracing_flag]
+    return [*found, getattr(fx_trace, "_is_fx_tracing_flag", None)]
 
 
 def this_thread() -> tuple[object, ...]:
