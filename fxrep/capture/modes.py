@@ -7,6 +7,7 @@ and write what belongs to the model, which is the user's; both are stopped befor
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,13 @@ if TYPE_CHECKING:
 
 def contexts() -> tuple[object, ...]:
     """What surrounds an operation now, but for gradients; equal for equal surroundings."""
-    # The count of nested autocasts: one that changes nothing now may do so at another call.
-    nested = torch.autocast_increment_nesting()
-    torch.autocast_decrement_nesting()
+    # The count of nested autocasts: one that changes nothing now may do so at another call. It can
+    # only be read by changing it, there and back in one instruction: nothing comes in between.
+    _, nested = tuple(map(operator.call, _THERE_AND_BACK))
     return torch.is_inference_mode_enabled(), nested
+
+
+_THERE_AND_BACK = (torch.autocast_increment_nesting, torch.autocast_decrement_nesting)
 
 
 class _Gradients(TorchFunctionMode):
