@@ -90,9 +90,7 @@ class Tracer(fx.Tracer):
         self.watch.begin()
         result = call()
         self.create_node("output", "output", (self.create_arg(result),), {})
-        name = self.hollow.written(self.root)
-        if name is not None:
-            raise Unfaithful(f"forward sets the attribute '{name}' of a module")
+        self._expect_unchanged(self.root)
         return self.graph
 
     def expect_none_drawn(self, numbers: DrawnNumbers) -> None:
@@ -276,9 +274,7 @@ class Tracer(fx.Tracer):
             if len(self.violations) > seen:
                 raise self.violations[seen]
             self.expect_none_drawn(numbers)
-            name = self.hollow.written(m)
-            if name is not None:
-                raise Unfaithful(f"forward sets the attribute '{name}' of a module")
+            self._expect_unchanged(m)
         except Exception as error:
             del self.violations[seen:]
             self._forget(before, constants)
