@@ -10,27 +10,26 @@ its set made before it is read after it, except for its shape, and none is an ar
 the model: then every later reader goes through the result of the write, and nobody can tell that
 memory was reused.
 
-What is not known is taken to alias all its inputs; a module or function that is not torch's own is
-also taken to write them and to keep what it returns. That costs little: a value that somebody
+What is not known is taken to share the memory of its operands (`fxrep.ops.effects`). That costs
+little: a value that somebody
 writes later can still be replaced by an equal one, it only is not looked through.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxrep.ops.owner import owner
+from fxrep.ops.calls import Calls
+from fxrep.ops.effects import Effect, effect, only_looks
+from fxrep.ops.table import Memory
 from fxrep.ops.values import value_type
-from fxrep.words import words
 
 _Key = tuple[int, ...]
 
@@ -43,7 +42,7 @@ class Aliasing:
     analysed counts as fresh, and as written by whatever writes it today.
     """
 
-    _module: nn.Module = field(repr=False)
+    _calls: Calls = field(repr=False)
     _group: Mapping[fx.Node, int]
     _writes: Mapping[int, tuple[tuple[_Key, fx.Node], ...]]
     _irreplaceable: frozenset[fx.Node]
@@ -65,7 +64,9 @@ class Aliasing:
         """Whether some reader may find in `node` another value than `node` computed."""
         if node in self._group:
             return node in self._stale
-        last = max((user._sort_key for user in node.users if not _only_looks(user)), default=())
+        last = max(
+            (user._sort_key for user in node.users if not only_looks(self._calls, user)), default=()
+        )
         return self._any_write(node, node._sort_key, last)
 
     def pinned(self, node: fx.Node) -> bool:
@@ -129,73 +130,67 @@ class Aliasing:
         found = []
         for user in node.users:
             group = self._group.get(user)
-            if group is not None and node in _effect(user, self._module.get_submodule).touched:
+            if group is not None and node in effect(self._calls, user).touched:
                 found.append(group)
         return found
 
 
-def rename_written(graph: fx.Graph, module: nn.Module) -> None:
+def rename_written(graph: fx.Graph, calls: Calls) -> None:
     """Let those who read a value after an operation wrote it read the operation's result.
 
     ``y.add_(a); return y`` becomes ``z = y.add_(a); return z``: both are one tensor, and what y was
     before is no longer in the way.
     """
-    modules = dict(module.named_modules(remove_duplicate=False))
     for node in graph.nodes:
-        effect = _effect(node, modules.__getitem__)
-        written = effect.writes
-        if len(written) != 1 or effect.aliases != written or effect.reshapes or effect.outside:
+        found = effect(calls, node)
+        written = found.writes
+        if len(written) != 1 or found.aliases != written or found.reshapes or found.outside:
             continue
         source = written[0]
-        if not _returns_it(node) or not _is_tensor(source):
+        if not _returns_it(calls, node) or not _is_tensor(calls, source):
             continue
         for user in list(source.users):
             if user is not node and node < user:
                 user.replace_input_with(source, node)
 
 
-def _returns_it(node: fx.Node) -> bool:
+def _returns_it(calls: Calls, node: fx.Node) -> bool:
     """Whether an operation that writes its operand gives that very tensor back."""
-    if node.op == "call_module":
-        return True
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return (
-        name not in ("setitem", "delitem", "__setitem__", "__delitem__")
-        and "out" not in node.kwargs
-    )
+    called = calls.of(node)
+    assigns = called is not None and called.op.memory is Memory.WRITES
+    return not assigns and "out" not in node.kwargs
 
 
-def _is_tensor(node: fx.Node) -> bool:
+def _is_tensor(calls: Calls, node: fx.Node) -> bool:
     """Whether a value is certainly a tensor: ``n += 1`` of a number makes a new one."""
-    return node.op not in ("placeholder", "get_attr") and value_type(node) is torch.Tensor
+    return node.op not in ("placeholder", "get_attr") and value_type(calls, node) is torch.Tensor
 
 
-def analyse(graph: fx.Graph, module: nn.Module) -> Aliasing:
+def analyse(graph: fx.Graph, calls: Calls) -> Aliasing:
     """Find the alias sets of a graph and the writes that somebody can observe.
 
     Args:
         graph: as traced: in-place operators are nodes, with their results.
-        module: the module that the targets of the graph refer to, in eval mode.
+        calls: its calls; the module they refer to is in eval mode.
 
     Returns:
         Answers about single nodes, each in constant or logarithmic time.
     """
     nodes = list(graph.nodes)
     index = {node: i for i, node in enumerate(nodes)}
-    modules = dict(module.named_modules(remove_duplicate=False))
-    effects = [_effect(node, modules.__getitem__) for node in nodes]
+    effects = [effect(calls, node) for node in nodes]
     parent = list(range(len(nodes)))
     outside = False
-    for i, effect in enumerate(effects):
-        for other in effect.touched:
+    for i, each in enumerate(effects):
+        for other in each.touched:
             _union(parent, i, index[other])
             outside = outside or other.op in ("placeholder", "get_attr")
-    if outside and any(effect.writes for effect in effects):
-        _join_memory(nodes, parent, module)
+    if outside and any(each.writes for each in effects):
+        _join_memory(nodes, parent, calls)
     roots = [_find(parent, i) for i in range(len(nodes))]
     writes: dict[int, list[int]] = {}
-    for i, effect in enumerate(effects):
-        if effect.writes:
+    for i, each in enumerate(effects):
+        if each.writes:
             writes.setdefault(roots[i], []).append(i)
     members: dict[int, list[int]] = {root: [] for root in writes}
     for i, root in enumerate(roots):
@@ -204,31 +199,32 @@ def analyse(graph: fx.Graph, module: nn.Module) -> Aliasing:
     irreplaceable: set[fx.Node] = set()
     stale: set[fx.Node] = set()
     for root, group in members.items():
-        _judge(nodes, index, effects, group, writes[root], irreplaceable, stale)
+        _judge(calls, nodes, index, effects, group, writes[root], irreplaceable, stale)
     return Aliasing(
-        module,
+        calls,
         {node: roots[i] for i, node in enumerate(nodes)},
         {root: tuple((nodes[i]._sort_key, nodes[i]) for i in w) for root, w in writes.items()},
         frozenset(irreplaceable),
         frozenset(stale),
-        _written_attributes(nodes, effects, module),
+        _written_attributes(nodes, effects, calls),
     )
 
 
-def may_share(node: fx.Node, module: nn.Module) -> set[fx.Node]:
+def may_share(node: fx.Node, calls: Calls) -> set[fx.Node]:
     """The tensors of the model whose memory a value may share: what it reads, or is a view of."""
     seen, ahead = {node}, [node]
     for each in ahead:
-        sources = _effect(each, module.get_submodule).aliases
+        sources = effect(calls, each).aliases
         ahead.extend(source for source in sources if source not in seen)
         seen.update(sources)
     return {each for each in seen if each.op == "get_attr"}
 
 
 def _judge(
+    calls: Calls,
     nodes: list[fx.Node],
     index: dict[fx.Node, int],
-    effects: list[_Effect],
+    effects: list[Effect],
     group: list[int],
     writes: list[int],
     irreplaceable: set[fx.Node],
@@ -240,17 +236,17 @@ def _judge(
     observed: list[int] = []
     doubtful: list[int] = []
     for i in group:
-        node, effect = nodes[i], effects[i]
-        reads = [index[user] for user in node.users if not _only_looks(user)]
+        node, does = nodes[i], effects[i]
+        reads = [index[user] for user in node.users if not only_looks(calls, user)]
         last: float = max(reads, default=-1)
-        if i in is_write and (older > i or effect.reshapes):
+        if i in is_write and (older > i or does.reshapes):
             observed.append(i)
-        if effect.touched and older > i:
+        if does.touched and older > i:
             doubtful.append(i)
         following = bisect_right(writes, i)
         if following < len(writes) and writes[following] < last:
             stale.add(node)
-        if effect.outside:
+        if does.outside:
             last = math.inf
             if node.op in ("placeholder", "get_attr"):
                 irreplaceable.add(node)
@@ -261,12 +257,12 @@ def _judge(
     irreplaceable.update(nodes[i] for i in observed)
 
 
-def _join_memory(nodes: list[fx.Node], parent: list[int], module: nn.Module) -> None:
+def _join_memory(nodes: list[fx.Node], parent: list[int], calls: Calls) -> None:
     """One memory under several names: tied tensors, and a tensor passed as two arguments."""
     first: dict[object, int] = {}
     for i, node in enumerate(nodes):
         if node.op == "get_attr":
-            _union(parent, i, first.setdefault(_memory(module, str(node.target)), i))
+            _union(parent, i, first.setdefault(_memory(calls.module, str(node.target)), i))
         elif node.op == "placeholder":
             _union(parent, i, first.setdefault(None, i))
 
@@ -294,13 +290,13 @@ def _memory(module: nn.Module, path: str) -> object:
 
 
 def _written_attributes(
-    nodes: list[fx.Node], effects: list[_Effect], module: nn.Module
+    nodes: list[fx.Node], effects: list[Effect], calls: Calls
 ) -> frozenset[fx.Node]:
     """Reads of tensors that a module called in the graph may write by itself."""
     owners = [
-        module.get_submodule(str(node.target))
-        for node, effect in zip(nodes, effects, strict=True)
-        if node.op == "call_module" and effect.own_state
+        calls.submodule(str(node.target))
+        for node, does in zip(nodes, effects, strict=True)
+        if node.op == "call_module" and does.own_state
     ]
     if not owners:
         return frozenset()
@@ -315,282 +311,5 @@ def _written_attributes(
     return frozenset(
         node
         for node in nodes
-        if node.op == "get_attr" and _memory(module, str(node.target)) in tensors
+        if node.op == "get_attr" and _memory(calls.module, str(node.target)) in tensors
     )
-
-
-# --- what one node does to memory -----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Effect:
-    """What a node does to the memory of its operands.
-
-    Attributes:
-        aliases: operands whose memory the result may share.
-        writes: operands whose memory it may write.
-        outside: the result is, or may be, known to code outside the graph.
-        reshapes: it changes the shape of what it writes.
-        own_state: a module that may write its own tensors.
-    """
-
-    aliases: tuple[fx.Node, ...] = ()
-    writes: tuple[fx.Node, ...] = ()
-    outside: bool = False
-    reshapes: bool = False
-    own_state: bool = False
-
-    @property
-    def touched(self) -> tuple[fx.Node, ...]:
-        return self.aliases + self.writes if self is not _FRESH else ()
-
-
-_FRESH = _Effect()
-_OUTSIDE = _Effect(outside=True)
-
-
-def _effect(node: fx.Node, module: Callable[[str], nn.Module]) -> _Effect:
-    if node.op in ("placeholder", "get_attr"):
-        return _OUTSIDE
-    if node.op == "output":
-        return _FRESH
-    if node.op == "call_module":
-        effect = _module_effect(node, module(str(node.target)))
-    elif node.op == "call_method":
-        effect = _call_effect(node, str(node.target), known=True)
-    else:
-        effect = _function_effect(node)
-    if "out" in node.kwargs:
-        out = _nodes(node.kwargs["out"])
-        effect = _Effect((*effect.aliases, *out), (*effect.writes, *out), effect.outside, True)
-    return effect
-
-
-def _module_effect(node: fx.Node, module: nn.Module) -> _Effect:
-    inputs = tuple(node.all_input_nodes)
-    base = owner(node, module)
-    if base is None:
-        return _Effect(inputs, inputs, outside=True, own_state=True)
-    home, _, family = base.__module__.rpartition(".")
-    if home != "torch.nn.modules" or family in ("container", "transformer"):
-        return _Effect(inputs)
-    source = _first(node)
-    if family == "dropout" and not module.training:
-        return _Effect(source)
-    if getattr(module, "inplace", False) is True:
-        return _Effect(source, source)
-    own_state = module.training and family in ("batchnorm", "instancenorm")
-    if base is nn.Identity or family not in _FRESH_FAMILIES:
-        return _Effect(source)
-    return _Effect(own_state=own_state)
-
-
-def _function_effect(node: fx.Node) -> _Effect:
-    target: Any = node.target
-    name = getattr(target, "__name__", "")
-    home = getattr(target, "__module__", None) or "torch"
-    if target is getattr:
-        return _FRESH if node.args[1] in _METADATA else _Effect(_first(node))
-    if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
-        return _operator_effect(node, target)
-    if home == "_operator":
-        if name == "setitem" or name in _IN_PLACE_OPERATORS:
-            return _Effect(_first(node), _first(node))
-        return _Effect(_first(node)) if name in ("getitem", "pos") else _FRESH
-    if isinstance(target, type) or home in ("builtins", "math"):
-        return _Effect(tuple(node.all_input_nodes))
-    return _call_effect(node, name, known=_is_torch(home))
-
-
-def _operator_effect(node: fx.Node, target: torch._ops.OpOverload) -> _Effect:
-    """What an ATen operator's schema says it writes; whether it shares memory it need not say."""
-    names = [a.name for a in target._schema.arguments if a.alias_info and a.alias_info.is_write]
-    places = {argument.name: i for i, argument in enumerate(target._schema.arguments)}
-    given = [
-        node.kwargs[name] if name in node.kwargs else (node.args[places[name] : places[name] + 1])
-        for name in names
-    ]
-    return _Effect(tuple(node.all_input_nodes), _nodes(given))
-
-
-def _is_torch(home: str) -> bool:
-    return home.partition(".")[0] == "torch" and not home.startswith(("torch._ops", "torch.ops"))
-
-
-def _call_effect(node: fx.Node, name: str, *, known: bool) -> _Effect:
-    """The effect of a tensor method or function by its name."""
-    if name in _FRESH_NAMES and known:
-        inplace = argument(node, "inplace")
-        if inplace is False or inplace is None:
-            return _FRESH
-    inputs = tuple(node.all_input_nodes)
-    if not known:
-        return _Effect(inputs, inputs, outside=True)
-    source = _first(node)
-    if name in _IN_PLACE_METHODS:
-        return _Effect(source, source)
-    if name.endswith("_") and not name.endswith("__"):
-        if name == "requires_grad_":
-            return _Effect(source)
-        written = source or inputs
-        kept = inputs if name in ("set_", "swap_") else written
-        return _Effect(kept, written, reshapes=name in _RESHAPING)
-    training = argument(node, "training")
-    if name in _DROPOUTS and training is False:
-        return _Effect(source)
-    inplace = argument(node, "inplace")
-    if inplace is not False and inplace is not None:
-        return _Effect(source, source)
-    if name in ("batch_norm", "instance_norm", "embedding", "embedding_bag"):
-        return _Effect(writes=_updated(node, name))
-    if name in _METADATA_METHODS:
-        return _FRESH
-    if name in _VIEWS:
-        return _Effect(source)
-    if node.op == "call_method" and not hasattr(torch.Tensor, name):
-        return _Effect(inputs, inputs, outside=True)
-    return _Effect(inputs)
-
-
-def _updated(node: fx.Node, name: str) -> tuple[fx.Node, ...]:
-    """Running statistics and renormalised tables: operands that some functions write."""
-    if name == "batch_norm":
-        return () if argument(node, "training") is False else statistics(node)
-    if name == "instance_norm":
-        return () if argument(node, "use_input_stats") is False else statistics(node)
-    return () if argument(node, "max_norm") is None else tuple(node.all_input_nodes)
-
-
-def statistics(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The running mean and variance that a call of a normalisation is given."""
-    values = (argument(node, "running_mean"), argument(node, "running_var"))
-    return tuple(value for value in values if isinstance(value, fx.Node))
-
-
-def argument(node: fx.Node, name: str) -> Any:
-    """An argument by name, where the function has one; else its default, else None."""
-    if name in node.kwargs:
-        return node.kwargs[name]
-    if node.op != "call_function":
-        return None
-    position, default = _parameter(node.target, name)
-    return node.args[position] if 0 <= position < len(node.args) else default
-
-
-@functools.cache
-def _parameter(function: Callable[..., Any], name: str) -> tuple[int, Any]:
-    if function is torch.batch_norm and name == "training":
-        return 5, True
-    norms = (torch.batch_norm, torch.instance_norm)
-    if function in norms and name in ("running_mean", "running_var"):
-        return (3 if name == "running_mean" else 4), None
-    if function is torch.instance_norm and name == "use_input_stats":
-        return 5, True
-    if function in (torch.dropout, torch.feature_dropout, torch.alpha_dropout):
-        return (2, True) if name in ("training", "train") else (-1, None)
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):
-        return -1, None
-    for position, parameter in enumerate(parameters):
-        if parameter.name == name:
-            return position, parameter.default
-    return -1, None
-
-
-def _first(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The nodes in the first argument: the tensor that a view or an in-place operation takes."""
-    if node.args:
-        return _nodes(node.args[0])
-    for name in ("input", "self", "tensor", "tensors"):
-        if name in node.kwargs:
-            return _nodes(node.kwargs[name])
-    return tuple(node.all_input_nodes)
-
-
-def _nodes(value: Any) -> tuple[fx.Node, ...]:
-    if isinstance(value, fx.Node):
-        return (value,)
-    found: list[fx.Node] = []
-    fx.node.map_arg(value, found.append)
-    return tuple(found)
-
-
-def _only_looks(node: fx.Node) -> bool:
-    """Whether a node reads the shape, dtype or device of its operand, not its values."""
-    if node.op == "call_function":
-        return node.target is getattr and node.args[1] in _METADATA
-    return node.op == "call_method" and node.target in _METADATA_METHODS
-
-
-_METADATA = words(
-    "shape ndim dtype device layout is_cuda requires_grad is_sparse is_quantized nbytes itemsize"
-)
-
-_METADATA_METHODS = words(
-    "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex "
-    "element_size get_device is_signed"
-)
-
-_IN_PLACE_OPERATORS = words(
-    "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift iconcat "
-    "delitem"
-)
-
-_IN_PLACE_METHODS = frozenset(
-    {"__setitem__", "__delitem__", *(f"__{name}__" for name in _IN_PLACE_OPERATORS)}
-)
-
-_RESHAPING = words(
-    "squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_ resize_ resize_as_ set_ swap_ "
-    "as_strided_ rename_ share_memory_ detach_"
-)
-
-_DROPOUTS = words(
-    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout"
-)
-
-# Files of torch.nn.modules whose classes always return memory of their own.
-_FRESH_FAMILIES = words(
-    "conv linear batchnorm instancenorm normalization pooling activation upsampling padding fold "
-    "sparse rnn distance loss adaptive"
-)
-
-# Methods and functions whose result may be their first operand or a view of it.
-_VIEWS = words(
-    "view view_as reshape reshape_as flatten unflatten ravel transpose permute movedim moveaxis "
-    "swapaxes swapdims t numpy_T adjoint squeeze unsqueeze expand expand_as broadcast_to narrow "
-    "select slice diagonal unfold unbind chunk split split_with_sizes tensor_split hsplit vsplit "
-    "dsplit unsafe_chunk unsafe_split contiguous to type type_as float double half bfloat16 int "
-    "long bool cpu cuda detach real imag positive conj resolve_conj resolve_neg as_strided "
-    "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle alias __getitem__"
-)
-
-# Methods and functions that always return memory of their own.
-_FRESH_NAMES = words(
-    "add sub subtract rsub mul multiply div divide true_divide floor_divide remainder fmod pow neg "
-    "negative abs absolute exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin "
-    "cos tan tanh sinh cosh atan atan2 erf erfc sigmoid logit sign sgn round floor ceil trunc frac "
-    "relu relu6 gelu silu mish elu celu selu hardswish hardsigmoid hardtanh hardshrink softshrink "
-    "tanhshrink softplus softsign leaky_relu prelu rrelu threshold logsigmoid glu softmax "
-    "log_softmax softmin gumbel_softmax normalize clamp clip clamp_min clamp_max minimum maximum "
-    "fmin fmax lerp addcmul addcdiv where masked_fill masked_scatter eq ne lt le gt ge not_equal "
-    "logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor "
-    "isnan isinf isfinite nan_to_num sum mean prod max min amax amin argmax argmin std var "
-    "std_mean var_mean norm logsumexp cumsum cumprod topk sort argsort median any all "
-    "count_nonzero matmul mm bmm mv dot addmm addbmm baddbmm addmv outer linear bilinear conv1d "
-    "conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d "
-    "scaled_dot_product_attention cdist cat concat concatenate stack hstack vstack dstack repeat "
-    "repeat_interleave roll flip index_select gather scatter scatter_add index_add index_copy "
-    "index_fill index_put masked_select take nonzero one_hot tril triu clone zeros_like ones_like "
-    "full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty new_tensor "
-    "zeros ones full empty rand randn arange linspace eye tensor max_pool1d max_pool2d max_pool3d "
-    "max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d "
-    "avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d "
-    "adaptive_max_pool2d adaptive_max_pool3d adaptive_max_pool1d_with_indices "
-    "adaptive_max_pool2d_with_indices lp_pool1d lp_pool2d max_unpool2d layer_norm group_norm "
-    "local_response_norm rms_norm interpolate upsample upsample_nearest upsample_bilinear "
-    "grid_sample affine_grid pad constant_pad_nd _assert is_tensor tolist item __add__ __radd__ "
-    "__sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __pow__ __rpow__ __neg__ __abs__ "
-    "__matmul__ __rmatmul__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __floordiv__ __mod__"
-)

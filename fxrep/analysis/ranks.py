@@ -17,14 +17,25 @@ says so (`rely`), and the rewritten graph asserts it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from fxrep.ops.owner import owner
-from fxrep.words import words
+from fxrep.analysis.rank_rules import (
+    RULES,
+    AtLeast,
+    Broadcast,
+    Exactly,
+    Fact,
+    Parts,
+    Shifted,
+    Suggested,
+)
+from fxrep.ops.calls import Called, Calls, is_function_of, is_item
+from fxrep.ops.table import Result, Shape
+from fxrep.ops.values import size_type
 
 # Passes over what broadcasts; each settles chains of any length in graph order.
 _MOST_PASSES = 6
@@ -37,7 +48,7 @@ class Ranks:
 
     Args:
         graph: as traced.
-        module: the module its targets refer to.
+        calls: its calls.
         example_ranks: ranks seen when the model ran on an example: assumed where none is proven.
         known: ranks that are certain, of tensors.
     """
@@ -45,12 +56,12 @@ class Ranks:
     def __init__(
         self,
         graph: fx.Graph,
-        module: nn.Module,
+        calls: Calls,
         example_ranks: Mapping[fx.Node, int] | None = None,
         known: Mapping[fx.Node, int] | None = None,
     ) -> None:
         self._graph = graph
-        self._modules = dict(module.named_modules(remove_duplicate=False))
+        self._calls = calls
         self._nodes = list(graph.nodes)
         self._index = {node: i for i, node in enumerate(self._nodes)}
         self._parent = list(range(len(self._nodes)))
@@ -241,88 +252,87 @@ class Ranks:
     # reading the graph
 
     def _read(self, node: fx.Node) -> None:
-        if node.op == "call_module":
-            self._read_module(node, self._modules[str(node.target)])
-        elif node.op == "get_attr":
+        if node.op == "get_attr":
             self._read_attribute(node)
-        elif node.op == "call_method":
-            self._read_call(node, str(node.target))
-        elif node.op == "call_function":
-            self._read_function(node)
-
-    def _read_attribute(self, node: fx.Node) -> None:
-        owner, _, name = str(node.target).rpartition(".")
-        value = getattr(self._modules.get(owner), name, None)
-        if isinstance(value, torch.Tensor):
-            self._tensors.add(node)
-            self._set(node, value.dim())
-            self._masks[node] = value.dtype in (torch.bool, torch.uint8)
-
-    def _read_module(self, node: fx.Node, module: nn.Module) -> None:
-        source = _operand(node)
-        base = owner(node, module)
-        if source is None or base is None or not base.__module__.startswith(_MODULES):
-            return
-        name, family = base.__name__, base.__module__.rpartition(".")[2]
-        if family == "conv" or family in _KEEP_FAMILIES:
-            if getattr(module, "return_indices", False) or name == "MultiheadAttention":
-                return
-            self._keep(node, source)
-        if family == "conv":
-            self._convolution(source, len(module.kernel_size))  # type: ignore[arg-type]
-        elif family == "batchnorm":
-            self._at_least(source, 2)
-            for kind, rank in ((nn.BatchNorm2d, 4), (nn.BatchNorm3d, 5)):
-                if issubclass(base, kind):
-                    self._set(source, rank)
-        elif family in ("pooling", "padding", "instancenorm") and name[-2].isdigit():
-            self._at_least(source, int(name[-2]) + 1)
-        elif family == "upsampling":
-            self._resize(source, getattr(module, "mode", None))
-        elif family == "pixelshuffle":
-            self._at_least(source, 3)
-        elif family == "linear" and name == "Linear":
-            self._at_least(source, 1)
-        elif isinstance(module, nn.Flatten):
-            self._flatten(node, source, module.start_dim, module.end_dim)
-        elif isinstance(module, nn.Unflatten):
-            self._unflatten(node, source, module.unflattened_size)
-        elif isinstance(module, nn.Embedding):
-            self._shift(node, source, 1)
-
-    def _read_function(self, node: fx.Node) -> None:
-        target: Any = node.target
-        name = getattr(target, "__name__", "")
-        home = getattr(target, "__module__", None) or "torch"
-        if target is getattr:
-            self._read_getattr(node)
-        elif target is operator.getitem:
-            self._read_item(node)
-        elif target is torch._assert:
+        elif node.target is torch._assert:
             self._read_assert(node)
-        elif home in ("_operator", "math"):
-            if home == "_operator" and not self._only_numbers(node):
-                if name in _IN_PLACE_OPERATORS:
-                    self._keep_first(node)
-                elif name in ("matmul", "imatmul"):
-                    self._broadcast(node, node.all_input_nodes, least=2)
-                elif name in _BINARY_OPERATORS:
-                    self._broadcast(node, node.all_input_nodes)
-            else:
-                self._numbers.add(node)
-        elif home.partition(".")[0] == "torch":
-            self._read_call(node, name)
+        elif is_function_of(node, "_operator", "math") and self._only_numbers(node):
+            self._numbers.add(node)
+        elif is_item(node):
+            self._read_item(node)
+        else:
+            called = self._calls.of(node)
+            if called is not None:
+                self._read_call(called)
 
     def _only_numbers(self, node: fx.Node) -> bool:
         return all(source in self._numbers for source in node.all_input_nodes)
 
-    def _read_getattr(self, node: fx.Node) -> None:
-        source, name = node.args
-        assert isinstance(source, fx.Node)
-        if name in ("data", "real", "imag", "mT", "T", "H", "mH"):
-            self._keep(node, source)
-        elif name in ("shape", "ndim"):
-            self._numbers.add(node)
+    def _read_call(self, called: Called) -> None:
+        if called.op.result in (Result.SIZE, Result.NUMBER):
+            self._numbers.add(called.node)
+            return
+        shape = called.op.shape
+        if called.in_place and shape is Shape.BROADCASTS:
+            shape = Shape.KEEPS
+        rule = RULES.get(shape)
+        for fact in () if rule is None or called.arguments is None else rule(called, self):
+            self._learn(fact)
+
+    def _learn(self, fact: Fact) -> None:
+        match fact:
+            case Shifted(node, source, change):
+                self._tensors.update((node, source) if source not in self._lists else (node,))
+                self._join(node, source, change)
+            case Exactly(node, rank):
+                self._tensors.add(node)
+                self._set(node, rank)
+            case AtLeast(node, rank):
+                self._at_least(node, rank)
+            case Suggested(node, rank):
+                root, offset = self._find(self._index[node])
+                self._batched.setdefault(root, set()).add(rank - offset)
+            case Parts(node, source, change):
+                self._tensors.add(source)
+                self._lists[node] = source, change
+            case Broadcast(node, operands, least):
+                self._learn_broadcast(node, operands, least)
+
+    def _learn_broadcast(self, node: fx.Node, operands: Iterable[fx.Node], least: int) -> None:
+        tensors = [operand for operand in operands if operand not in self._numbers]
+        if not tensors:
+            return
+        self._tensors.add(node)
+        if len(tensors) == 1 and not least:
+            self._learn(Shifted(node, tensors[0]))
+            return
+        self._broadcasts.append((node, tensors, least))
+
+    # what rules may ask
+
+    def is_number(self, node: object) -> bool:
+        """Whether a value is a number or a size, and no tensor."""
+        return node in self._numbers
+
+    def size_type(self, node: fx.Node) -> type | None:
+        """Whether a value is one int of a shape or a whole `torch.Size`, if that is certain."""
+        return size_type(self._calls, node)
+
+    def proven(self, node: fx.Node) -> int | None:
+        """The rank of a value as far as the graph has been read."""
+        return self._bounds(node)[1]
+
+    def part(self, node: fx.Node) -> tuple[fx.Node, int] | None:
+        """Of a tuple of tensors: the value they are parts of, and their rank minus its own."""
+        return self._lists.get(node)
+
+    # what is no operator of its own
+
+    def _read_attribute(self, node: fx.Node) -> None:
+        value = self._calls.tensor(str(node.target))
+        if isinstance(value, torch.Tensor):
+            self._learn(Exactly(node, value.dim()))
+            self._masks[node] = value.dtype in (torch.bool, torch.uint8)
 
     def _read_assert(self, node: fx.Node) -> None:
         """`torch._assert(x.ndim == 4, ...)`: what asks for another rank raises anyway."""
@@ -331,26 +341,25 @@ class Ranks:
             return
         for rank, read in (equal.args, tuple(reversed(equal.args))):
             if isinstance(rank, int) and isinstance(read, fx.Node) and read.args:
-                by_name = read.target is getattr and read.args[1] == "ndim"
-                if by_name or read.target in ("dim", "ndimension"):
-                    source = read.args[0]
-                    if isinstance(source, fx.Node):
-                        self._set(source, rank)
+                called = self._calls.of(read)
+                if called is not None and called.op.name in ("ndim", "dim") and called.source:
+                    self._learn(Exactly(called.source, rank))
 
     def _read_item(self, node: fx.Node) -> None:
         source, key = node.args
-        assert isinstance(source, fx.Node)
+        if not isinstance(source, fx.Node):
+            return
         if source in self._numbers:
             self._numbers.add(node)
         elif source in self._lists:
             if isinstance(key, int):
-                self._shift(node, *self._lists[source])
+                self._learn(Shifted(node, *self._lists[source]))
             elif isinstance(key, slice):
                 self._lists[node] = self._lists[source]
         elif isinstance(key, tuple) or source in self._tensors:
             change = self._indexed(key if isinstance(key, tuple) else (key,))
             if change is not None:
-                self._shift(node, source, change)
+                self._learn(Shifted(node, source, change))
 
     def _indexed(self, key: tuple[Any, ...]) -> int | None:
         """How an index changes the rank; None where it cannot be told."""
@@ -374,398 +383,3 @@ class Ranks:
         if arrays and any(isinstance(entry, int) for entry in key):
             return None
         return change
-
-    def _read_call(self, node: fx.Node, name: str) -> None:
-        """A method or function of torch, by its name; what is not listed has no known rank."""
-        call = _Arguments(node)
-        if name in ("size", "dim", "numel", "ndimension", "nelement", "stride", "item"):
-            self._numbers.add(node)
-            return
-        reader = _READERS.get(name)
-        if reader is not None:
-            reader(self, node, call)
-            return
-        in_place = name.endswith("_") and not name.endswith("__")
-        plain = name[:-1] if in_place else name
-        if in_place and (plain in _BROADCASTING or plain in _KEEPING):
-            self._keep_first(node)
-        elif plain in _BROADCASTING:
-            self._broadcast(node, node.all_input_nodes)
-        elif plain in _KEEPING and not in_place:
-            self._keep_first(node)
-        elif plain in _REDUCING and not in_place:
-            self._reduce(node, call)
-
-    # what operations do to ranks
-
-    def _keep(self, node: fx.Node, source: fx.Node) -> None:
-        self._shift(node, source, 0)
-
-    def _keep_first(self, node: fx.Node) -> None:
-        source = _operand(node)
-        if source is not None:
-            self._keep(node, source)
-
-    def _shift(self, node: fx.Node, source: fx.Node, change: int) -> None:
-        self._tensors.update((node, source) if source not in self._lists else (node,))
-        self._join(node, source, change)
-
-    def _convolution(self, source: fx.Node, spatial: int) -> None:
-        self._at_least(source, spatial + 1)
-        root, offset = self._find(self._index[source])
-        self._batched.setdefault(root, set()).add(spatial + 2 - offset)
-
-    def _resize(self, source: fx.Node, mode: object) -> None:
-        rank = _RESIZES.get(str(mode))
-        if rank is None:
-            self._at_least(source, 3)
-        else:
-            self._set(source, rank)
-
-    def _broadcast(self, node: fx.Node, operands: Iterable[fx.Node], least: int = 0) -> None:
-        tensors = [operand for operand in operands if operand not in self._numbers]
-        if not tensors:
-            return
-        self._tensors.add(node)
-        if len(tensors) == 1 and not least:
-            self._keep(node, tensors[0])
-            return
-        self._broadcasts.append((node, tensors, least))
-
-    def _flatten(self, node: fx.Node, source: fx.Node, start: object, end: object) -> None:
-        self._tensors.update((node, source))
-        if not isinstance(start, int) or not isinstance(end, int):
-            return
-        if start >= 0 and end < 0:
-            # axes up to start stay, those from start to end become one
-            self._set(node, start + 1 - (end + 1))
-            self._at_least(source, max(start + 1, -end) if start or end != -1 else 0)
-        elif (start >= 0) == (end >= 0) and end > start:
-            self._at_least(source, end + 1 if end >= 0 else -start)
-            self._shift(node, source, start - end)
-
-    def _unflatten(self, node: fx.Node, source: fx.Node, sizes: object) -> None:
-        if isinstance(sizes, (tuple, list)):
-            self._shift(node, source, len(sizes) - 1)
-
-    def _reduce(self, node: fx.Node, call: _Arguments) -> None:
-        source = _operand(node)
-        dims = call.get(1, "dim", "axis")
-        keep = call.get(_KEEPDIM_AT.get(str(_name(node)), 2), "keepdim", "keepdims")
-        if source is None:
-            return
-        if keep is True and dims is not None:
-            self._keep(node, source)
-        elif keep in (None, False):
-            if dims is None:
-                if not any(name in node.kwargs for name in ("axis", "dim")) and len(node.args) < 2:
-                    self._set(node, 0)
-            elif isinstance(dims, int) and not isinstance(dims, bool):
-                self._shift(node, source, -1)
-            elif isinstance(dims, (tuple, list)) and dims:
-                self._shift(node, source, -len(dims))
-
-
-class _Arguments:
-    """Arguments of a call by position or name; methods and functions count alike."""
-
-    def __init__(self, node: fx.Node) -> None:
-        self.node = node
-
-    def get(self, position: int, *names: str, default: Any = None) -> Any:
-        for name in names:
-            if name in self.node.kwargs:
-                return self.node.kwargs[name]
-        args = self.node.args
-        return args[position] if position < len(args) else default
-
-    def rest(self, *names: str) -> Any:
-        """Sizes given as one sequence or as arguments of their own."""
-        for name in names:
-            if name in self.node.kwargs:
-                return self.node.kwargs[name]
-        sizes = self.node.args[1:]
-        return sizes[0] if len(sizes) == 1 else sizes
-
-
-def _name(node: fx.Node) -> object:
-    return node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-
-
-def _operand(node: fx.Node) -> fx.Node | None:
-    """The tensor an operation works on: its first argument."""
-    if node.args:
-        return node.args[0] if isinstance(node.args[0], fx.Node) else None
-    for name in ("input", "self", "x"):
-        value = node.kwargs.get(name)
-        if isinstance(value, fx.Node):
-            return value
-    return None
-
-
-# --- readers by name: what a call says about the rank of its result and operands -----------------
-
-_Reader = Callable[[Ranks, fx.Node, _Arguments], None]
-
-
-def _read_conv(spatial: int) -> _Reader:
-    def read(ranks: Ranks, node: fx.Node, call: _Arguments) -> None:
-        source = _operand(node)
-        if source is not None:
-            ranks._keep(node, source)
-            ranks._convolution(source, spatial)
-
-    return read
-
-
-def _read_linear(ranks: Ranks, node: fx.Node, call: _Arguments) -> None:
-    source, weight = _operand(node), call.get(1, "weight")
-    if source is not None and isinstance(weight, fx.Node) and ranks._bounds(weight) == (2, 2):
-        ranks._keep(node, source)
-
-
-def _read_pool(spatial: int) -> _Reader:
-    def read(ranks: Ranks, node: fx.Node, call: _Arguments) -> None:
-        source = _operand(node)
-        if source is not None and not node.kwargs.get("return_indices"):
-            ranks._keep(node, source)
-            ranks._at_least(source, spatial + 1)
-
-    return read
-
-
-def _read_resize(ranks: Ranks, node: fx.Node, call: _Arguments) -> None:
-    source = _operand(node)
-    if source is not None:
-        ranks._keep(node, source)
-        ranks._resize(source, call.get(3, "mode", default="nearest"))
-
-
-def _read_batchnorm(ranks: Ranks, node: fx.Node, call: _Arguments) -> None:
-    source = _operand(node)
-    if source is not None:
-        ranks._keep(node, source)
-        ranks._at_least(source, 2)
-
-
-def _read_flatten(ranks: Ranks, node: fx.Node, call: _Arguments) -> None:
-    source = _operand(node)
-    if source is not None:
-        start = call.get(1, "start_dim", default=0)
-        ranks._flatten(node, source, start, call.get(2, "end_dim", default=-1))
-
-
-def _read_unflatten(ranks: Ranks, node: fx.Node, call: _Arguments) -> None:
-    source = _operand(node)
-    if source is not None:
-        ranks._unflatten(node, source, call.get(2, "sizes"))
-
-
-def _read_sizes(*names: str, keeps_order: bool = False) -> _Reader:
-    """Sizes or dimensions, one per dimension of the result."""
-
-    def read(ranks: Ranks, node: fx.Node, call: _Arguments) -> None:
-        source = _operand(node)
-        sizes = call.rest(*names)
-        if isinstance(sizes, fx.Node):
-            if sizes not in ranks._numbers:
-                return
-            if _is_shape(sizes):  # x.view(y.shape)
-                like = sizes.args[0]
-                assert isinstance(like, fx.Node)
-                ranks._shift(node, like, 0)
-                return
-            count = 1 if _is_one_number(sizes) else 0
-        elif isinstance(sizes, int):
-            count = 1
-        elif isinstance(sizes, (tuple, list)):
-            count = len(sizes)
-        else:
-            return
-        ranks._tensors.add(node)
-        if count and not any(isinstance(size, slice) for size in _sequence(sizes)):
-            ranks._set(node, count)
-            if keeps_order and source is not None:
-                ranks._set(source, count)
-
-    return read
-
-
-def _sequence(sizes: object) -> Iterable[object]:
-    return sizes if isinstance(sizes, (tuple, list)) else (sizes,)
-
-
-def _is_shape(node: fx.Node) -> bool:
-    if node.target is getattr:
-        return str(node.args[1]) == "shape"
-    return node.target == "size" and len(node.args) == 1 and not node.kwargs
-
-
-def _is_one_number(node: fx.Node) -> bool:
-    """Whether a value is one int, not a tuple of them."""
-    if node.target is operator.getitem:
-        return isinstance(node.args[1], int)
-    if node.op == "call_method":
-        return node.target != "size" or len(node.args) > 1 or bool(node.kwargs)
-    return False
-
-
-def _read_like(ranks: Ranks, node: fx.Node, call: _Arguments) -> None:
-    other = call.get(1, "other")
-    if isinstance(other, fx.Node):
-        ranks._shift(node, other, 0)
-
-
-def _read_unsqueeze(ranks: Ranks, node: fx.Node, call: _Arguments) -> None:
-    source = _operand(node)
-    if source is not None:
-        ranks._shift(node, source, 1)
-
-
-def _read_select(ranks: Ranks, node: fx.Node, call: _Arguments) -> None:
-    source = _operand(node)
-    if source is not None:
-        ranks._shift(node, source, -1)
-
-
-def _read_cat(change: int) -> _Reader:
-    def read(ranks: Ranks, node: fx.Node, call: _Arguments) -> None:
-        tensors = call.get(0, "tensors")
-        if isinstance(tensors, fx.Node):
-            if tensors in ranks._lists:
-                source, difference = ranks._lists[tensors]
-                ranks._shift(node, source, difference + change)
-            return
-        for tensor in tensors or ():
-            if isinstance(tensor, fx.Node):
-                ranks._shift(node, tensor, change)
-
-    return read
-
-
-def _read_parts(change: int) -> _Reader:
-    """chunk, split: a list of values of the rank of the source; unbind: one less."""
-
-    def read(ranks: Ranks, node: fx.Node, call: _Arguments) -> None:
-        source = _operand(node)
-        if source is not None:
-            ranks._tensors.add(source)
-            ranks._lists[node] = source, change
-
-    return read
-
-
-def _read_matmul(ranks: Ranks, node: fx.Node, call: _Arguments) -> None:
-    ranks._broadcast(node, node.all_input_nodes, least=2)
-
-
-def _read_bmm(ranks: Ranks, node: fx.Node, call: _Arguments) -> None:
-    for each in (node, *node.all_input_nodes):
-        ranks._set(each, 3)
-
-
-def _read_transpose(ranks: Ranks, node: fx.Node, call: _Arguments) -> None:
-    source = _operand(node)
-    if source is None:
-        return
-    ranks._keep(node, source)
-    for dim in (call.get(1, "dim0"), call.get(2, "dim1")):
-        if isinstance(dim, int):
-            ranks._at_least(source, dim + 1 if dim >= 0 else -dim)
-
-
-def _read_einsum(ranks: Ranks, node: fx.Node, call: _Arguments) -> None:
-    equation, *operands = node.args
-    if not isinstance(equation, str) or "." in equation or "->" not in equation:
-        return
-    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
-        operands = list(operands[0])
-    inputs, output = equation.replace(" ", "").split("->")
-    ranks._set(node, len(output))
-    for letters, operand in zip(inputs.split(","), operands, strict=False):
-        if isinstance(operand, fx.Node):
-            ranks._set(operand, len(letters))
-
-
-_MODULES = "torch.nn.modules."
-
-# Files of torch.nn.modules whose classes return the rank they are given.
-_KEEP_FAMILIES = words(
-    "batchnorm instancenorm normalization pooling activation dropout upsampling padding linear "
-    "pixelshuffle channelshuffle"
-)
-
-_RESIZES = {"linear": 3, "bilinear": 4, "bicubic": 4, "trilinear": 5}
-
-_IN_PLACE_OPERATORS = words("iadd isub imul itruediv ifloordiv imod ipow iand ior ixor")
-
-_BINARY_OPERATORS = words(
-    "add sub mul truediv floordiv mod pow and_ or_ xor eq ne lt le gt ge neg pos abs invert"
-)
-
-_BROADCASTING = words(
-    "add sub subtract rsub mul multiply div divide true_divide floor_divide remainder fmod pow "
-    "maximum minimum fmin fmax where lerp addcmul addcdiv clamp clip clamp_min clamp_max eq ne lt "
-    "le gt ge masked_fill logical_and logical_or logical_xor bitwise_and bitwise_or atan2 "
-    "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __pow__"
-)
-
-# The result has the rank of the first operand.
-_KEEPING = words(
-    "neg negative abs absolute exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal "
-    "sin cos tan tanh sigmoid sign round floor ceil trunc frac erf relu relu6 gelu silu mish elu "
-    "celu selu hardswish hardsigmoid hardtanh hardshrink softshrink tanhshrink softplus softsign "
-    "leaky_relu prelu rrelu threshold logsigmoid glu softmax log_softmax softmin normalize dropout "
-    "dropout1d dropout2d dropout3d alpha_dropout feature_dropout nan_to_num logical_not isnan "
-    "isinf isfinite cumsum cumprod roll flip index_select repeat_interleave gather scatter "
-    "scatter_add index_add index_fill index_copy sort argsort contiguous clone detach to type "
-    "type_as float double half bfloat16 int long bool cpu cuda requires_grad_ zeros_like ones_like "
-    "full_like empty_like rand_like randn_like pad narrow t adjoint movedim moveaxis swapaxes "
-    "swapdims layer_norm group_norm local_response_norm rms_norm pixel_shuffle pixel_unshuffle "
-    "channel_shuffle native_channel_shuffle scaled_dot_product_attention tril triu masked_scatter "
-    "fill zero copy __iadd__ __isub__ __imul__ __itruediv__"
-) - {"sort"}
-
-_REDUCING = words("mean sum amax amin prod std var norm logsumexp argmax argmin all any")
-_KEEPDIM_AT = {"std": 3, "var": 3, "norm": 3}
-
-_READERS: dict[str, _Reader] = {
-    **{f"conv{n}d": _read_conv(n) for n in (1, 2, 3)},
-    **{f"conv_transpose{n}d": _read_conv(n) for n in (1, 2, 3)},
-    **{
-        f"{kind}{n}d": _read_pool(n)
-        for kind in ("max_pool", "avg_pool", "lp_pool", "adaptive_avg_pool", "adaptive_max_pool")
-        for n in (1, 2, 3)
-    },
-    "linear": _read_linear,
-    "batch_norm": _read_batchnorm,
-    "instance_norm": _read_batchnorm,
-    "interpolate": _read_resize,
-    "upsample": _read_resize,
-    "flatten": _read_flatten,
-    "unflatten": _read_unflatten,
-    "view": _read_sizes("size", "shape"),
-    "reshape": _read_sizes("shape"),
-    "expand": _read_sizes("size"),
-    "repeat": _read_sizes("repeats"),
-    "permute": _read_sizes("dims", keeps_order=True),
-    "view_as": _read_like,
-    "reshape_as": _read_like,
-    "expand_as": _read_like,
-    "unsqueeze": _read_unsqueeze,
-    "select": _read_select,
-    "cat": _read_cat(0),
-    "concat": _read_cat(0),
-    "concatenate": _read_cat(0),
-    "stack": _read_cat(1),
-    "chunk": _read_parts(0),
-    "split": _read_parts(0),
-    "split_with_sizes": _read_parts(0),
-    "tensor_split": _read_parts(0),
-    "unbind": _read_parts(-1),
-    "matmul": _read_matmul,
-    "__matmul__": _read_matmul,
-    "bmm": _read_bmm,
-    "transpose": _read_transpose,
-    "einsum": _read_einsum,
-}

@@ -11,8 +11,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
+
+from fxrep.ops.calls import kind, schemas
 
 # Operators that have an answer for None.
 _ANSWERING = frozenset({"eq", "ne", "is_", "is_not", "getitem", "setitem", "contains"})
@@ -31,8 +32,8 @@ def lacks_operand(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     if inspect.isfunction(target):  # of torch.nn.functional: None is for options
         first = next(iter(inspect.signature(target).parameters), "")
         return _has_none(args[0] if args else kwargs.get(first, 0))
-    schemas = _schemas(name)
-    return bool(schemas) and all(_lacks(schema, args, kwargs) for schema in schemas)
+    found = schemas(name)
+    return bool(found) and all(_lacks(schema, args, kwargs) for schema in found)
 
 
 def lacks_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -54,25 +55,12 @@ def _signature(function: Any) -> inspect.Signature:
     return inspect.signature(function)
 
 
-@functools.cache
-def _schemas(name: str) -> tuple[Any, ...]:
-    if name.endswith("_") and not name.endswith("__"):
-        return _schemas(name[:-1])
-    found = torch._C._jit_get_schemas_for_operator(f"aten::{name}")
-    return tuple(s for s in found if s.arguments and _kind(s.arguments[0].type) == "TensorType")
-
-
 def _lacks(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether None stands for a tensor or number in one overload."""
     given = {a.name: value for a, value in zip(schema.arguments, args, strict=False)}
     given.update(kwargs)
-    needed = {a.name for a in schema.arguments if _kind(a.type) in ("TensorType", "NumberType")}
+    needed = {a.name for a in schema.arguments if kind(a.type) in ("TensorType", "NumberType")}
     return any(_has_none(given.get(name, 0)) for name in needed)
-
-
-def _kind(declared: Any) -> str:
-    """The kind of a declared type, or of the elements of a list."""
-    return str((declared.getElementType() if declared.kind() == "ListType" else declared).kind())
 
 
 def _has_none(value: object) -> bool:

@@ -2,81 +2,105 @@
 
 from __future__ import annotations
 
-import operator
+import inspect
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
+from fxrep.ops.calls import Calls, is_function_of, is_item, is_torch, schemas
+from fxrep.ops.table import Result, Shape
 from fxrep.words import words
 
 
-def is_size(node: fx.Node) -> bool:
-    """Whether a value is an int taken from a shape, or arithmetic of such."""
-    if node.op == "call_method":
-        return node.target in ("size", "dim", "numel", "nelement", "ndimension")
-    if node.op != "call_function":
-        return False
-    if node.target is getattr:
-        return node.args[1] in ("shape", "ndim")
-    if node.target is operator.getitem:
-        return isinstance(node.args[0], fx.Node) and is_size(node.args[0])
-    if getattr(node.target, "__module__", "") in ("_operator", "math"):
+def is_size(calls: Calls, node: fx.Node) -> bool:
+    """Whether a value is taken from a shape, or arithmetic of such."""
+    called = calls.of(node)
+    if called is not None and called.op.result is Result.SIZE:
+        return True
+    if is_item(node):
+        return isinstance(node.args[0], fx.Node) and is_size(calls, node.args[0])
+    if is_function_of(node, "_operator", "math"):
         inputs = node.all_input_nodes
-        return bool(inputs) and all(is_size(entry) for entry in inputs)
+        return bool(inputs) and all(is_size(calls, entry) for entry in inputs)
     return False
 
 
-def value_type(node: fx.Node) -> type | None:
-    """Tensor or int where that is certain (an argument is taken for a tensor), else None."""
-    if node.op in ("placeholder", "get_attr"):
-        return torch.Tensor
-    if node.op == "call_module":
-        kind = node.meta["owner"]
-        return None if kind is None or issubclass(kind, _MANY_OUTPUTS) else torch.Tensor
-    if is_size(node):
-        return int if node.target is not getattr or node.args[1] == "ndim" else None
-    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
-    if node.target is operator.getitem:
-        base = node.args[0]
-        if isinstance(base, fx.Node) and item_count(base) is not None:
-            return torch.Tensor
-        return value_type(base) if isinstance(base, fx.Node) else None
-    if node.target is getattr:
-        return torch.Tensor if node.args[1] in ("data", "T", "mT", "real", "imag") else None
-    if name in _NO_TENSOR:
-        return None
-    home = str(getattr(node.target, "__module__", None) or "torch")
-    known = node.op == "call_method" or home.startswith(("torch", "_operator"))
-    return torch.Tensor if known else None
+def size_type(calls: Calls, node: fx.Node) -> type | None:
+    """Whether a value is one int of a shape or a whole `torch.Size`, where that is certain."""
+    called = calls.of(node)
+    if called is not None and called.op.result is Result.SIZE:
+        whole = called.op.name == "shape" or (called.op.name == "size" and _axis(node) is None)
+        return torch.Size if whole else int
+    if is_item(node):
+        base, key = node.args
+        if not isinstance(base, fx.Node) or size_type(calls, base) is not torch.Size:
+            return None
+        return int if isinstance(key, int | fx.Node) else torch.Size
+    if is_function_of(node, "_operator", "math") and _keeps_int(node):
+        inputs = node.all_input_nodes
+        return int if inputs and all(size_type(calls, each) is int for each in inputs) else None
+    return None
 
 
-_MANY_OUTPUTS = (nn.RNNBase, nn.LSTMCell, nn.MultiheadAttention)
+def _axis(node: fx.Node) -> Any:
+    return node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
 
-_NO_TENSOR = words(
-    "chunk split unbind tensor_split hsplit vsplit dsplit unsafe_chunk unsafe_split "
-    "split_with_sizes max min topk sort median mode kthvalue cummax cummin aminmax std_mean "
-    "var_mean meshgrid broadcast_tensors unique unique_consecutive svd qr eig eigh slogdet frexp "
-    "size stride shape item tolist numel nelement dim ndimension get_device type is_contiguous "
-    "is_floating_point where nonzero numpy max_pool1d max_pool2d max_pool3d adaptive_max_pool2d "
-    "multi_head_attention_forward __call__ _assert block_diag atleast_1d atleast_2d "
-    "atleast_3d"
+
+def _keeps_int(node: fx.Node) -> bool:
+    """Whether arithmetic of ints gives an int."""
+    literals = [arg for arg in node.args if not isinstance(arg, fx.Node)]
+    name = getattr(node.target, "__name__", "")
+    return name in _INT_ARITHMETIC and all(isinstance(arg, int) for arg in literals)
+
+
+_INT_ARITHMETIC = words(
+    "add sub mul floordiv mod neg pos abs lshift rshift and_ or_ xor ceil floor trunc gcd"
 )
 
 
-def item_count(node: fx.Node) -> int | None:
-    """How many tensors a chunk, split or unbind returns, where its arguments say so."""
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if node.op not in ("call_method", "call_function"):
+def value_type(calls: Calls, node: fx.Node) -> type | None:
+    """`torch.Tensor`, `int` or `torch.Size` where that is certain, else None.
+
+    An argument of the model is taken for a tensor.
+    """
+    if node.op in ("placeholder", "get_attr"):
+        return torch.Tensor
+    if is_size(calls, node):
+        return size_type(calls, node)
+    if is_item(node):
+        base = node.args[0]
+        if not isinstance(base, fx.Node):
+            return None
+        return torch.Tensor if item_count(calls, base) is not None else value_type(calls, base)
+    called = calls.of(node)
+    if called is None:
+        return torch.Tensor if _declared_tensor(node) else None
+    if called.arguments is None or called.get("return_indices") not in (None, False):
         return None
-    size = node.args[1] if len(node.args) > 1 else None
-    if name in ("chunk", "unsafe_chunk"):
-        size = node.kwargs.get("chunks", size)
-        return size if isinstance(size, int) else None
-    if name in ("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"):
-        size = node.kwargs.get("split_size_or_sections", node.kwargs.get("split_size", size))
-        size = node.kwargs.get("split_sizes", size)
-        return len(size) if isinstance(size, list | tuple) else None
-    if name == "tensor_split":
-        size = node.kwargs.get("indices_or_sections", node.kwargs.get("sections", size))
-        return size if isinstance(size, int) else None
-    return None
+    return torch.Tensor if called.op.result is Result.TENSOR else None
+
+
+def _declared_tensor(node: fx.Node) -> bool:
+    """Whether torch itself declares that a call gives one tensor."""
+    target: Any = node.target
+    found: tuple[Any, ...] = ()
+    if node.op == "call_method":
+        found = schemas(str(target))
+    elif isinstance(target, torch._ops.OpOverload):
+        found = (target._schema,)
+    elif node.op == "call_function" and is_torch(target) and not inspect.isfunction(target):
+        found = schemas(getattr(target, "__name__", ""))
+    single = [len(s.returns) == 1 and s.returns[0].type.kind() == "TensorType" for s in found]
+    return bool(single) and all(single)
+
+
+def item_count(calls: Calls, node: fx.Node) -> int | None:
+    """How many tensors a chunk or split returns, where its arguments say so."""
+    called = calls.of(node)
+    if called is None or called.op.shape is not Shape.PARTS:
+        return None
+    sections = called.get("sections")
+    if called.op.name in ("chunk", "tensor_split"):
+        return sections if isinstance(sections, int) else None
+    return len(sections) if isinstance(sections, list | tuple) else None

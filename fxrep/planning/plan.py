@@ -27,7 +27,7 @@ from fxrep.planning.walk import (
     where,
 )  # fmt: skip
 from fxrep.reading.commuting import Mover
-from fxrep.reading.view import Affine, View, sizeless, writes
+from fxrep.reading.view import Affine, View
 from fxrep.refusal import Refusal
 
 
@@ -209,7 +209,7 @@ def _plan(walk: Walk, cost: CostModel, *, alone: bool = False) -> Plan | Refusal
         return None
     region = dying(walk)
     if len(pieces) > 1 and any(
-        not sizeless(user)
+        walk.view.reads_size(user)
         for node in region[:-1]
         for user in node.users
         if user not in walk.expanded
@@ -219,7 +219,7 @@ def _plan(walk: Walk, cost: CostModel, *, alone: bool = False) -> Plan | Refusal
     expanded = tuple(sorted(walk.expanded))
     if walk.view.aliasing.writes_between(expanded[0], walk.root, sources, dying=set(region)):
         return Refusal("a source is written in place between its readers")
-    if len(pieces) > len(shapes) and any(map(writes, expanded)):
+    if len(pieces) > len(shapes) and any(map(walk.view.writes, expanded)):
         return Refusal("an in-place sum takes the dtype of one of its operands, not known here")
     refusal = promotion(walk.view, expanded)
     if refusal is not None:

@@ -19,7 +19,7 @@ from fxrep.algebra.maps import IDENTITY, Band, Diagonal, Linear, Map, has_holes,
 from fxrep.algebra.recipe import Call, Expr
 from fxrep.planning.cost import Work
 from fxrep.reading.commuting import Mover, mover
-from fxrep.reading.view import Affine, Term, View, reads_metadata, scope, sizeless
+from fxrep.reading.view import Affine, Term, View, scope
 from fxrep.refusal import Refusal
 
 # How many values one walk expands at the most: linear regions longer than this are merged part by
@@ -220,7 +220,7 @@ def _expand(walk: Walk, node: fx.Node, reads: Rule, through_survivors: bool) -> 
         return outers
     if not through_survivors and node is not walk.root:
         gone = {*walk.expanded, *reading.inside}
-        if not all(unread(node, Seen(o.map, walk.crossed), gone) for o in outers):
+        if not all(unread(view, node, Seen(o.map, walk.crossed), gone) for o in outers):
             walk.survivors = True
             others = sum(user not in gone for user in node.users)
             plural = "s" * (others > 1)
@@ -530,7 +530,7 @@ def _spread(path: Path, times: int) -> Path:
 # --- who reads a value ----------------------------------------------------------------------------
 
 
-def unread(node: fx.Node, seen: Seen, gone: Container[fx.Node]) -> bool:
+def unread(view: View, node: fx.Node, seen: Seen, gone: Container[fx.Node]) -> bool:
     """Whether nobody but `gone` needs the node's value itself.
 
     Who reads only its dtype can read that of the result, and of a result of the same shape its
@@ -542,7 +542,8 @@ def unread(node: fx.Node, seen: Seen, gone: Container[fx.Node]) -> bool:
         or (outer.channelwise is not None and outer.pointwise and outer.inputs == outer.outputs)
     )
     return all(
-        user in gone or (reads_metadata(user) and (same or sizeless(user))) for user in node.users
+        user in gone or (view.reads_metadata(user) and (same or not view.reads_size(user)))
+        for user in node.users
     )
 
 

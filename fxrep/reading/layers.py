@@ -12,23 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxrep.algebra import weights
 from fxrep.algebra.composition import compose
 from fxrep.algebra.maps import IDENTITY, Axis, Diagonal, conv_map
 from fxrep.algebra.recipe import Call, Expr
-from fxrep.reading.view import (
-    Affine,
-    Constant,
-    ModuleReader,
-    Reading,
-    Spelling,
-    Term,
-    View,
-    number,
-)  # fmt: skip
+from fxrep.ops.calls import Held, is_item
+from fxrep.ops.values import size_type
+from fxrep.reading.view import Affine, Constant, Reader, Reading, Term, View, number
 from fxrep.refusal import Refusal
 
 
@@ -253,46 +245,7 @@ def _identity(view: View, node: fx.Node, source: Any) -> Reading:
     return Affine("identity", (Term(source, IDENTITY),))
 
 
-# --- spellings -------------------------------------------------------------------------------
-
-
-def _read_module(view: View, node: fx.Node, module: nn.Module, base: Any, source: Any) -> Reading:
-    path = str(node.target)
-
-    def get(name: str) -> Constant | None:
-        return view.attribute(module, path, name)
-
-    if isinstance(module, nn.modules.conv._ConvNd):
-        if module.padding_mode != "zeros" and not _pads_as_it_says(module):
-            return Refusal("its padding was changed after it was made")
-        return _convolution(
-            view, node, source, get("weight"), get("bias"),
-            stride=module.stride,
-            padding=module.padding,
-            dilation=module.dilation,
-            groups=module.groups,
-            output_padding=module.output_padding,
-            transposed=module.transposed,
-            padding_mode=module.padding_mode,
-            rank=len(module.kernel_size),
-        )  # fmt: skip
-    if isinstance(module, nn.Linear):
-        return _convolution(view, node, source, get("weight"), get("bias"), rank=0)
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        if module.training:
-            return Refusal("BatchNorm is in training mode")
-        instance = isinstance(module, nn.modules.instancenorm._InstanceNorm)
-        if instance and not module.track_running_stats:
-            return None
-        return _batchnorm(
-            view, node, source, get("running_mean"), get("running_var"),
-            get("weight"), get("bias"), module.eps,
-            axis=_NORM_AXES.get(base),
-            kind="instance_norm" if instance else "batch_norm",
-        )  # fmt: skip
-    if isinstance(module, nn.modules.dropout._DropoutNd) and module.training:
-        return None
-    return _identity(view, node, source)
+# --- from arguments ----------------------------------------------------------------------------
 
 
 def _pads_as_it_says(module: nn.modules.conv._ConvNd) -> bool:
@@ -300,6 +253,8 @@ def _pads_as_it_says(module: nn.modules.conv._ConvNd) -> bool:
 
     Only reflecting, replicating and circular ones read it.
     """
+    if module.padding_mode == "zeros":
+        return True
     sizes, spatial = module.padding, len(module.kernel_size)
     if isinstance(sizes, str):
         totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
@@ -312,25 +267,17 @@ def _pads_as_it_says(module: nn.modules.conv._ConvNd) -> bool:
 
 _PLAIN_TENSORS = {Tensor, nn.Parameter, nn.Buffer}
 
-MODULES: dict[Any, ModuleReader] = dict.fromkeys((
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear,
-    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
-    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
-    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
-), _read_module)  # fmt: skip
 
-# The ranks these accept leave no choice; BatchNorm1d takes (N, C) and (N, C, L).
-_NORM_AXES: dict[Any, int] = {
-    nn.BatchNorm2d: -3, nn.BatchNorm3d: -4,
-    nn.InstanceNorm1d: -2, nn.InstanceNorm2d: -3, nn.InstanceNorm3d: -4,
-}  # fmt: skip
-
-
-def _read_conv(rank: int, transposed: bool = False) -> Callable[..., Reading]:
+def _read_conv(rank: int, transposed: bool = False) -> Reader:
     """The reader of a convolution of this rank; of rank 0, of a linear layer."""
 
-    def read(view: View, node: fx.Node, input: Any, weight: Any, bias: Any, **how: Any) -> Reading:
+    def read(
+        view: View, node: fx.Node, input: Any, weight: Any, bias: Any,
+        **how: Any,
+    ) -> Reading:  # fmt: skip
+        held = view.calls.submodule(str(node.target)) if isinstance(weight, Held) else None
+        if isinstance(held, nn.modules.conv._ConvNd) and not _pads_as_it_says(held):
+            return Refusal("its padding was changed after it was made")
         constants = view.constant(weight), view.constant(bias)
         if bias is not None and constants[1] is None:
             return None
@@ -339,17 +286,26 @@ def _read_conv(rank: int, transposed: bool = False) -> Callable[..., Reading]:
     return read
 
 
-def _read_batchnorm(
-    view: View, node: fx.Node, input: Any, running_mean: Any, running_var: Any,
-    weight: Any, bias: Any, training: Any, eps: Any, **_: Any,
-) -> Reading:  # fmt: skip
-    if training is not False:
-        return Refusal("BatchNorm is in training mode")
-    scale, shift = view.constant(weight), view.constant(bias)
-    if (weight is not None and scale is None) or (bias is not None and shift is None):
-        return Refusal("BatchNorm's weight or bias is computed from the input or written")
-    mean, variance = view.constant(running_mean), view.constant(running_var)
-    return _batchnorm(view, node, input, mean, variance, scale, shift, eps)
+def _read_batchnorm(axis: int | None = None, kind: str = "batch_norm") -> Reader:
+    """The reader of a BatchNorm; some take one rank only, and so have one channel axis."""
+
+    def read(
+        view: View, node: fx.Node, input: Any, running_mean: Any, running_var: Any,
+        weight: Any, bias: Any, training: Any, eps: Any, track_running_stats: Any = True, **_: Any,
+    ) -> Reading:  # fmt: skip
+        if training is not False:
+            return Refusal("BatchNorm is in training mode")
+        if not track_running_stats and kind == "instance_norm":
+            return None
+        scale, shift = view.constant(weight), view.constant(bias)
+        if (weight is not None and scale is None) or (bias is not None and shift is None):
+            return Refusal("BatchNorm's weight or bias is computed from the input or written")
+        mean, variance = view.constant(running_mean), view.constant(running_var)
+        return _batchnorm(
+            view, node, input, mean, variance, scale, shift, eps, axis=axis, kind=kind
+        )
+
+    return read
 
 
 def _read_add(view: View, node: fx.Node, input: Any, other: Any, alpha: Any = 1) -> Reading:
@@ -393,15 +349,12 @@ def _read_reshape_as(view: View, node: fx.Node, input: Any, other: Any) -> Readi
     return _unflattened(view, node, input, other)
 
 
-def _read_view(view: View, node: fx.Node, input: Any, shape: tuple[Any, ...]) -> Reading:
+def _read_view(view: View, node: fx.Node, input: Any, size: Any) -> Reading:
     """The same as ``scale(v.reshape(-1, v.shape[-1])).view(v.shape)``."""
-    only = shape[0] if len(shape) == 1 else None
-    if not isinstance(only, fx.Node):
+    only = size[0] if isinstance(size, (tuple, list)) and len(size) == 1 else size
+    if not isinstance(only, fx.Node) or size_type(view.calls, only) is not torch.Size:
         return None
-    by_attribute = only.target is getattr and only.args[1:] == ("shape",)
-    if not by_attribute and not (only.target == "size" and len(only.args) == 1):
-        return None
-    return _unflattened(view, node, input, only.args[0])
+    return _unflattened(view, node, input, only.args[0]) if not is_item(only) else None
 
 
 def _unflattened(view: View, node: fx.Node, input: Any, other: Any) -> Reading:
@@ -476,72 +429,26 @@ def _flattened_by_size(node: fx.Node) -> fx.Node | None:
     return source if by_attribute or shape.target == "size" else None  # type: ignore[return-value]
 
 
-_CONV = "input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1"
-_CONV_T = "input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1"
-_BATCH_NORM = (
-    "input, running_mean, running_var, weight=None, bias=None, training=False, "
-    "momentum=0.1, eps=1e-5"
-)
-_TORCH_BATCH_NORM = (
-    "input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled"
-)
-_ADD = Spelling(_read_add, "input, other, alpha=1")
-_SUB = Spelling(_read_sub, "input, other, alpha=1")
-_RSUB = Spelling(_read_rsub, "input, other, alpha=1")
-_MUL = Spelling(_read_mul, "input, other")
-_DIV = Spelling(_read_div, "input, other, rounding_mode=None")
-_NEG = Spelling(_read_neg, "input")
-_CONTIGUOUS = Spelling(_read_contiguous, "input, memory_format=None")
-_RESHAPE_AS = Spelling(_read_reshape_as, "input, other")
-
-FUNCTIONS: dict[Any, Spelling] = {
-    **{
-        f: Spelling(_read_conv(rank, False), _CONV)
-        for rank, fs in enumerate(
-            ((F.conv1d, torch.conv1d), (F.conv2d, torch.conv2d), (F.conv3d, torch.conv3d)), 1
-        )
-        for f in fs
-    },
-    **{
-        f: Spelling(_read_conv(rank, True), _CONV_T)
-        for rank, fs in enumerate(
-            (
-                (F.conv_transpose1d, torch.conv_transpose1d),
-                (F.conv_transpose2d, torch.conv_transpose2d),
-                (F.conv_transpose3d, torch.conv_transpose3d),
-            ),
-            1,
-        )
-        for f in fs
-    },
-    F.linear: Spelling(_read_conv(0), "input, weight, bias=None"),
-    F.batch_norm: Spelling(_read_batchnorm, _BATCH_NORM),
-    torch.batch_norm: Spelling(_read_batchnorm, _TORCH_BATCH_NORM),
-    **dict.fromkeys((operator.add, operator.iadd, torch.add), _ADD),
-    **dict.fromkeys((operator.sub, operator.isub, torch.sub, torch.subtract), _SUB),
-    torch.rsub: _RSUB,
-    **dict.fromkeys((operator.mul, operator.imul, torch.mul, torch.multiply), _MUL),
-    **dict.fromkeys(
-        (operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide), _DIV
-    ),
-    **dict.fromkeys((operator.neg, torch.neg, torch.negative), _NEG),
-    **dict.fromkeys(
-        (F.dropout, F.dropout2d, F.dropout3d),
-        Spelling(_read_dropout, "input, p=0.5, training=True, inplace=False"),
-    ),
+READERS: dict[str, Reader] = {
+    **{f"{name}{n}d": _read_conv(n) for name in ("conv", "Conv") for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d": _read_conv(n, transposed=True) for n in (1, 2, 3)},
+    "linear": _read_conv(0),
+    "batch_norm": _read_batchnorm(),
+    **{f"BatchNorm{n}d": _read_batchnorm(-n - 1) for n in (2, 3)},
+    **{f"InstanceNorm{n}d": _read_batchnorm(-n - 1, "instance_norm") for n in (1, 2, 3)},
+    "add": _read_add,
+    "sub": _read_sub,
+    "rsub": _read_rsub,
+    "mul": _read_mul,
+    "div": _read_div,
+    "neg": _read_neg,
+    **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"), _read_dropout),
+    "Identity": _identity,
+    "contiguous": _read_contiguous,
+    "view_as": _read_reshape_as,
+    **dict.fromkeys(("view", "reshape"), _read_view),
 }
-
-METHODS: dict[str, Spelling] = {
-    **dict.fromkeys(("add", "add_", "__add__", "__radd__", "__iadd__"), _ADD),
-    **dict.fromkeys(("sub", "sub_", "subtract", "subtract_", "__sub__"), _SUB),
-    "__rsub__": _RSUB,
-    **dict.fromkeys(("mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__"), _MUL),
-    **dict.fromkeys(("div", "div_", "divide", "divide_", "true_divide", "__truediv__"), _DIV),
-    **dict.fromkeys(("neg", "neg_", "negative"), _NEG),
-    "contiguous": _CONTIGUOUS,
-    **dict.fromkeys(("reshape_as", "view_as"), _RESHAPE_AS),
-    **dict.fromkeys(("view", "reshape"), Spelling(_read_view, "input, *shape")),
-}
+"""By the name of the operator (`fxrep.ops.table`)."""
 
 
 def as_tuple(value: Any, length: int) -> tuple[int, ...] | None:

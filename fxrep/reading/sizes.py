@@ -10,13 +10,13 @@ from __future__ import annotations
 from torch import fx
 
 from fxrep.algebra.maps import Diagonal
-from fxrep.reading.view import Affine, View, reads_metadata, sizeless
+from fxrep.reading.view import Affine, View
 
 
 def read_early(view: View) -> None:
     """Let who reads the size of a scaled or shifted value read that of the value itself."""
     for node in list(view.graph.nodes):
-        if not reads_metadata(node) or sizeless(node):
+        if not view.reads_size(node):
             continue
         (value,) = node.all_input_nodes
         source = value

@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fxrep.algebra import weights
 from fxrep.algebra.maps import (
@@ -28,12 +27,12 @@ from fxrep.algebra.maps import (
     selection_band,
 )
 from fxrep.algebra.recipe import Call, Expr
+from fxrep.ops.table import Shape
 from fxrep.reading.layers import as_tuple, per_channel
 from fxrep.reading.view import (
     Affine,
-    ModuleReader,
+    Reader,
     Reading,
-    Spelling,
     Term,
     View,
     number,
@@ -81,7 +80,8 @@ def _read_cat(view: View, node: fx.Node, tensors: Any, dim: Any = 0) -> Reading:
     return Affine("cat", tuple(terms), relies=relies, proves=False)
 
 
-def _read_item(view: View, node: fx.Node, a: Any, b: Any) -> Reading:
+def _read_item(view: View, node: fx.Node, input: Any, key: Any) -> Reading:
+    a, b = input, key
     if not isinstance(a, fx.Node):
         return None
     if isinstance(b, int) and not isinstance(b, bool):
@@ -189,26 +189,12 @@ def _read_narrow(
     return _pick(view, input, placed[0], slice(start, start + length), placed[1])
 
 
-_SPLITS = {
-    spelt: name
-    for name in ("chunk", "split", "tensor_split", "split_with_sizes")
-    for spelt in (name, getattr(torch, name))
-}
-
-# What takes a value apart, and its parts: views, without effect.
-PARTS = {*_SPLITS, operator.getitem}
-
-_HOW = ("chunks", "split_size_or_sections", "split_size", "split_sizes", "indices_or_sections")
-
-
 def _part(view: View, split: fx.Node, index: int) -> Reading:
     """One of the values that a chunk or split gives."""
-    if split.op not in ("call_method", "call_function") or split.target not in _SPLITS:
+    called = view.calls.of(split)
+    if called is None or called.op.shape is not Shape.PARTS:
         return None
-    source, *rest = split.args
-    kwargs = dict(split.kwargs)
-    how = rest[0] if rest else next((kwargs[name] for name in _HOW if name in kwargs), None)
-    dim = rest[1] if len(rest) > 1 else kwargs.get("dim", 0)
+    source, how, dim = called.source, called.get("sections"), called.get("dim")
     if not isinstance(source, fx.Node) or not isinstance(dim, int) or dim == 0:
         return None
     placed = _place(view, source, dim)
@@ -219,7 +205,7 @@ def _part(view: View, split: fx.Node, index: int) -> Reading:
     if size is None:
         return None
     try:  # torch's own answer: each of these rounds in its own way
-        parts = getattr(torch.empty(size, device="meta"), _SPLITS[split.target])(how)
+        parts = getattr(torch.empty(size, device="meta"), called.op.name)(how)
         lengths = [len(part) for part in parts]
         length = lengths[index]
     except (RuntimeError, IndexError, TypeError, ValueError):
@@ -412,73 +398,17 @@ def _read_unshuffle(view: View, node: fx.Node, input: Any, downscale_factor: Any
     return Affine("pixel_unshuffle", (Term(input, shape, weight),), proves=False)
 
 
-# --- spellings -----------------------------------------------------------------------------------
-
-
-def _module_reader(read: Callable[..., Reading], *names: str) -> ModuleReader:
-    def by_attributes(view: View, node: fx.Node, module: Any, base: Any, source: Any) -> Reading:
-        return read(view, node, source, *(getattr(module, name) for name in names))
-
-    return by_attributes
-
-
-def _pad_module(mode: str) -> ModuleReader:
-    def read(view: View, node: fx.Node, module: Any, base: Any, source: Any) -> Reading:
-        value = getattr(module, "value", None)
-        return _read_pad(view, node, source, module.padding, mode, value)
-
-    return read
-
-
-_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
-
-MODULES: dict[Any, ModuleReader] = {
-    nn.AvgPool1d: _module_reader(_read_avg_pool(1), *_POOL),
-    nn.AvgPool2d: _module_reader(_read_avg_pool(2), *_POOL, "divisor_override"),
-    nn.AvgPool3d: _module_reader(_read_avg_pool(3), *_POOL, "divisor_override"),
-    nn.AdaptiveAvgPool1d: _module_reader(_read_adaptive_avg_pool(1), "output_size"),
-    nn.AdaptiveAvgPool2d: _module_reader(_read_adaptive_avg_pool(2), "output_size"),
-    nn.AdaptiveAvgPool3d: _module_reader(_read_adaptive_avg_pool(3), "output_size"),
-    nn.PixelUnshuffle: _module_reader(_read_unshuffle, "downscale_factor"),
-    **{
-        getattr(nn, f"{name}Pad{n}d"): _pad_module(mode)
-        for name, mode in (
-            ("Zero", "constant"),
-            ("Constant", "constant"),
-            ("Reflection", "reflect"),
-            ("Replication", "replicate"),
-            ("Circular", "circular"),
-        )
-        for n in (1, 2, 3)
-    },
-}
-
-_AVG_POOL_1D = "input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True"
-_AVG_POOL = f"{_AVG_POOL_1D}, divisor_override=None"
-_CAT = Spelling(_read_cat, "tensors, dim=0")
-_UNSHUFFLE = Spelling(_read_unshuffle, "input, downscale_factor")
-
-_NARROW = Spelling(_read_narrow, "input, dim, start, length")
-
-FUNCTIONS: dict[Any, Spelling] = {
-    torch.narrow: _NARROW,
-    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _CAT),
-    operator.getitem: Spelling(_read_item, "a, b"),
-    torch.index_select: Spelling(_read_index_select, "input, dim, index"),
-    **dict.fromkeys(
-        (F.pad, torch._C._nn.pad),  # as torch.compile spells it
-        Spelling(_read_pad, "input, pad, mode='constant', value=None"),
-    ),
-    F.avg_pool1d: Spelling(_read_avg_pool(1), _AVG_POOL_1D),
-    F.avg_pool2d: Spelling(_read_avg_pool(2), _AVG_POOL),
-    F.avg_pool3d: Spelling(_read_avg_pool(3), _AVG_POOL),
-    F.adaptive_avg_pool1d: Spelling(_read_adaptive_avg_pool(1), "input, output_size"),
-    F.adaptive_avg_pool2d: Spelling(_read_adaptive_avg_pool(2), "input, output_size"),
-    F.adaptive_avg_pool3d: Spelling(_read_adaptive_avg_pool(3), "input, output_size"),
-    **dict.fromkeys((F.pixel_unshuffle, torch.pixel_unshuffle), _UNSHUFFLE),
-}
-
-METHODS: dict[str, Spelling] = {
-    "narrow": _NARROW,
-    "index_select": Spelling(_read_index_select, "input, dim, index"),
-}
+READERS: dict[str, Reader] = {
+    "cat": _read_cat,
+    "getitem": _read_item,
+    "index_select": _read_index_select,
+    "narrow": _read_narrow,
+    "pad": _read_pad,
+    **{f"{kind}Pad1d": _read_pad for kind in (
+        "Zero", "Constant", "Reflection", "Replication", "Circular"
+    )},
+    **{f"avg_pool{n}d": _read_avg_pool(n) for n in (1, 2, 3)},
+    **{f"adaptive_avg_pool{n}d": _read_adaptive_avg_pool(n) for n in (1, 2, 3)},
+    "pixel_unshuffle": _read_unshuffle,
+}  # fmt: skip
+"""By the name of the operator (`fxrep.ops.table`)."""

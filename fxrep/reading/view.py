@@ -7,10 +7,7 @@ not although it looks like it (a `Refusal`), or nothing. Who reads which spellin
 
 from __future__ import annotations
 
-import functools
-import inspect
 import numbers
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +20,10 @@ from fxrep.algebra.recipe import Call, Expr, Load, record
 from fxrep.analysis.aliasing import Aliasing
 from fxrep.analysis.channels import Channels
 from fxrep.analysis.ranks import Ranks
+from fxrep.ops.calls import Calls, Held
+from fxrep.ops.effects import writes_over
 from fxrep.ops.owner import weight_hooks
+from fxrep.ops.table import Reads
 from fxrep.refusal import Refusal
 
 
@@ -71,7 +71,7 @@ class Affine:
 
 
 Reading = Affine | Refusal | None
-ModuleReader = Callable[["View", fx.Node, nn.Module, Any, Any], Reading]
+Reader = Callable[..., Reading]  # given the view, the node, and the arguments by name
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ class View:
     """One traced graph and what is known of it."""
 
     graph: fx.Graph
-    module: nn.Module
+    calls: Calls
     reader: Callable[[View, fx.Node], Reading]
     aliasing: Aliasing
     ranks: Ranks
@@ -102,7 +102,6 @@ class View:
     originals: dict[str, Tensor] = field(default_factory=dict)
     readings: dict[fx.Node, Reading] = field(default_factory=dict)
     constants: dict[fx.Node, bool] = field(default_factory=dict)
-    submodules: dict[str, nn.Module] = field(default_factory=dict)
     trained: set[int] = field(default_factory=set)  # ids of constants made from trained parameters
     looked: set[str] = field(default_factory=set)  # tensors whose content decided something
 
@@ -127,21 +126,25 @@ class View:
             return Refusal("it writes in place a value that others still read")
         return reading
 
+    @property
+    def module(self) -> nn.Module:
+        """The traced module, which the targets of the graph refer to."""
+        return self.calls.module
+
     def submodule(self, path: str) -> nn.Module:
         """The module at a path below the traced one."""
-        if path not in self.submodules:
-            self.submodules[path] = self.module.get_submodule(path)
-        return self.submodules[path]
+        return self.calls.submodule(path)
 
     def tensor(self, path: str) -> Tensor:
         """The tensor at a path below the traced module."""
-        owner, _, name = path.rpartition(".")
-        value = getattr(self.submodule(owner), name)
+        value = self.calls.tensor(path)
         assert isinstance(value, Tensor)
         return value
 
     def constant(self, arg: Any) -> Constant | None:
         """`arg` as a constant: a number, or a parameter, buffer or attribute never written."""
+        if isinstance(arg, Held):
+            return self.attribute(arg.module, arg.path, arg.name)
         if isinstance(arg, numbers.Real) and not isinstance(arg, bool):
             try:
                 return Constant(float(arg), Call(number, (float(arg),)))
@@ -203,6 +206,18 @@ class View:
                     found.append(constant.value)
         return found
 
+    def reads_metadata(self, node: fx.Node) -> bool:
+        """Whether a node reads only the shape, dtype or device of its operand."""
+        return self.calls.reads(node) in (Reads.SIZES, Reads.KIND)
+
+    def reads_size(self, node: fx.Node) -> bool:
+        """Whether a node reads only the sizes of its operand."""
+        return self.calls.reads(node) is Reads.SIZES
+
+    def writes(self, node: fx.Node) -> bool:
+        """Whether an operation writes its result over its first operand, and so keeps its dtype."""
+        return writes_over(self.calls, node)
+
     def rank(self, node: fx.Node) -> tuple[int | None, bool]:
         """The rank of a value, and whether that is an assumption to be guarded."""
         proven = self.ranks.rank(node)
@@ -243,33 +258,6 @@ def double(tensor: Tensor) -> Tensor:
     return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
 
 
-METADATA = frozenset({"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"})
-METADATA_METHODS = frozenset({"size", "dim", "ndimension", "is_floating_point"})
-
-
-def reads_metadata(node: fx.Node) -> bool:
-    """Whether a node reads only the shape, dtype or device of its operand."""
-    if node.op == "call_function":
-        return node.target is getattr and node.args[1] in METADATA
-    return node.op == "call_method" and node.target in METADATA_METHODS
-
-
-def sizeless(reader: fx.Node) -> bool:
-    """A metadata read that gives the same answer for every value of the region."""
-    name = reader.args[1] if reader.op == "call_function" else reader.target
-    return name not in ("shape", "size")
-
-
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether an operation writes its result over its first operand, and so keeps its dtype."""
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    return node.target in _IN_PLACE
-
-
 def scope(node: fx.Node) -> str:
     """The path of the module whose forward made the node; '' for the traced module itself."""
     stack = node.meta.get("nn_module_stack")
@@ -279,31 +267,3 @@ def scope(node: fx.Node) -> str:
 def number(value: float) -> Tensor:
     """A number as a tensor to compute with."""
     return torch.tensor(value, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """A reader and the parameters of a function, as they stand in a `def`."""
-
-    read: Callable[..., Reading]
-    parameters: str
-
-
-@functools.cache
-def _signature(parameters: str) -> inspect.Signature:
-    namespace: dict[str, Any] = {}
-    exec(f"def f({parameters}): ...", {}, namespace)
-    return inspect.signature(namespace["f"])
-
-
-def arguments(parameters: str, node: fx.Node) -> dict[str, Any] | None:
-    """A call's arguments by name, defaults filled in; None for forms that are not read.
-
-    Those are `out=`, `dtype=` and positional forms of other overloads.
-    """
-    try:
-        bound = _signature(parameters).bind(*node.args, **node.kwargs)
-    except TypeError:
-        return None
-    bound.apply_defaults()
-    return bound.arguments

@@ -1,0 +1,189 @@
+"""What a node of a graph calls: the operator, and its arguments by name.
+
+Given::
+
+    F.avg_pool2d(x, 2)      nn.AvgPool2d(2)(x)      torch._C._nn.avg_pool2d(x, kernel_size=2)
+
+Result: of all three the operator ``avg_pool2d`` on x, ``kernel_size`` 2, ``ceil_mode`` False.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxrep.ops.owner import known_class
+from fxrep.ops.table import ATTRIBUTES, CLASSES, FUNCTIONS, METHODS, Op, Reads
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor that a module holds, or computes from what it holds, under a name."""
+
+    module: nn.Module
+    path: str
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Called:
+    """A call of an operator.
+
+    Attributes:
+        op: the operator.
+        node: the call.
+        module: the module of torch.nn that it calls; None for functions and methods.
+        in_place: it writes its first operand.
+    """
+
+    op: Op
+    node: fx.Node
+    module: nn.Module | None = None
+    in_place: bool = False
+
+    @functools.cached_property
+    def arguments(self) -> Mapping[str, Any] | None:
+        """All arguments by name; attributes of a module are some. None where they do not fit.
+
+        Tensors of a module are `Held`.
+        """
+        args, kwargs = self.node.args, self.node.kwargs
+        if self.module is None:
+            return self.op.signature.bind(args, kwargs)
+        if len(args) + len(kwargs) != 1:
+            return None
+        first, *others = self.op.signature.parameters
+        found = {p.names[0]: self._attribute(p.names, p.default) for p in others}
+        return {first.names[0]: args[0] if args else next(iter(kwargs.values())), **found}
+
+    def _attribute(self, names: tuple[str, ...], default: Any) -> Any:
+        module = self.module
+        assert module is not None
+        for name in names:
+            for tensors in (module._parameters, module._buffers):
+                if name in tensors:
+                    held = Held(module, str(self.node.target), name)
+                    return None if tensors[name] is None else held
+            if hasattr(module, name):
+                value = getattr(module, name)
+                is_tensor = isinstance(value, Tensor)
+                return Held(module, str(self.node.target), name) if is_tensor else value
+        return default
+
+    def get(self, name: str) -> Any:
+        """An argument by the name that counts; None also where the arguments do not fit."""
+        return None if self.arguments is None else self.arguments.get(name)
+
+    @property
+    def first(self) -> Any:
+        """The first argument, whether the others fit or not."""
+        if self.node.args:
+            return self.node.args[0]
+        kwargs = self.node.kwargs
+        if self.module is not None:
+            return next(iter(kwargs.values()), None)
+        return next((kwargs[n] for n in ("input", "self", "tensors") if n in kwargs), None)
+
+    @property
+    def source(self) -> fx.Node | None:
+        """The value it works on, if its first argument is one."""
+        return self.first if isinstance(self.first, fx.Node) else None
+
+
+class Calls:
+    """The calls of one graph, which may be rewritten meanwhile.
+
+    Args:
+        module: the module that the targets of the graph refer to.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._modules: dict[str, nn.Module] = {}
+        self._found: dict[fx.Node, tuple[Any, Any, Any, Called | None]] = {}
+
+    def of(self, node: fx.Node) -> Called | None:
+        """The call that a node is, if its operator is known."""
+        found = self._found.get(node)
+        if found and found[0] is node.target and found[1] is node.args and found[2] is node.kwargs:
+            return found[3]
+        called = self._read(node)
+        self._found[node] = node.target, node.args, node.kwargs, called
+        return called
+
+    def _read(self, node: fx.Node) -> Called | None:
+        if node.op == "call_module":
+            module = self.submodule(str(node.target))
+            kind = known_class(node, module, CLASSES)
+            return None if kind is None else Called(CLASSES[kind], node, module)
+        if node.op == "call_function" and node.target is getattr:
+            attribute = ATTRIBUTES.get(str(node.args[1])) if len(node.args) == 2 else None
+            return None if attribute is None else Called(attribute, node)
+        if node.op == "call_function":
+            spelling = FUNCTIONS.get(node.target)
+        else:
+            spelling = METHODS.get(str(node.target)) if node.op == "call_method" else None
+        return None if spelling is None else Called(spelling.op, node, in_place=spelling.in_place)
+
+    def submodule(self, path: str) -> nn.Module:
+        """The module at a path; AttributeError if there is none."""
+        found = self._modules.get(path)
+        if found is None:
+            found = self._modules[path] = self.module.get_submodule(path)
+        return found
+
+    def forget(self, path: str) -> None:
+        """Say that another module stands at a path."""
+        self._modules.pop(path, None)
+
+    def tensor(self, path: str) -> Any:
+        """What stands at a path that a `get_attr` node reads; None if nothing does."""
+        owner, _, name = path.rpartition(".")
+        try:
+            return getattr(self.submodule(owner) if owner else self.module, name, None)
+        except AttributeError:
+            return None
+
+    def reads(self, node: fx.Node) -> Reads:
+        """What a node reads of its operands."""
+        called = self.of(node)
+        return Reads.VALUES if called is None else called.op.reads
+
+
+def is_function_of(node: fx.Node, *homes: str) -> bool:
+    """Whether a node calls a function of one of these modules of Python."""
+    home = getattr(node.target, "__module__", None)
+    return node.op == "call_function" and home in homes
+
+
+def is_torch(target: Any) -> bool:
+    """Whether a function is torch's own, and no operator that somebody registered there."""
+    home = getattr(target, "__module__", None) or "torch"  # builtins of torch have none
+    return home.partition(".")[0] == "torch" and not home.startswith(("torch._ops", "torch.ops"))
+
+
+def is_item(node: fx.Node) -> bool:
+    """Whether a node takes an item of a value."""
+    return node.op == "call_function" and node.target is operator.getitem
+
+
+def schemas(name: str) -> tuple[Any, ...]:
+    """Torch's own declarations of an operator that takes a tensor first."""
+    return _schemas(name[:-1] if name.endswith("_") and not name.endswith("__") else name)
+
+
+@functools.cache
+def _schemas(name: str) -> tuple[Any, ...]:
+    found = torch._C._jit_get_schemas_for_operator(f"aten::{name}")
+    return tuple(s for s in found if s.arguments and kind(s.arguments[0].type) == "TensorType")
+
+
+def kind(declared: Any) -> str:
+    """The kind of a declared type, or of the elements of a list."""
+    return str((declared.getElementType() if declared.kind() == "ListType" else declared).kind())
