@@ -1,6 +1,6 @@
 """The train-time blocks of the literature at a size they have in real networks.
 
-Their code is the tests' (`tests/blocks*.py`); `latency.py` knows them as `block:NAME`.
+Their code is the tests' (`tests/support/blocks*.py`); `latency.py` knows them as `block:NAME`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from fxrep.cli.models import Example, UnknownModelError
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
-import blocks
-import blocks_linear
+from support import blocks, blocks_linear
 
 CHANNELS, SIZE = 64, 56
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import RepVGG, conv_bn
-from check import check
 from torch import Tensor, nn
 
 import fxrep
 from fxrep.algebra import composition, weights
 from fxrep.planning import walk
 from fxrep.rewriting import editor, session
+from support.blocks import RepVGG, conv_bn
+from support.check import check
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 

@@ -9,17 +9,16 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import blocks
-import blocks_linear
 import latency
 import pytest
 import torch
-from check import distance, tensors
 from torch import Tensor, nn
 
 import fxrep
 from fxrep.cli.demo import RepVGG, randomize_batchnorm
 from fxrep.torch_compile.backend import compile_graph
+from support import blocks, blocks_linear
+from support.check import distance, tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from check import check
-from test_islands import settled
 from torch import nn
 
 import fxrep
 from fxrep.rewriting import measure
+from support.check import check, settled
 
 
 def block() -> nn.Sequential:
