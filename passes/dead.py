@@ -18,11 +18,11 @@ from __future__ import annotations
 
 from torch import fx
 
+from fxrep.ops.table import Shape
 from fxrep.planning.cost import CostModel
 from fxrep.planning.rule import Drop, Pass
-from fxrep.reading.pointwise import pointwise, writes_over
-from fxrep.reading.structure import PARTS
-from fxrep.reading.view import Affine, View, writes
+from fxrep.reading.pointwise import pointwise
+from fxrep.reading.view import Affine, View
 
 
 def propose(view: View, node: fx.Node, cost: CostModel) -> Drop | None:
@@ -32,11 +32,15 @@ def propose(view: View, node: fx.Node, cost: CostModel) -> Drop | None:
     reading = view.read(node)
     if isinstance(reading, Affine):
         # What is written over afterwards is part of the reading, and would be left without it.
-        return None if writes(node) or reading.settled else Drop(node, reading.kind)
-    parts = node.target in PARTS and bool(node.all_input_nodes)
-    if not parts and (pointwise(view, node) is None or writes_over(view, node)):
+        return None if view.writes(node) or reading.settled else Drop(node, reading.kind)
+    called = view.calls.of(node)
+    parts = called is not None and called.op.shape in _PARTS and called.source is not None
+    if not parts and (pointwise(view, node) is None or view.writes(node)):
         return None
     return Drop(node, str(getattr(node.target, "__name__", node.target)))
 
+
+# What takes a value apart, and its parts: views, without effect.
+_PARTS = (Shape.PARTS, Shape.ITEM)
 
 DEAD = Pass("dead", propose)

@@ -40,8 +40,8 @@ from fxrep.planning.plan import Plan, promotion
 from fxrep.planning.rule import Pass
 from fxrep.planning.walk import Seen
 from fxrep.reading.commuting import Mover, mover
-from fxrep.reading.pointwise import pointwise, writes_over
-from fxrep.reading.view import Affine, View, reads_metadata, writes
+from fxrep.reading.pointwise import pointwise
+from fxrep.reading.view import Affine, View
 from fxrep.refusal import Refusal
 
 # How many readers of one value are looked at.
@@ -97,7 +97,7 @@ def _may_be_view(view: View, node: fx.Node) -> bool:
     What is returned, or reshaped by who knows whom, stays a value of its own.
     """
     for user in node.users:
-        if reads_metadata(user):
+        if view.reads_metadata(user):
             continue
         reading = view.read(user)
         known = isinstance(reading, Affine) and reading.kind not in ("slice", "chunk")
@@ -120,14 +120,14 @@ def _passes_on(view: View, user: fx.Node, node: fx.Node) -> bool:
     if user.target in _TURNS:
         return True
     if isinstance(reading, Affine):
-        return reading.kind == "identity" or (writes(user) and user.args[0] is node)
-    return pointwise(view, user) is not None and writes_over(view, user)
+        return reading.kind == "identity" or (view.writes(user) and user.args[0] is node)
+    return pointwise(view, user) is not None and view.writes(user)
 
 
 def _is_copied(view: View, node: fx.Node) -> bool:
     """Whether some reader has to copy a view to have it in one piece."""
     for user in node.users:
-        if reads_metadata(user):
+        if view.reads_metadata(user):
             continue
         reading = view.read(user)
         plain = isinstance(reading, Affine) and not reading.is_layer and reading.kind != "avg_pool"
@@ -198,7 +198,7 @@ def _way(view: View, node: fx.Node) -> list[fx.Node]:
     """From a value to the element-by-element operation that alone reads it."""
     way: list[fx.Node] = []
     while len(way) < 4:
-        users = [user for user in node.users if not reads_metadata(user)]
+        users = [user for user in node.users if not view.reads_metadata(user)]
         if len(users) != 1:
             return []
         (node,) = users
@@ -215,8 +215,8 @@ def _way(view: View, node: fx.Node) -> list[fx.Node]:
 def _is_written(view: View, node: fx.Node) -> bool:
     """Whether some reader writes over a value, which autograd forbids for parts of one."""
     for user in node.users:
-        over = pointwise(view, user) is not None and writes_over(view, user)
-        if over or (writes(user) and user.args[0] is node):
+        over = pointwise(view, user) is not None and view.writes(user)
+        if over or (view.writes(user) and user.args[0] is node):
             return True
         if _passes_on(view, user, node) and _is_written(view, user):
             return True

@@ -108,10 +108,7 @@ class Channels:
                 yield Proof(partial(divided, len(parts)), ((user, axis),))
 
     def _said(self, node: fx.Node, axis: int) -> Said:
-        try:
-            called = self._calls.of(node)
-        except AttributeError:  # its module is gone
-            return NOTHING
+        called = self._calls.of(node)
         rule = None if called is None else RULES.get(called.op.shape)
         if rule is None or called is None or called.arguments is None:
             return NOTHING

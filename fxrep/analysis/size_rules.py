@@ -207,7 +207,9 @@ def _broadcast(call: Called, axis: int, known: Known) -> Said:
         certain = call.node.op == "call_method" or known.is_tensor(call.source)
         return _keep(call, axis, back=same if certain else None)
     if len(operands) == 1:
-        return _keep(call, axis)
+        (only,) = operands
+        back = Proof(same, ((call.node, axis),))
+        return Said((Proof(same, ((only, axis),)),), only, (back,))
     sizes = tuple((each, axis) for each in operands if known.reaches(each, axis))
     return Said((Proof(_widest, sizes),)) if sizes else NOTHING
 

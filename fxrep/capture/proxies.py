@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from fxrep.capture.tracer import Tracer
 
 
-IN_PLACE = words("iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift")
-
-
 class Unfaithful(fx.proxy.TraceError):
     """A trace would not do what the forward does."""
 
@@ -57,7 +54,7 @@ class _InPlace:
         raise self.tracer.refuse(Unfaithful("forward deletes an item of a traced value"))
 
     def __len__(self) -> int:
-        count = item_count(self.node)
+        count = item_count(self.tracer.calls, self.node)
         if count is None:
             raise self.tracer.refuse(Unfaithful("forward takes len() of a traced value"))
         return count
@@ -69,16 +66,13 @@ def _in_place(name: str) -> Callable[[Any, object], Any]:
 
     def record(self: Any, other: object) -> Any:
         # `n = x.shape[2]; n += 1` rebinds n: an int has no in-place operators
-        target = fresh if is_size(self.node) else changed
+        target = fresh if is_size(self.tracer.calls, self.node) else changed
         return self.tracer.create_proxy("call_function", target, (self, other), {})
 
     return record
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"):
-    setattr(_InPlace, f"__{_name}__", _in_place(_name))
-
-for _name in ("iand", "ior", "ixor", "ilshift", "irshift"):
+for _name in words("iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift"):
     setattr(_InPlace, f"__{_name}__", _in_place(_name))
 
 
@@ -104,7 +98,7 @@ def is_instance(value: Any, kinds: Any) -> bool:
     """
     if not isinstance(value, _InPlace) or isinstance(value, kinds):
         return isinstance(value, kinds)
-    kind = value_type(value.node)
+    kind = value_type(value.tracer.calls, value.node)
     if kind is None:
         raise value.tracer.refuse(Unfaithful("forward asks for the type of a traced value"))
     if value.node.op == "placeholder":

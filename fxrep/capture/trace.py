@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
-from fxrep.capture.proxies import IN_PLACE, ParameterWrite, Unfaithful
+from fxrep.capture.proxies import ParameterWrite, Unfaithful
 from fxrep.capture.signature import Arguments, is_variadic
 from fxrep.capture.state import (
     is_only_thread,
@@ -22,7 +21,8 @@ from fxrep.capture.state import (
 )
 from fxrep.capture.tracer import Absent, Opaque, Restart, Tracer, explain
 from fxrep.errors import FxrepError
-from fxrep.words import words
+from fxrep.ops.calls import Calls
+from fxrep.ops.effects import effect
 
 
 @dataclass(frozen=True)
@@ -280,13 +280,14 @@ def _install_constants(
     module: nn.Module, graph: fx.Graph, constants: dict[str, tuple[torch.Tensor, int]]
 ) -> None:
     """Keep tensors the forward makes itself; a fresh copy per call where it writes into them."""
+    calls = Calls(module)
     for node in list(graph.nodes):
         if node.op != "get_attr" or node.target not in constants:
             continue
         name = str(node.target)
         if name not in module._buffers:
             module.register_buffer(name, constants[name][0].detach(), persistent=False)
-        if _is_written(node):
+        if _is_written(calls, node):
             with graph.inserting_after(node):
                 fresh = graph.call_method("clone", (node,))
             fresh.meta["nn_module_stack"] = node.meta["nn_module_stack"]
@@ -295,34 +296,16 @@ def _install_constants(
             )
 
 
-_PURE = frozenset(
-    getattr(operator, name)
-    for name in words("add sub mul truediv floordiv mod pow matmul neg eq ne lt le gt ge")
-)
-
-
-def _is_written(node: fx.Node) -> bool:
-    """Whether an in-place operation may write into the value, through views or directly."""
+def _is_written(calls: Calls, node: fx.Node) -> bool:
+    """Whether an operation may write into the value, through views or directly."""
     stack, seen = [node], {node}
     while stack:
         value = stack.pop()
         for user in value.users:
-            if user.op == "call_module" or user.op == "output" or user.target in _PURE:
-                continue
-            name = str(getattr(user.target, "__name__", user.target))
-            is_operator = getattr(user.target, "__module__", "") == "_operator"
-            if (
-                (is_operator and (name == "setitem" or name in IN_PLACE))
-                or (name.endswith("_") and not name.endswith("__"))
-                or name in _IN_PLACE_METHODS
-                or "out" in user.kwargs
-                or user.kwargs.get("inplace")
-            ):
+            does = effect(calls, user)
+            if value in does.writes:
                 return True
-            if user not in seen:
+            if value in does.aliases and user not in seen:
                 seen.add(user)
                 stack.append(user)
     return False
-
-
-_IN_PLACE_METHODS = frozenset({"__setitem__", *(f"__{name}__" for name in IN_PLACE)})

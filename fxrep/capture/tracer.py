@@ -22,6 +22,7 @@ from fxrep.capture.skeleton import named_tensors
 from fxrep.capture.state import Containers, DrawnNumbers, is_only_thread
 from fxrep.capture.substitution import surely
 from fxrep.ops.absent import lacks_input, lacks_operand
+from fxrep.ops.calls import Calls
 from fxrep.ops.owner import called_class, foreign_hooks, is_leaf, weight_hooks
 from fxrep.ops.values import item_count
 
@@ -58,6 +59,7 @@ class Tracer(fx.Tracer):
     def __init__(self, root: nn.Module, arguments: Arguments, closed: dict[int, Opaque]) -> None:
         super().__init__(param_shapes_constant=False)
         self.root = root
+        self.calls = Calls(root)
         self.graph = fx.Graph(tracer_cls=Tracer)
         self.arguments = arguments
         self.closed = closed
@@ -191,7 +193,7 @@ class Tracer(fx.Tracer):
         raise self.refuse(Unfaithful("forward decides on a traced value"))
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:  # noqa: D102
-        count = item_count(obj.node)
+        count = item_count(self.calls, obj.node)
         if count is None:
             raise self.refuse(Unfaithful("forward iterates over a traced value"))
         items: Any = obj

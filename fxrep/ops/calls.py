@@ -119,7 +119,10 @@ class Calls:
 
     def _read(self, node: fx.Node) -> Called | None:
         if node.op == "call_module":
-            module = self.submodule(str(node.target))
+            try:
+                module = self.submodule(str(node.target))
+            except AttributeError:
+                return None
             kind = known_class(node, module, CLASSES)
             return None if kind is None else Called(CLASSES[kind], node, module)
         if node.op == "call_function" and node.target is getattr:

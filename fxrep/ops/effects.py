@@ -109,7 +109,7 @@ def _call_effect(node: fx.Node, called: Called) -> Effect:
         return Effect(writes=_updated(called))
     if memory is Memory.UNKNOWN:
         return Effect(tuple(node.all_input_nodes))
-    return Effect(source) if memory is Memory.VIEW else _FRESH
+    return _FRESH if memory is Memory.FRESH else Effect(source)
 
 
 def _unknown_effect(node: fx.Node) -> Effect:

@@ -70,7 +70,7 @@ class Memory(Enum):
 
     FRESH = auto()  # the result has memory of its own
     VIEW = auto()  # the result may be the first operand, or a view of it
-    DROPOUT = auto()  # fresh in training, else the operand
+    DROPOUT = auto()  # like a view; out of training `inplace` means nothing
     UPDATES = auto()  # fresh; it may write statistics or tables that it is given
     WRITES = auto()  # it writes its first operand, which is the result
     UNKNOWN = auto()  # the result may share memory with every operand
@@ -328,7 +328,7 @@ _BROADCASTING = (
 
 _CONV = "input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1"
 _CONV_T = "input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1"
-_PADDED = "padding_mode='zeros', _reversed_padding_repeated_twice=()"
+_PADDED = "padding_mode='zeros'"
 _NORM = (
     "input, running_mean, running_var, weight=None, bias=None, training|use_input_stats=False, "
     "momentum=0.1, eps=1e-5"

@@ -305,7 +305,7 @@ def dying(walk: Walk) -> tuple[fx.Node, ...]:
         if node is walk.root or node in written:
             continue
         own = writes_of.get(node, ())
-        if unread(node, walk.expanded[node], found.union(own) if own else found):
+        if unread(walk.view, node, walk.expanded[node], found.union(own) if own else found):
             found.update((node, *own))
     return tuple(sorted(found))
 

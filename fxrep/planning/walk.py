@@ -490,7 +490,7 @@ def _cross(walk: Walk, node: fx.Node) -> Refusal | None:
     if isinstance(outer, Refusal) or not _passes(walk, found, outer):
         return Refusal("")
     if walk.view.aliasing.pinned(node) or not unread(
-        node, Seen(outer.map, walk.crossed), walk.expanded
+        walk.view, node, Seen(outer.map, walk.crossed), walk.expanded
     ):
         return Refusal("")
     del walk.frontier[node]

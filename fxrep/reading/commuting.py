@@ -14,14 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
 from fxrep.algebra.maps import Axis
-from fxrep.ops.owner import known_class
 from fxrep.reading.layers import as_tuple
-from fxrep.reading.view import View, arguments
+from fxrep.reading.view import View
 
 Sizes = tuple[int, ...]
 
@@ -74,28 +71,18 @@ class Mover:
 
 def mover(view: View, node: fx.Node) -> Mover | None:
     """The node as something to move over, or None."""
-    if node.op == "call_module":
-        module = view.submodule(str(node.target))
-        base = known_class(node, module, _MODULES)
-        if base is None or len(node.args) != 1 or node.kwargs:
-            return None
-        read, names = _MODULES[base]
-        given = [node.args[0], *(getattr(module, name, None) for name in names)]
-        found = read(view, node, *given)
-    else:
-        entry = _CALLS.get(node.target) if node.op in ("call_function", "call_method") else None
-        bound = None if entry is None else arguments(entry[1], node)
-        if entry is None or bound is None:
-            return None
-        found = entry[0](view, node, **bound)
+    called = view.calls.of(node)
+    reader = None if called is None else _READERS.get(called.op.name)
+    if called is None or reader is None or called.arguments is None:
+        return None
+    found = reader(view, node, **called.arguments)
     if found is None or node.all_input_nodes != [found.source]:
         return None
     return found if view.aliasing.pure(node) else None
 
 
 def _resize(
-    view: View, node: fx.Node, input: Any, size: Any = None, scale_factor: Any = None, *_: Any,
-    **__: Any,
+    view: View, node: fx.Node, input: Any, scale_factor: Any = None, **_: Any,
 ) -> Mover | None:  # fmt: skip
     rank, _assumed = view.rank(node)
     if rank is None or rank < 3:
@@ -190,64 +177,13 @@ def _shuffle(view: View, node: fx.Node, input: Any, upscale_factor: Any) -> Move
     return Mover(node, input, 2, spread=upscale_factor**2, factors=factors)
 
 
-# --- spellings -----------------------------------------------------------------------------------
-
-_Reader = Callable[..., Mover | None]
-_WINDOWS = ("kernel_size", "stride", "padding")
-
-_MODULES: dict[Any, tuple[_Reader, tuple[str, ...]]] = {
-    nn.Upsample: (_resize, ("size", "scale_factor")),
-    nn.UpsamplingNearest2d: (_resize, ("size", "scale_factor")),
-    nn.UpsamplingBilinear2d: (_resize, ("size", "scale_factor")),
-    nn.PixelShuffle: (_shuffle, ("upscale_factor",)),
-    nn.AvgPool1d: (_avg_pool(1), (*_WINDOWS, "ceil_mode", "count_include_pad")),
-    **{
-        kind: (_avg_pool(n), (*_WINDOWS, "ceil_mode", "count_include_pad", "divisor_override"))
-        for n, kind in ((2, nn.AvgPool2d), (3, nn.AvgPool3d))
-    },
-    **{
-        getattr(nn, f"MaxPool{n}d"): (
-            _max_pool(n), (*_WINDOWS, "dilation", "ceil_mode", "return_indices")
-        )
-        for n in (1, 2, 3)
-    },
-    **{
-        getattr(nn, f"AdaptiveAvgPool{n}d"): (_adaptive(n, False), ("output_size",))
-        for n in (1, 2, 3)
-    },
-    **{
-        getattr(nn, f"AdaptiveMaxPool{n}d"): (
-            _adaptive(n, True), ("output_size", "return_indices")
-        )
-        for n in (1, 2, 3)
-    },
-}  # fmt: skip
-
-_MAX = (
-    "input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False"
-)
-_AVG = "input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True"
-_INTERPOLATE = (
-    "input, size=None, scale_factor=None, mode='nearest', align_corners=None, "
-    "recompute_scale_factor=None, antialias=False"
-)
-
-_CALLS: dict[Any, tuple[_Reader, str]] = {
-    F.interpolate: (_resize, _INTERPOLATE),
-    **dict.fromkeys(
-        (F.pixel_shuffle, torch.pixel_shuffle), (_shuffle, "input, upscale_factor")
-    ),
-    **dict.fromkeys((torch.mean, "mean"), (_mean, "input, dim=None, keepdim=False, dtype=None")),
-    F.avg_pool1d: (_avg_pool(1), _AVG),
-    F.avg_pool2d: (_avg_pool(2), f"{_AVG}, divisor_override=None"),
-    F.avg_pool3d: (_avg_pool(3), f"{_AVG}, divisor_override=None"),
-    **{
-        f: (_max_pool(n), _MAX)
-        for n in (1, 2, 3)
-        for f in (getattr(F, f"max_pool{n}d"), getattr(torch, f"max_pool{n}d"))
-    },
-    **{
-        getattr(F, f"adaptive_avg_pool{n}d"): (_adaptive(n, False), "input, output_size")
-        for n in (1, 2, 3)
-    },
-}  # fmt: skip
+_READERS: dict[str, Callable[..., Mover | None]] = {
+    "interpolate": _resize,
+    "pixel_shuffle": _shuffle,
+    "mean": _mean,
+    **{f"avg_pool{n}d": _avg_pool(n) for n in (1, 2, 3)},
+    **{f"max_pool{n}d": _max_pool(n) for n in (1, 2, 3)},
+    **{f"adaptive_avg_pool{n}d": _adaptive(n, orders=False) for n in (1, 2, 3)},
+    **{f"adaptive_max_pool{n}d": _adaptive(n, orders=True) for n in (1, 2, 3)},
+}
+"""By the name of the operator (`fxrep.ops.table`)."""

@@ -7,7 +7,7 @@ in the same few readers, so a rule never sees how a thing was spelt.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,10 +239,10 @@ def per_channel(view: View, node: fx.Node, value: Any, axis: int) -> Expr | None
     return met.expr
 
 
-def _identity(view: View, node: fx.Node, source: Any) -> Reading:
-    if not isinstance(source, fx.Node):
+def _identity(view: View, node: fx.Node, input: Any) -> Reading:
+    if not isinstance(input, fx.Node):
         return None
-    return Affine("identity", (Term(source, IDENTITY),))
+    return Affine("identity", (Term(input, IDENTITY),))
 
 
 # --- from arguments ----------------------------------------------------------------------------
@@ -442,7 +442,9 @@ READERS: dict[str, Reader] = {
     "mul": _read_mul,
     "div": _read_div,
     "neg": _read_neg,
-    **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"), _read_dropout),
+    **dict.fromkeys(
+        ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"), _read_dropout
+    ),
     "Identity": _identity,
     "contiguous": _read_contiguous,
     "view_as": _read_reshape_as,

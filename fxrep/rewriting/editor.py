@@ -324,7 +324,7 @@ class Editor:
         if name in parent._parameters or name in parent._buffers:
             delattr(parent, name)
         parent.add_module(name, module)
-        self.view.submodules.pop(path, None)
+        self.view.calls.forget(path)
 
     def place(self, plans: Sequence[Plan], layers: Sequence[Layer]) -> list[str]:
         """Free paths: that of the one layer a new one replaces, or in their common block."""

@@ -21,7 +21,7 @@ from fxrep.algebra.maps import Diagonal, Map, symmetric
 from fxrep.analysis.values import Values, opaque
 from fxrep.planning.cost import MacsCost
 from fxrep.planning.plan import Plan
-from fxrep.reading.view import Affine, View, writes
+from fxrep.reading.view import Affine, View
 from fxrep.refusal import Refusal
 from fxrep.rewriting.editor import blank
 from fxrep.rewriting.replacement import pads, replacement
@@ -185,7 +185,7 @@ class _Part:
         """What reads views of one result, which may take longer than reading values apart."""
         for root in plan.roots if plan.outputs else ():
             for user in root.users:
-                if user in plan.region or user in self.made or not _runs_apart(user):
+                if user in plan.region or user in self.made or not _runs_apart(self.view, user):
                     continue
                 try:
                     self.copy(user)
@@ -233,12 +233,12 @@ def _new(plan: Plan, view: View, values: Values) -> _Part:
     return part.finish(roots)
 
 
-def _runs_apart(node: fx.Node) -> bool:
+def _runs_apart(view: View, node: fx.Node) -> bool:
     """Whether a call can be repeated without an effect on anything else."""
     if node.op == "call_module":
         return not opaque(node)
     known = node.op == "call_method" or node.op == "call_function"
-    return known and not writes(node) and node.target is not operator.setitem
+    return known and not view.writes(node) and node.target is not operator.setitem
 
 
 def _look(tensor: Tensor) -> str:

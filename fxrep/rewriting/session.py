@@ -15,6 +15,7 @@ from fxrep.analysis.channels import Channels
 from fxrep.analysis.ranks import Ranks
 from fxrep.analysis.values import Examples, Values, watched
 from fxrep.capture.islands import Capture, Program
+from fxrep.ops.calls import Calls
 from fxrep.planning.cost import CostModel
 from fxrep.planning.plan import Plan
 from fxrep.planning.rule import Drop, Fold, Joint, Pass
@@ -107,16 +108,17 @@ class Session:
         if self.settings.measures:
             examples = watched(self.captured, self.example_inputs)
         for program in self.captured.programs:
-            aliasing.rename_written(program.graph, program.module)
+            calls = Calls(program.module)
+            aliasing.rename_written(program.graph, calls)
             values = examples.values(program)
-            ranks = Ranks(program.graph, program.module, values.ranks, program.ranks)
+            ranks = Ranks(program.graph, calls, values.ranks, program.ranks)
             view = View(
                 program.graph,
-                program.module,
+                calls,
                 read,
-                aliasing.analyse(program.graph, program.module),
+                aliasing.analyse(program.graph, calls),
                 ranks,
-                Channels(program.graph, program.module, ranks.lean),
+                Channels(program.graph, calls, ranks.lean),
             )
             sizes.read_early(view)
             editor = Editor(program.graph, program.module, view, program.keep_modules)

@@ -26,7 +26,7 @@ from fxrep.ops.owner import weight_hooks
 from fxrep.planning.pieces import Piece
 from fxrep.planning.plan import Plan
 from fxrep.reading.commuting import Mover
-from fxrep.reading.view import View, reads_metadata
+from fxrep.reading.view import View
 from fxrep.refusal import Refusal
 from fxrep.report import Report
 from fxrep.rewriting.editor import Layer, Lookup
@@ -50,7 +50,7 @@ def check(plan: Plan, layers: Sequence[Layer], view: View, exact: Lookup) -> flo
     device = layers[0].exact[0].device if layers else torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
     worst, compared, failure = 0.0, 0, "no size"
-    calls: Calls = {}
+    calls: Modules = {}
     for shapes in _shapes(plan, view):
         values = {
             source: torch.randn(shape, dtype=torch.float64, generator=generator).to(device)
@@ -222,11 +222,11 @@ def _sizes(maps: Sequence[Map], moved: Sequence[Mover]) -> Iterator[tuple[list[i
             yield different, [residue + i for i in range(rank)]
 
 
-Calls = dict[str, Callable[..., Any]]
+Modules = dict[str, Callable[..., Any]]
 
 
 def _run(
-    plan: Plan, view: View, values: dict[fx.Node, Tensor], exact: Lookup, calls: Calls
+    plan: Plan, view: View, values: dict[fx.Node, Tensor], exact: Lookup, calls: Modules
 ) -> list[Tensor]:
     """The values that the old nodes give the roots, as they stand in the graph, in float64."""
 
@@ -238,7 +238,7 @@ def _run(
         target: Any = arg.target
         if target in (getattr, operator.getitem):  # a size that is read on the way
             return target(*fx.map_arg(arg.args, value))
-        if arg.op == "call_method" and reads_metadata(arg):
+        if arg.op == "call_method" and view.reads_metadata(arg):
             owner, *rest = fx.map_arg(arg.args, value)
             return getattr(owner, str(arg.target))(*rest)
         raise ValueError(f"{arg.name} is not part of the region")

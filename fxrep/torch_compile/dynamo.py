@@ -17,8 +17,9 @@ from torch import Tensor, fx, nn
 from torch._dynamo.source import is_from_unspecialized_param_buffer_source
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxrep.analysis import aliasing
 from fxrep.errors import FxrepError
+from fxrep.ops import effects
+from fxrep.ops.calls import Calls
 
 log = logging.getLogger("fxrep")
 
@@ -91,11 +92,12 @@ def _is_ordinary(value: object) -> bool:
 
 def statistics(gm: fx.GraphModule) -> set[fx.Node]:
     """Running means and variances: kernels write them without leaving a trace."""
+    calls = Calls(gm)
     return {
         source
-        for node in gm.graph.nodes
-        if normalizes(node)
-        for source in aliasing.statistics(node)
+        for called in map(calls.of, gm.graph.nodes)
+        if called is not None and "running_mean" in called.op.parameters
+        for source in effects.statistics(called)
         if source.op == "placeholder"
     }
 

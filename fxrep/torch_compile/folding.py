@@ -201,7 +201,7 @@ def _returned(graph: fx.Graph, view: View) -> set[fx.Node]:
     (output,) = graph.find_nodes(op="output")
     found: set[fx.Node] = set()
     for node in output.all_input_nodes:
-        shared = aliasing.may_share(node, view.module)
+        shared = aliasing.may_share(node, view.calls)
         if any(str(each.target) in view.derived for each in shared):
             with graph.inserting_before(output):
                 copy = graph.call_method("clone", (node,))

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations
 from fxrep.analysis.channels import Channels
 from fxrep.analysis.ranks import Ranks
 from fxrep.capture.islands import capture
+from fxrep.ops.calls import Calls
 
 _Forward = Callable[[Any, Any], Any]
 
@@ -87,8 +88,8 @@ def known(forward: _Forward) -> tuple[Channels, fx.Node, fx.Node]:
     nodes = list(program.graph.nodes)
     result = nodes[-1].args[0]
     assert isinstance(result, fx.Node)
-    ranks = Ranks(program.graph, program.module)
-    return Channels(program.graph, program.module, ranks.rank), nodes[0], result
+    ranks = Ranks(program.graph, Calls(program.module))
+    return Channels(program.graph, Calls(program.module), ranks.rank), nodes[0], result
 
 
 def in_place(s: Any, x: Any) -> Any:
@@ -243,7 +244,7 @@ def graph_of(module: nn.Module, path: str = "layer") -> tuple[Channels, fx.Node,
     x = graph.placeholder("x")
     y = graph.call_module(path, (x,))
     graph.output(y)
-    return Channels(graph, root, lambda node: None), x, y
+    return Channels(graph, Calls(root), lambda node: None), x, y
 
 
 @pytest.mark.parametrize("kind", [OwnForward, OwnConvolution])
@@ -284,7 +285,7 @@ def chain(length: int) -> tuple[fx.Graph, Channels, list[fx.Node], nn.Module]:
     for _ in range(length):
         nodes.append(graph.call_function(F.relu, (nodes[-1],)))
     graph.output(nodes[-1])
-    return graph, Channels(graph, root, lambda node: None), nodes, root
+    return graph, Channels(graph, Calls(root), lambda node: None), nodes, root
 
 
 def test_nodes_may_come_and_go() -> None:
@@ -311,7 +312,7 @@ def test_a_number_is_no_tensor_because_a_tensor_was_added_to_it() -> None:
 
     program = capture(Counts().eval()).programs[0]
     x, n = list(program.graph.nodes)[:2]
-    channels = Channels(program.graph, program.module, lambda node: None)
+    channels = Channels(program.graph, Calls(program.module), lambda node: None)
     assert (channels.of(n, -3), channels.of(x, -3)) == (None, None)
 
 
@@ -341,7 +342,7 @@ def test_many_readers_and_operands_cost_little_per_answer() -> None:
     x = graph.placeholder("x")
     readers = [graph.call_module("bn", (x,)) for _ in range(8000)]
     joined = [graph.call_function(torch.cat, (readers[:n], -3)) for n in (100, 8000)]
-    channels = Channels(graph, root, lambda node: None)
+    channels = Channels(graph, Calls(root), lambda node: None)
     for node in (x, *readers[:10], *joined):
         looked_up.clear()
         assert channels.of(node, -3) is None
@@ -460,8 +461,8 @@ def test_a_size_is_what_the_value_has_when_it_runs(
     program = capture(Steps(steps, shape)).programs[0]
     run = Observed(program.module, program.graph)
     run.run(torch.ones(shape))
-    ranks = Ranks(program.graph, program.module)
-    channels = Channels(program.graph, program.module, ranks.rank)
+    ranks = Ranks(program.graph, Calls(program.module))
+    channels = Channels(program.graph, Calls(program.module), ranks.rank)
     seen = list(run.shapes.items())
     for node, found in reversed(seen) if backwards else seen:
         for axis in range(-7, 0):

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from fxrep.analysis.ranks import Ranks
 from fxrep.capture.islands import capture
+from fxrep.ops.calls import Calls
 
 _Forward = Callable[[Any, Any], Any]
 
@@ -44,7 +45,7 @@ def known(forward: _Forward) -> tuple[Ranks, fx.Node, fx.Node]:
     nodes = list(program.graph.nodes)
     result = nodes[-1].args[0]
     assert isinstance(result, fx.Node)
-    return Ranks(program.graph, program.module), nodes[0], result
+    return Ranks(program.graph, Calls(program.module)), nodes[0], result
 
 
 def levit_linear_norm(s: Any, x: Any) -> Any:
@@ -188,7 +189,7 @@ def test_a_broadcast_relies_on_all_its_operands() -> None:
 def test_an_example_comes_before_the_assumption() -> None:
     program = capture(Net(lambda s, x: s.conv(x)).eval()).programs[0]
     x, conv = list(program.graph.nodes)[:2]
-    ranks = Ranks(program.graph, program.module, {x: 3})
+    ranks = Ranks(program.graph, Calls(program.module), {x: 3})
     assert (ranks.rank(conv), ranks.assumed(conv)) == (None, 3)
     ranks.rely(conv)
     assert ranks.guards() == [(x, 3)]
@@ -198,7 +199,7 @@ def test_new_nodes_join_the_class_of_what_they_replace() -> None:
     program = capture(Net(lambda s, x: s.conv(x).unsqueeze(1)).eval()).programs[0]
     graph = program.graph
     x, _, wider = list(graph.nodes)[:3]
-    ranks = Ranks(graph, program.module)
+    ranks = Ranks(graph, Calls(program.module))
     with graph.inserting_before(wider):
         new, other = graph.call_module("conv", (x,)), graph.call_module("conv", (x,))
     ranks.same(new, wider)
@@ -271,7 +272,7 @@ def test_a_rank_is_what_the_value_has_when_it_runs(steps: list[str], rank: int) 
         return x
 
     program = capture(Net(forward).eval()).programs[0]
-    ranks = Ranks(program.graph, program.module)
+    ranks = Ranks(program.graph, Calls(program.module))
     nodes = list(program.graph.nodes)
     ranks.rely(nodes[-1].args[0])  # type: ignore[arg-type]
     run = Observed(program.module, program.graph)
