@@ -90,6 +90,12 @@ def _keeps(call: Called, known: Known) -> Iterator[Fact]:
         yield Shifted(call.node, call.source)
 
 
+def _keeps_rank(call: Called, known: Known) -> Iterator[Fact]:
+    takes_dim = call.arguments is not None and "dim" in call.arguments
+    if not takes_dim or call.get("dim") is not None:
+        yield from _keeps(call, known)
+
+
 def _layer(call: Called, known: Known) -> Iterator[Fact]:
     spatial, source = call.op.spatial, call.source
     if source is None:
@@ -272,11 +278,12 @@ def _einsum(call: Called, known: Known) -> Iterator[Fact]:
 
 RULES: dict[Shape, Rule] = {
     **dict.fromkeys(
-        (Shape.KEEPS, Shape.KEEPS_RANK, Shape.LAYER_NORM, Shape.PAD), _keeps
+        (Shape.KEEPS, Shape.LAYER_NORM, Shape.PAD), _keeps
     ),
     **dict.fromkeys((Shape.LAYER, Shape.TRANSPOSED_LAYER), _layer),
     **dict.fromkeys((Shape.POOL, Shape.INSTANCE_NORM), _spatial),
     **dict.fromkeys((Shape.PIXEL_SHUFFLE, Shape.PIXEL_UNSHUFFLE), _pixels),
+    Shape.KEEPS_RANK: _keeps_rank,
     Shape.NORM: _norm,
     Shape.RESIZE: _resize,
     Shape.BROADCASTS: _broadcasts,

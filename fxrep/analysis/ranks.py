@@ -181,7 +181,8 @@ class Ranks:
             return None
         root, offset = self._find(i)
         known = self._values.get(root)
-        return None if known is None else (known[0] + offset, known[1])
+        # An operation that takes an axis away leaves a number as it is.
+        return None if known is None or known[0] + offset < 0 else (known[0] + offset, known[1])
 
     # broadcasting
 

@@ -4,12 +4,14 @@ Given: a `GraphModule` of `torch.ops.aten` calls, as `torch.export` or `make_fx`
 Result: one that calls ``torch.conv2d`` and so on, with the same arguments. An exported program's
 module checks its inputs in hooks, which cannot be traced: the sizes it fixed are asserted instead.
 
-What is not listed stays as it is, an operator nobody looks into.
+What the table of operators does not know stays as it is, an operator nobody looks into.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import operator
 import sys
 from collections.abc import Callable
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
+from fxrep.ops.table import FUNCTIONS
 from fxrep.words import words
 
 _Call = tuple[str, Any, tuple[Any, ...], dict[str, Any]]
@@ -43,7 +46,7 @@ def respelled(model: nn.Module) -> nn.Module:
         elif _is_aten(node):
             _respell(graph, node, model)
     for node in reversed(list(graph.nodes)):
-        if not node.users and (node.op == "get_attr" or node.target == "permute"):
+        if not node.users and (node.op == "get_attr" or node.target in (torch.permute, torch.t)):
             graph.erase_node(node)
     if exported:
         _assert_sizes(graph)
@@ -66,11 +69,11 @@ def _checks_inputs(model: nn.Module, node: fx.Node) -> bool:
 
 def _respell(graph: fx.Graph, node: fx.Node, model: nn.Module) -> None:
     schema_name = node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
-    reader = _SPECIAL.get(node.target)
+    reader, function = _SPECIAL.get(node.target), _function(schema_name)
     if reader is not None:
         call = reader(node, model)
-    elif schema_name in _FUNCTIONS:
-        call = "call_function", _FUNCTIONS[schema_name], node.args, dict(node.kwargs)
+    elif function is not None:
+        call = "call_function", function, node.args, dict(node.kwargs)
     elif schema_name in _METHODS:
         call = "call_method", schema_name, node.args, dict(node.kwargs)
     else:
@@ -157,8 +160,8 @@ def _linear(node: fx.Node, model: nn.Module) -> _Call | None:
     bias, source, turned = given
     if node.kwargs or not isinstance(turned, fx.Node) or not turned.args:
         return None
-    by_t = turned.target in ("t", torch.t, _aten.t.default)
-    by_dims = turned.target in ("permute", _aten.permute.default) and turned.args[1] == [1, 0]
+    by_t = turned.target in (torch.t, _aten.t.default)
+    by_dims = turned.target in (torch.permute, _aten.permute.default) and turned.args[1] == [1, 0]
     if not (by_t or by_dims) or len(_shape(bias, model) or (0, 0)) != 1:
         return None
     return "call_function", F.linear, (source, turned.args[0], bias), {}
@@ -185,31 +188,25 @@ _FIRST_OF_SEVERAL = {
     _aten.max_pool2d_with_indices.default,
 }
 
-# Functions that take the operator's arguments, in its order.
-_FUNCTIONS: dict[str, Any] = {
-    **{
-        name: getattr(torch, name)
-        for name in words(
-            "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d batch_norm "
-            "add sub mul div neg rsub cat split split_with_sizes chunk narrow index_select flatten "
-            "mean max_pool1d max_pool2d max_pool3d pixel_shuffle pixel_unshuffle relu sigmoid tanh "
-            "matmul exp sqrt rsqrt reciprocal"
-        )
-    },
-    **{
-        name: getattr(F, name)
-        for name in words(
-            "linear pad avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-            "adaptive_avg_pool3d gelu silu mish hardswish hardsigmoid hardtanh relu6 leaky_relu "
-            "softplus"
-        )
-    },
+
+@functools.cache
+def _function(name: str) -> Any:
+    """The function of torch that is an operator's own binding, and takes its very arguments."""
+    if name in _RENAMED:
+        return _RENAMED[name]
+    for home in (torch, torch._C._nn):
+        function = getattr(home, name, None)
+        if function in FUNCTIONS and inspect.isbuiltin(function):
+            return function
+    return None
+
+
+_RENAMED: dict[str, Any] = {
+    "split": torch.split,  # written in Python, but takes the same
     "_adaptive_avg_pool2d": F.adaptive_avg_pool2d,
 }
 
-_METHODS = words(
-    "add_ sub_ mul_ div_ neg_ relu_ sigmoid_ view reshape permute transpose expand contiguous clone"
-)
+_METHODS = words("add_ sub_ mul_ div_ view reshape expand contiguous")
 
 
 def _assert_sizes(graph: fx.Graph) -> None:

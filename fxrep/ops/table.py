@@ -33,7 +33,7 @@ class Shape(Enum):
 
     UNKNOWN = auto()
     KEEPS = auto()  # the shape of the first operand
-    KEEPS_RANK = auto()  # its rank only
+    KEEPS_RANK = auto()  # its rank only; nothing where `dim` is None
     BROADCASTS = auto()  # the common shape of all operands
     LAYER = auto()  # convolution and linear: channels from the weight
     TRANSPOSED_LAYER = auto()
@@ -59,8 +59,8 @@ class Shape(Enum):
     UNSQUEEZE = auto()
     SELECT = auto()
     REDUCE = auto()
-    MATMUL = auto()
-    BATCHED_MATMUL = auto()
+    MATMUL = auto()  # all axes but the last two broadcast
+    BATCHED_MATMUL = auto()  # all axes but the last two broadcast
     EINSUM = auto()
     EMBEDDING = auto()
 
@@ -112,8 +112,9 @@ class Op:
 
     Attributes:
         names: its spellings. A name with a capital is a class of torch.nn; one with a dot is that
-            function only (``F.unfold`` is no method); any other is a function of torch, of
-            torch.nn.functional and a method, where there is such.
+            function only (``F.unfold`` is no method, ``torch.ops.mylib.swish`` one of your own);
+            any other is a function of torch, of torch.nn.functional and a method, where there is
+            such.
         parameters: as in a `def`. Other names of one stand behind a bar (``dim|axis=0``), those of
             a module are its attributes; ``*size`` takes a sequence or its items; ``...`` at the
             end takes whatever else is given.
@@ -255,21 +256,33 @@ def _enter_call(op: Op, name: str) -> int:
     home, _, last = name.rpartition(".")
     spelling, in_place = Spelling(op), Spelling(op, in_place=True)
     found = 0
-    for where in (_ALL_HOMES[home],) if home else _HOMES.values():
+    for where in (_home(home),) if home else _HOMES.values():
         for spelt, meaning in ((last, spelling), (f"{last}_", in_place)):
             function = getattr(where, spelt, None)
             if callable(function) and not isinstance(function, type):
                 found += 1
-                if home or function not in _QUALIFIED:
-                    FUNCTIONS[function] = meaning
-                if home:
-                    _QUALIFIED.add(function)
+                overloads = getattr(function, "overloads", list)()  # of a function of torch.ops
+                for each in (function, *(getattr(function, name) for name in overloads)):
+                    if home or each not in _QUALIFIED:
+                        FUNCTIONS[each] = meaning
+                    if home:
+                        _QUALIFIED.add(each)
     if not home or last not in OPS:
         OPS[last] = op
     if not home:
         for spelt, meaning in ((last, spelling), (f"{last}_", in_place)):
             if hasattr(torch.Tensor, spelt):
                 METHODS[spelt] = meaning
+    return found
+
+
+def _home(name: str) -> Any:
+    """Where a function lives: ``F``, ``torch.special``, ``torch.ops.mylib``; None if nowhere."""
+    found = _ALL_HOMES.get(name)
+    if found is not None:
+        return found
+    for part in name.removeprefix("torch.").split("."):
+        found = getattr(torch if found is None else found, part, None)
     return found
 
 
@@ -316,13 +329,15 @@ _ELEMENTWISE = (
     "selu:SELU gelu:GELU silu:SiLU mish:Mish hardtanh:Hardtanh hardswish:Hardswish "
     "hardsigmoid:Hardsigmoid hardshrink:Hardshrink softshrink:Softshrink tanhshrink:Tanhshrink "
     "softplus:Softplus softsign:Softsign logsigmoid:LogSigmoid threshold:Threshold nan_to_num "
-    "logical_not bitwise_not isnan isinf isfinite"
+    "logical_not bitwise_not isnan isinf isfinite isneginf isposinf signbit angle sinc "
+    "digamma lgamma"
 )
 
 _BROADCASTING = (
     "mul:multiply floor_divide remainder fmod pow float_power maximum minimum fmin fmax atan2 "
-    "hypot xlogy logaddexp copysign eq ne:not_equal lt:less le:less_equal gt:greater "
-    "ge:greater_equal logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor "
+    "hypot xlogy logaddexp logaddexp2 copysign heaviside ldexp nextafter gcd lcm "
+    "eq ne:not_equal lt:less le:less_equal gt:greater ge:greater_equal "
+    "logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor "
     "bitwise_left_shift bitwise_right_shift clamp_min clamp_max"
 )
 
@@ -429,11 +444,15 @@ _ARITHMETIC = [
     Op("lerp", "input, end, weight", Shape.BROADCASTS),
     *_each("addcmul addcdiv", "input, tensor1, tensor2, value=1", Shape.BROADCASTS),
     Op("masked_fill", "input, mask, value", Shape.BROADCASTS),
+    Op("masked_scatter", "input, mask, source", Shape.BROADCASTS),
     *_each("softmax:Softmax:Softmax2d log_softmax:LogSoftmax softmin:Softmin gumbel_softmax "
            "normalize cumsum cumprod roll flip argsort tril triu scatter scatter_add index_add "
-           "index_copy index_fill index_put masked_scatter renorm", "input, ...", Shape.KEEPS),
-    *_each("glu:GLU gather index_select repeat_interleave scaled_dot_product_attention",
-           "input, dim=None, index=None, ...", Shape.KEEPS_RANK),
+           "index_copy index_fill index_put renorm", "input, ...", Shape.KEEPS),
+    Op("glu GLU", "input, dim=-1", Shape.KEEPS_RANK),
+    Op("index_select", "input, dim, index", Shape.KEEPS_RANK),
+    Op("repeat_interleave", "input, repeats, dim=None, output_size=None", Shape.KEEPS_RANK),
+    Op("gather", "input, dim, other|index, sparse_grad=False", Shape.LIKE),
+    Op("scaled_dot_product_attention", "input|query, key, value, ...", Shape.MATMUL),
     *_each("mean nanmean sum nansum prod argmax argmin all any logsumexp amax amin count_nonzero",
            _REDUCE, Shape.REDUCE),
     *_each("std var", "input, dim|axis=None, unbiased=True, keepdim|keepdims=False, correction=1",
