@@ -14,8 +14,9 @@ import fxrep
 from fxrep.algebra import composition, weights
 from fxrep.planning import walk
 from fxrep.rewriting import editor, session
-from support.blocks import RepVGG, conv_bn
+from support.blocks import RepVGG
 from support.check import check
+from support.models import conv_bn
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.blocks import conv_bn
-from support.blocks_linear import Body, Forward, call, conv
 from support.check import check
+from support.models import Body, Forward, call, conv, conv_bn
 
 # Odd, even, and small ones: large sizes never see a broadcast, nor a kernel that meets two borders.
 # Every residue modulo 4 is among them, or a stride error could hide.

@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from support.blocks import conv_bn
-from support.blocks_linear import Body, conv
 from support.check import check, count, inputs_of
+from support.models import Body, conv, conv_bn
 
 SHAPES = ((2, 8, 9, 9), (1, 8, 12, 7), (1, 8, 3, 2))
 

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 import fxrep
 from fxrep.ops.owner import called_class, foreign_hooks, is_leaf, known_class, torch_class
 from support.check import randomize
+from support.models import IMAGE
 
 # Leaves by what they do to a (N, 6) value; all keep its shape.
 LEAVES: dict[str, Callable[[], nn.Module]] = {
@@ -213,6 +214,26 @@ def test_the_class_that_answers_is_the_one_that_runs() -> None:
     assert known_class(node, nn.ReLU6(), {nn.Hardtanh}) is nn.Hardtanh
     other = fx.Graph().call_module("x")
     assert known_class(other, nn.LazyConv2d(3, 1), {nn.Conv2d}) is None
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("inputs", [None, IMAGE])
+@pytest.mark.parametrize(
+    "hooked",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda conv: nn.utils.prune.l1_unstructured(conv, "weight", 0.3),
+    ],
+)
+def test_a_layer_whose_weight_a_hook_computes_stays(hooked, inputs, ran):
+    """Reading its weight ran the hook, which left one that cannot be copied on the layer."""
+    model = nn.Sequential(hooked(nn.Conv2d(4, 4, 3)), nn.ReLU()).eval().double()
+    if ran:
+        model(IMAGE)
+    optimized = fxrep.optimize(model, inputs)
+    torch.testing.assert_close(optimized(IMAGE), model(IMAGE), rtol=1e-10, atol=1e-10)
 
 
 # --- what a forward itself changes, and gives back before it ends ---------------------------------

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxrep
-from support.check import check, count, distance, inputs_of, randomize, run
+from support.check import assert_equal, check, count, distance, inputs_of, randomize, run
+from support.models import IMAGE, Body, conv_bn
 
 CONV = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -211,19 +213,6 @@ def test_norm_between_two_layers_goes_into_the_first() -> None:
 
 
 # --- no-ops, with the reason the report must give ------------------------------------------------
-
-
-class Body(nn.Module):
-    """Parts and a forward given as a function of them."""
-
-    def __init__(self, forward: Callable[..., Any], **parts: Any) -> None:
-        super().__init__()
-        self.body = forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.body(self, x)
 
 
 def conv(inputs: int = 6, outputs: int = 8, kernel: int = 3, **how: Any) -> nn.Conv2d:
@@ -592,6 +581,33 @@ def test_the_fold_is_rounded_once() -> None:
     scale = model[1].weight.double() * model[1].running_var.double().rsqrt()
     exact = model[0].weight.double() * scale[:, None, None, None]
     assert torch.equal(layer.weight.detach(), exact.float().detach())
+
+
+class IntegerDivisor(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.register_buffer("divisor", torch.tensor(3))
+
+    def forward(self, x):
+        return self.conv(x) / self.divisor
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_an_integer_divisor_is_exact(validate):
+    assert assert_equal(IntegerDivisor(), IMAGE, validate=validate).rewrites
+
+
+def test_numbers_no_float_holds():
+    class Huge(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = conv_bn(4, 4, 3, padding=1)
+
+        def forward(self, x):
+            return self.body(x) + np.float64(2.0) * 1.0
+
+    assert assert_equal(Huge(), IMAGE).rewrites
 
 
 # --- over all geometries -------------------------------------------------------------------------

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxrep
-from support.blocks import conv_bn
-from support.blocks_linear import Two
-from support.check import check, count, inputs_of, randomize
+from support.check import assert_equal, check, count, inputs_of, randomize
+from support.models import IMAGE, Body, Two, conv, conv_bn
 
 CONV = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -37,23 +36,6 @@ class Sum(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.add([branch(x) for branch in self.branches])
-
-
-class Body(nn.Module):
-    """Parts and a forward given as a function of them and of one or two inputs."""
-
-    def __init__(self, forward: Callable[..., Any], **parts: Any) -> None:
-        super().__init__()
-        self.body = forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x: Tensor, h: Tensor | None = None) -> Any:
-        return self.body(self, x) if h is None else self.body(self, x, h)
-
-
-def conv(inputs: int = 8, outputs: int = 8, kernel: Any = 3, **how: Any) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, kernel, **how)
 
 
 # --- what merges ---------------------------------------------------------------------------------
@@ -477,6 +459,31 @@ def test_half_precision_and_layout_are_kept(dtype: torch.dtype, layout: Any) -> 
         expected, got = half.double()(x.double()), optimized(x)
     scale = float(expected.abs().max())
     assert float((got.double() - expected).abs().max()) < 20 * torch.finfo(dtype).eps * scale
+
+
+class ReadsPadded(nn.Module):
+    """A border written with the bias of the layer before: one reader merges, another returns it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(4, 4, 1)
+        self.outer = nn.Conv2d(4, 4, 3, bias=False)
+        self.beside = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        y = F.pad(self.inner(x), (1, 1, 1, 1))
+        value = self.inner.bias.detach().view(1, -1, 1, 1)
+        y[:, :, :1] = value
+        y[:, :, -1:] = value
+        y[:, :, :, :1] = value
+        y[:, :, :, -1:] = value
+        return y, self.outer(y) + self.beside(x)
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_a_written_border_stays_as_long_as_its_value(validate):
+    report = assert_equal(ReadsPadded(), IMAGE, cost="always", validate=validate)
+    assert "branches" in {rewrite.pass_name for rewrite in report.rewrites}
 
 
 # --- over all geometries -------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from support.blocks_linear import Body, call, conv
-from support.check import check, count, inputs_of
+from support.check import assert_equal, check, count, inputs_of
+from support.models import Body, call, conv
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -296,6 +296,25 @@ def test_a_divisor_counts_the_padding() -> None:
     """What validation catches, the algebra must not propose."""
     pool = nn.AvgPool2d(2, 1, 1, count_include_pad=False, divisor_override=4)
     check(nn.Sequential(pool, conv(8, 4, 1)).eval(), (*EVEN, *ODD), validate=False)
+
+
+class LinearOnWidth(nn.Module):
+    """The channels of a Linear are the last dimension, over which the pooling goes."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.linear = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        self.pool = pool
+
+    def forward(self, x):
+        return self.pool(self.linear(x))
+
+
+@pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d(1), nn.AvgPool2d(2), nn.AvgPool2d((2, 1))])
+def test_a_linear_layer_on_the_width_stays_above_pooling(pool, validate):
+    x = torch.randn(1, 4, 6, 8, dtype=torch.float64)
+    assert len(assert_equal(LinearOnWidth(pool), x, validate=validate).rewrites) == 1
 
 
 # --- over all of them ----------------------------------------------------------------------------

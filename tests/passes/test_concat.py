@@ -12,8 +12,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from support.blocks_linear import Body, Two, call, conv
-from support.check import check, count, inputs_of
+from support.check import assert_equal, check, count, inputs_of
+from support.models import IMAGE, Body, Two, call, conv
 
 CONV = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -294,6 +294,25 @@ def test_a_1x1_over_a_concatenation_is_no_more_operations() -> None:
     more = {"c": conv(4, 4, 1, bias=False), "d": conv(10, 4, 1, bias=False)}
     at = tuple(((n, 4, h, w),) * 2 for n, h, w in ((2, 5, 6), (1, 4, 3)))
     check(Two(_mixed, **parts, **more).eval(), at)
+
+
+class ConcatenatesZeros(nn.Module):
+    """One operand of a concatenation is a layer times zeros; another is the source itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(4, 4, 1, bias=False)
+        self.other = nn.Conv2d(4, 4, 1, bias=False)
+        self.register_buffer("mask", torch.zeros(1, 4, 1, 1))
+
+    def forward(self, x):
+        return torch.cat([x, self.one(x), self.other(x) * self.mask], 1)
+
+
+@pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.parametrize("cost", ["macs", "always"])
+def test_outputs_of_zeros_stay_in_a_concatenation(cost, validate):
+    assert_equal(ConcatenatesZeros(), IMAGE, cost=cost, validate=validate)
 
 
 # --- over all concatenations ---------------------------------------------------------------------

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxrep
-from support.blocks import conv_bn
-from support.blocks_linear import Body, conv
 from support.check import check, count, inputs_of
+from support.models import Body, conv, conv_bn
 
 SHAPES = ((2, 8, 5, 6), (1, 8, 4, 3), (3, 8, 3, 3))
 

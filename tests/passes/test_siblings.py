@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from support.blocks_linear import Body, call, conv
 from support.check import check, count, inputs_of
+from support.models import Body, call, conv
 
 CONV = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 

@@ -15,6 +15,8 @@ from fxrep.algebra.maps import Axis, conv_map
 from fxrep.rewriting import session, validate
 from fxrep.rewriting.validate import relative_error
 from support.blocks import BLOCKS
+from support.check import assert_equal
+from support.models import IMAGE
 
 
 class Sum(nn.Module):
@@ -125,3 +127,9 @@ def test_large_inputs_are_not_needed() -> None:
     finally:
         validate._run = real
     assert sizes and max(sizes) <= 64
+
+
+@pytest.mark.parametrize("kernel, padding", [(2, 1), (3, 2), (5, 4)])
+def test_reflected_padding_wider_than_the_smallest_input(kernel, padding):
+    conv = nn.Conv2d(4, 4, kernel, padding=padding, padding_mode="reflect")
+    assert assert_equal(nn.Sequential(conv, nn.BatchNorm2d(4)), IMAGE).rewrites

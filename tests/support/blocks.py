@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from support.models import conv_bn
+
 
 @dataclass(frozen=True)
 class Block:
@@ -39,12 +41,6 @@ class Block:
     batchnorms: int | None = 0
     operations: int | None = None
     example_inputs: bool = False
-
-
-def conv_bn(inputs: int, outputs: int, kernel: Any, **how: Any) -> nn.Sequential:
-    """Convolution without bias, then BatchNorm."""
-    how = {"bias": False, **how}
-    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, **how), nn.BatchNorm2d(outputs))
 
 
 def normalise(norm: nn.Module, x: Tensor) -> Tensor:

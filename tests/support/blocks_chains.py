@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.blocks import Block, conv_bn, normalise
-from support.blocks_linear import SIZES, call, conv, spelt
+from support.blocks import Block, normalise
+from support.blocks_linear import SIZES, spelt
+from support.models import call, conv, conv_bn
 
 
 def _chains() -> Iterator[Block]:

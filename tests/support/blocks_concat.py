@@ -13,18 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.blocks import Block, both, conv_bn, normalise
+from support.blocks import Block, both, normalise
 from support.blocks_linear import (
     SIZES,
-    Body,
     RepDWConvM,
     RepDWConvMInPlace,
     RepDWConvS,
     RepDWConvSSum,
-    call,
-    conv,
     spelt,
 )  # fmt: skip
+from support.models import Body, call, conv, conv_bn
 
 WIDE = ((2, 64, 9, 9), (1, 64, 12, 7), (1, 64, 3, 2))
 TOKENS = ((2, 7, 8), (1, 4, 8))

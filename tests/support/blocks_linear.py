@@ -13,34 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.blocks import Block, both, conv_bn, normalise
+from support.blocks import Block, both, normalise
+from support.models import Body, Forward, call, conv_bn
 
 # Odd and even, and one so small that a 3x3 kernel sees both borders at once. What needs more than
 # that raises at the last, and is compared at the others.
 SIZES = ((2, 8, 9, 9), (1, 8, 12, 7), (1, 8, 3, 2))
 
 
-class Body(nn.Module):
-    """Parts, and a forward given as a function of them and the input."""
-
-    def __init__(self, forward: Callable[..., Any], **parts: Any) -> None:
-        super().__init__()
-        self.body = forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.body(self, x)
-
-
-class Two(Body):
-    """The same for two inputs."""
-
-    def forward(self, x: Tensor, h: Tensor) -> Any:  # type: ignore[override]
-        return self.body(self, x, h)
-
-
-Forward = Callable[[Any, Tensor], Any]
 Parts = Callable[[], dict[str, Any]]
 
 
@@ -51,18 +31,6 @@ def spelt(
     for i, forward in enumerate(forwards):
         make = lambda f=forward: Body(f, **parts())  # noqa: E731
         yield Block(f"{name}-{i}", make, shapes, **expected)
-
-
-def conv(inputs: int = 8, outputs: int = 8, kernel: Any = 3, **how: Any) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, kernel, **how)
-
-
-def call(layer: Any, x: Tensor) -> Tensor:
-    """A convolution by its function."""
-    return F.conv2d(
-        x, layer.weight, bias=layer.bias, stride=layer.stride, padding=layer.padding,
-        dilation=layer.dilation, groups=layer.groups,
-    )  # fmt: skip
 
 
 # --- crops ---------------------------------------------------------------------------------------

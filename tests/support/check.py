@@ -101,6 +101,14 @@ def check(
     return single
 
 
+def assert_equal(model: nn.Module, x: Tensor, **options: Any) -> fxrep.Report:
+    """Optimize `settled(model)`, assert equal outputs for a float64 `x`, and return the report."""
+    model = settled(model)
+    optimized = fxrep.optimize(model, **options)
+    torch.testing.assert_close(optimized(x), model(x), rtol=1e-10, atol=1e-10)
+    return fxrep.report(optimized)
+
+
 # --- models and inputs --------------------------------------------------------------------------
 
 

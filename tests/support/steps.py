@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from support.models import call
+
 CHANNELS = 4
 
 
@@ -136,18 +138,15 @@ def conv(
     if mode != "zeros":
         spelling = "module"
 
-    def call(m: Net, x: Tensor) -> Tensor:
+    def run(m: Net, x: Tensor) -> Tensor:
         c = m.get_submodule(name)
         if spelling == "function":
-            return F.conv2d(
-                x, c.weight, bias=c.bias, stride=c.stride, padding=c.padding,
-                dilation=c.dilation, groups=c.groups,
-            )  # fmt: skip
+            return call(c, x)
         if spelling == "positional":
             return torch.conv2d(x, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups)
         return c(x)
 
-    return f"{said} {'biased' if bias else 'unbiased'} by {spelling}", call
+    return f"{said} {'biased' if bias else 'unbiased'} by {spelling}", run
 
 
 def convolution(draw: st.DrawFn, net: Net, channels: int) -> Made:
