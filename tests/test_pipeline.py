@@ -52,7 +52,7 @@ class Backbone(nn.Module):
 @pytest.fixture
 def model() -> Backbone:
     torch.manual_seed(0)
-    return randomize(Backbone()).eval()
+    return randomize(Backbone().eval())
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,8 @@ def test_passes_that_are_none(passes):
 
 
 def test_no_report():
-    for thing in (None, nn.Identity()):
+    things: list[Any] = [None, nn.Identity()]
+    for thing in things:
         with pytest.raises(fxrep.ReportError):
             fxrep.report(thing)
 

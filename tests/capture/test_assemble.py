@@ -183,7 +183,8 @@ def test_copies_each_tensor_once() -> None:
     captured = capture(model)
     made = nn.Parameter(torch.rand(4))
     view = nn.Parameter(model.child.stem[0].weight.detach().view(-1))
-    captured.tree.child.made, captured.tree.child.view = made, view
+    child: Any = captured.tree.child
+    child.made, child.view = made, view
     result = assemble(captured)
     assert result.child.made is made  # what a rewrite made is not copied again
     mine = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}

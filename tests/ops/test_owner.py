@@ -148,8 +148,8 @@ def test_hooks_for_all_modules_run_at_every_call() -> None:
 
 
 def test_a_patched_conv_forward_is_run() -> None:
-    conv = nn.Conv2d(3, 3, 3)
-    conv._conv_forward = lambda x, w, b: nn.functional.conv2d(x, w * 2, b)  # type: ignore[method-assign]
+    conv: Any = nn.Conv2d(3, 3, 3)
+    conv._conv_forward = lambda x, w, b: nn.functional.conv2d(x, w * 2, b)
     assert torch_class(conv) is None
     model = nn.Sequential(conv, nn.BatchNorm2d(3))
     compare(model, torch.randn(2, 3, 6, 6, dtype=torch.float64))
@@ -169,7 +169,7 @@ def test_attributes_changed_after_construction(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
-def test_padding_changed_after_construction(mode: str) -> None:
+def test_padding_changed_after_construction(mode: Any) -> None:
     """Other modes than zeros pad by what was computed in `__init__`, not by `padding`."""
     conv = nn.Conv2d(4, 4, 3, padding=1, padding_mode=mode)
     conv.padding = (2, 2)

@@ -18,8 +18,8 @@ import fxrep
 from support.check import assert_equal, check, count, inputs_of, randomize
 from support.models import IMAGE, Body, Two, conv, conv_bn
 
-CONV = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+CONV: dict[int, Any] = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 NORM = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 SHAPES = ((2, 8, 9, 10), (1, 8, 12, 7))
 
@@ -140,7 +140,7 @@ def _pairs(parts: list[Tensor]) -> Tensor:
     return torch.add(_pairs(left), other=_pairs(right))
 
 
-ADDS: dict[str, Callable[[list[Tensor]], Tensor]] = {
+ADDS: dict[str, Callable[[list[Tensor]], Any]] = {
     "sum": sum,
     "sum from a tensor of zeros": lambda parts: sum(parts, 0.0),
     "operator": lambda p: p[0] + p[1] + p[2],
@@ -512,7 +512,9 @@ def sums(draw: st.DrawFn, rank: int) -> tuple[nn.Module, int, bool]:
                 if e + d * (k - 1) >= 0 and (e + d * (k - 1)) % 2 == 0
             ]
             k, d, p = draw(st.sampled_from(choices))
-            kernel.append(k), dilation.append(d), padding.append(p)
+            kernel.append(k)
+            dilation.append(d)
+            padding.append(p)
         g = draw(st.sampled_from([g for g in range(1, groups + 1) if groups % g == 0]))
         how: dict[str, Any] = {"bias": draw(st.booleans())}
         if rank:

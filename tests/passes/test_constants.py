@@ -114,6 +114,8 @@ def test_a_weight_made_from_the_input_stays() -> None:
 
 def test_a_buffer_that_the_forward_writes_is_no_constant() -> None:
     class Counting(nn.Module):
+        calls: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.conv = nn.Conv2d(6, 8, 3)

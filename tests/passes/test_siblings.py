@@ -173,7 +173,7 @@ STAYS: dict[str, tuple[Forward, dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", STAYS)
 def test_stays_and_says_why(name: str, cost: str) -> None:
     forward, parts, expected = STAYS[name]
-    how = {"more_work": cost == "always", "validate": False}
+    how: dict[str, Any] = {"more_work": cost == "always", "validate": False}
     check(Body(forward, **parts).eval(), WIDE, layers=2, cost=cost, **expected, **how)
 
 

@@ -100,7 +100,7 @@ def pad_shifted(y: Tensor, value: Tensor, p: int) -> Tensor:
     return F.pad(y - value, (p, p, p, p)) + value
 
 
-Pad = Callable[[Tensor, Tensor, int], Tensor]
+Pad = Callable[[Tensor, Any, int], Tensor]
 
 
 class BNAndPad(nn.Module):
@@ -115,8 +115,9 @@ class BNAndPad(nn.Module):
         y = self.bn(x)
         if self.p == 0:
             return y
-        deviation = torch.sqrt(self.bn.running_var + self.bn.eps)
-        value = self.bn.bias.detach() - self.bn.running_mean * self.bn.weight.detach() / deviation
+        bn: Any = self.bn
+        deviation = torch.sqrt(bn.running_var + bn.eps)
+        value = bn.bias.detach() - bn.running_mean * bn.weight.detach() / deviation
         return self.pad(y, value, self.p)
 
 
@@ -220,7 +221,7 @@ class ECB(nn.Module):
         self.act = nn.PReLU(outputs)
 
     def padded(self, x: Tensor, i: int) -> Tensor:
-        point = self.first[i]
+        point: Any = self.first[i]
         y = F.conv2d(input=x, weight=point.weight, bias=point.bias, stride=1)
         return self.pad(y, point.bias, 1)
 
@@ -272,7 +273,7 @@ class RRRB(nn.Module):
 
 
 class RRRBColumnsFirst(RRRB):
-    pad = staticmethod(pad_columns_first)
+    pad: Pad = staticmethod(pad_columns_first)
 
     def forward(self, x: Tensor) -> Tensor:
         e = call(self.expand, x)
@@ -316,7 +317,7 @@ class MiddleByConstant(Middle):
 
     def __init__(self, *args: Any, **how: Any) -> None:
         super().__init__(*args, **how)
-        nn.init.constant_(self.first.bias, 0.75)  # the same in float32 and float64
+        self.first.bias.data.fill_(0.75)  # the same in float32 and float64
 
     def padded(self, y: Tensor) -> Tensor:
         return F.pad(y, (self.columns,) * 2 + (self.rows,) * 2, value=0.75)
@@ -435,6 +436,7 @@ class RepDWConvMInPlace(RepDWConvM):
 
 
 def _listed() -> Iterator[Block]:
+    how: dict[str, Any]
     cropped = (ACNetCropped, ACNetCroppedByPad)
     for how in (
         {}, {"stride": 2}, {"groups": 4}, {"padding": 1}, {"padding": 2}, {"dilation": 2},
