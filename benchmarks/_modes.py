@@ -95,7 +95,7 @@ def _author(model: nn.Module, _: Inputs) -> nn.Module:
     if not any(hasattr(module, name) for module in model.modules() for name in names):
         raise Absent("no converter")
     try:
-        from timm.utils import reparameterize_model
+        from timm.utils.model import reparameterize_model
     except ImportError as error:
         raise Absent(f"timm, which calls the converter, does not import: {error}") from error
     converted: nn.Module = reparameterize_model(model)
@@ -255,7 +255,7 @@ def _openvino(model: nn.Module, inputs: Inputs) -> Call:
 
 def _keeping(call: Call, alive: list[Tensor]) -> Call:
     """The same call, for as long as which the tensors live whose memory an engine shares."""
-    return lambda alive=alive: call()  # type: ignore[misc]
+    return lambda alive=alive: call()
 
 
 def _tensorrt(model: nn.Module, inputs: Inputs) -> Call:

@@ -42,7 +42,9 @@ def speedups(rows: Sequence[dict[str, Any]], path: Path, setting: dict[str, Any]
         heights = [found.get((*group, mode)) or 0.0 for group in groups]
         places = [place + (index - (len(modes) - 1) / 2) * width for place in range(len(groups))]
         ours = any(row["ours"] for row in rows if row["mode"] == mode)
-        style = {"edgecolor": "black", "hatch": "//"} if ours else {"edgecolor": "white"}
+        style: dict[str, Any] = {"edgecolor": "white"}
+        if ours:
+            style = {"edgecolor": "black", "hatch": "//"}
         axes.bar(places, heights, width, label=mode, linewidth=0.5, **style)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(groups)), [f"{model}\nbatch {batch}" for model, batch in groups])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 # The profiler would announce each start and stop on stderr.
@@ -66,7 +67,7 @@ def profiled(call: Callable[[], Any], device: torch.device) -> Profile:
 
 
 def _is_operator(event: Any) -> bool:
-    return "::" in event.name and event.device_type == torch.autograd.DeviceType.CPU
+    return "::" in event.name and event.device_type == DeviceType.CPU
 
 
 def _is_conv(event: Any) -> bool:
@@ -75,7 +76,7 @@ def _is_conv(event: Any) -> bool:
 
 def _is_kernel(event: Any) -> bool:
     return (
-        event.device_type == torch.autograd.DeviceType.CUDA
+        event.device_type == DeviceType.CUDA
         and not getattr(event, "is_user_annotation", False)
         and not event.name.startswith(("Memcpy", "Memset"))
     )

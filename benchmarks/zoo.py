@@ -141,9 +141,9 @@ def _halve_scales(model: nn.Module) -> None:
 
 
 def _author(model: nn.Module) -> nn.Module:
-    import timm
+    from timm.utils.model import reparameterize_model
 
-    converted: nn.Module = timm.utils.reparameterize_model(model)
+    converted: nn.Module = reparameterize_model(model)
     return converted
 
 

@@ -26,6 +26,7 @@ from _roofline import Rates, limit, percent
 from _subject import Setting, example
 from _timing import Effort, Spread, interleaved, spread
 from torch import nn
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
 import fxrep
 
@@ -36,6 +37,7 @@ QUICK = ("--rounds", "1", "--quick")
 FACTORY = """
 import torch
 from torch import nn
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
 class Branches(nn.Module):
     def __init__(self):
@@ -131,7 +133,7 @@ def test_the_profile_agrees_with_what_is_dispatched() -> None:
 
 
 def test_kernels_on_cuda_are_neither_copies_nor_annotations() -> None:
-    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    cuda, cpu = DeviceType.CUDA, DeviceType.CPU
 
     def event(name: str, device: Any, annotation: bool = False) -> Any:
         return SimpleNamespace(name=name, device_type=device, is_user_annotation=annotation)

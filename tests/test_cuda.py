@@ -57,7 +57,7 @@ def made(name: str, dtype: torch.dtype = torch.float32, channels_last: bool = Fa
     model = MODELS[name]().eval()
     randomize_batchnorm(model)
     layout = torch.channels_last if channels_last else torch.preserve_format
-    return model.to(DEVICE, dtype).to(memory_format=layout)  # type: ignore[call-overload,no-any-return]
+    return model.to(DEVICE, dtype).to(memory_format=layout)
 
 
 def images(dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:

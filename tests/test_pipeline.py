@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import fxrep
 from fxrep.planning.cost import Work
 from fxrep.planning.plan import Plan
 from fxrep.planning.rule import Pass
-from support.blocks import MobileOne, RepVGG, conv_bn
-from support.check import check, distance, randomize, run, untouched
+from support.blocks import MobileOne, RepVGG
+from support.check import check, distance, randomize, run, settled, untouched
+from support.models import IMAGE, conv_bn
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -49,7 +52,7 @@ class Backbone(nn.Module):
 @pytest.fixture
 def model() -> Backbone:
     torch.manual_seed(0)
-    return randomize(Backbone()).eval()
+    return randomize(Backbone().eval())
 
 
 @pytest.mark.parametrize(
@@ -186,6 +189,19 @@ def test_inputs_that_do_not_fit(model: Backbone, inputs: Any) -> None:
         untouched(model, lambda: fxrep.optimize(model, inputs))
 
 
+@pytest.mark.parametrize("passes", [None, 3, "branches", fxrep.default_passes[0], ["none"]])
+def test_passes_that_are_none(passes):
+    with pytest.raises(fxrep.OptionError, match="passes"):
+        fxrep.optimize(conv_bn(4, 4, 3, padding=1).eval(), passes=passes)
+
+
+def test_no_report():
+    things: list[Any] = [None, nn.Identity()]
+    for thing in things:
+        with pytest.raises(fxrep.ReportError):
+            fxrep.report(thing)
+
+
 def test_every_error_is_of_one_family() -> None:
     names = [n for n in dir(fxrep) if n.endswith("Error")]
     assert len(names) >= 6
@@ -205,6 +221,88 @@ def test_a_wrong_result_on_the_inputs_is_an_error(
     monkeypatch.setattr(weights, "batchnorm_shift", lambda *a: torch.zeros(8).double())
     with pytest.raises(fxrep.EquivalenceError):
         fxrep.optimize(model, X, validate=False)
+
+
+# --- example inputs ------------------------------------------------------------------------------
+
+LAYERS = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()).eval().double()
+
+
+@pytest.mark.parametrize("inputs", [(None,), (), {}, torch.randn(1, 3, 5, 5)])
+def test_inputs_the_model_does_not_run_on(inputs):
+    with pytest.raises(fxrep.InputError, match="example_inputs"):
+        fxrep.optimize(conv_bn(4, 4, 3, padding=1).eval(), inputs)
+
+
+@pytest.mark.parametrize("cost", ["macs", "measure"])
+def test_inputs_the_model_does_not_run_on_whatever_the_cost(cost):
+    with pytest.raises(fxrep.InputError, match="does not run on them"):
+        fxrep.optimize(LAYERS, IMAGE[:, :3], cost=cost)
+
+
+def test_integer_images_that_the_model_normalises_itself():
+    class Normalises(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            return self.conv((x - 128) / 64)
+
+    images = torch.randint(0, 255, (1, 4, 6, 7), dtype=torch.uint8)
+    with pytest.raises(fxrep.EquivalenceError, match=r"does not run on example_inputs.*converted"):
+        fxrep.optimize(Normalises().eval(), images)
+
+
+def test_example_inputs_of_a_model_that_fixes_a_dtype_or_gives_nan():
+    class Casts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = conv_bn(4, 4, 3, padding=1)
+
+        def forward(self, x):
+            return torch.log(self.body(x.float()))
+
+    report = fxrep.report(fxrep.optimize(Casts().eval(), torch.randn(1, 4, 5, 5)))
+    assert report.error is not None and report.error < 1e-5
+
+
+class Counts(nn.Module):
+    """A forward that updates a buffer, and one that draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.other = conv_bn(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        y = torch.sigmoid(self.body(x)) * torch.tanh(self.other(x))
+        return F.dropout(y, training=True) * self.calls
+
+
+@pytest.mark.parametrize("cost", ["macs", "always", "measure"])
+def test_example_inputs_leave_no_trace(cost):
+    """Neither in the result, whose buffers are those of the model, nor in the generators."""
+    model, before = settled(Counts()), torch.get_rng_state()
+    optimized = fxrep.optimize(model, IMAGE, cost=cost)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert optimized.calls == model.calls == 0
+
+
+@pytest.mark.parametrize("cost", ["macs", "measure"])
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        [IMAGE],
+        MappingProxyType({"input": IMAGE}),
+        IMAGE.clone().requires_grad_() * 2,
+        torch.randn(1, 4, 1, 1, dtype=torch.float64).expand(2, 4, 6, 7),
+    ],
+)
+def test_example_inputs_of_every_kind(inputs, cost):
+    report = fxrep.report(fxrep.optimize(LAYERS, inputs, cost=cost))
+    assert report.error is not None and report.error < 1e-10
 
 
 # --- the report ----------------------------------------------------------------------------------

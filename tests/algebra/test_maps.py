@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from fxrep.algebra.maps import IDENTITY, Axis, Band, Diagonal, Map, conv_map, gr
 from fxrep.refusal import Refusal
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+Part = Map | Diagonal
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
@@ -73,7 +75,13 @@ def weight_of(shape: Map) -> Tensor:
     return torch.randn(size, dtype=torch.float64)
 
 
-def same(a: Tensor, b: Tensor) -> bool:
+def composed(outer: Part, inner: Part, *, biased: bool = False) -> Map:
+    shape = composition.compose(outer, inner, biased=biased)
+    assert isinstance(shape, Map)
+    return shape
+
+
+def same(a: Tensor, b: Any) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-10, atol=1e-10)
 
 
@@ -109,7 +117,7 @@ def test_chain_equals_its_composite_at_every_size(data, rank, biased):
 @given(data=st.data(), rank=st.integers(0, 2), count=st.integers(2, 4))
 def test_sum_equals_its_single_map(data, rank, count):
     base = data.draw(axes(rank))
-    branches = []
+    branches: list[Part] = []
     for _ in range(count):
         shape = data.draw(maps(4, rank, 4))
         # Branches whose output sizes agree: one low padding is free, the high one follows.
@@ -288,6 +296,7 @@ def test_all_bands_compose(counts: Sequence[int], columns: Sequence[tuple[Axis, 
         if isinstance(shape, Refusal):
             assert any(axis.padded for axis in columns[0])
             continue
+        assert isinstance(shape, Map)
         if shape.band.rows == (0, 0):
             continue  # see below
         for one, two in itertools.product(weights_of(outer), weights_of(inner)):
@@ -311,7 +320,7 @@ def test_interleaved_selections_leave_gaps() -> None:
     """Channels of x at 0 and 2 of a shuffled cat([x, y]): 1 and 3 read nothing of x."""
     place = Map((), shapes.placement_band(0, 2, 4))
     shuffle = Map((), shapes.selection_band([0, 2, 1, 3], 4))
-    shape = composition.compose(shuffle, place, biased=False)
+    shape = composed(shuffle, place)
     weight = algebra.compose(shape, shuffle, place, None, None)
     assert torch.equal(dense(shape, weight), dense(shuffle, None) @ dense(place, None))
 
@@ -320,7 +329,7 @@ def test_a_selection_of_nothing_has_a_weight_of_zeros() -> None:
     """cat([x, a(h)])[:, :2] reads nothing of h."""
     nothing = Map((), Band(torch.zeros(2).long(), 1, 3, (0, 0)))
     layer = conv_map(outputs=3, inputs=4, groups=1, axes=())
-    shape = composition.compose(nothing, layer, biased=False)
+    shape = composed(nothing, layer)
     weight = algebra.compose(shape, nothing, layer, None, weight_of(layer))
     assert not dense(shape, weight).any()
 
@@ -372,14 +381,15 @@ def test_slices_of_concatenations_pick_their_rows() -> None:
         parts, used = [], []
         for first, each, weight in zip(firsts, maps_, weights, strict=True):
             place = Map((shapes.POINT,), shapes.placement_band(first, each.outputs, 6))
-            outer = composition.compose(cut, place, biased=True)
-            shape = composition.compose(outer, each, biased=True)
+            outer = composed(cut, place, biased=True)
+            shape = composed(outer, each, biased=True)
             parts.append(shape)
             picked = algebra.compose(outer, cut, place, None, None)
             used.append(algebra.compose(shape, outer, each, picked, weight))
         total = composition.add(parts)
-        weight = algebra.add(total, parts, *used)
-        assert same(convolve(total, weight, x), whole[:, i:j]), (i, j)
+        assert isinstance(total, Map)
+        summed = algebra.add(total, parts, *used)
+        assert same(convolve(total, summed, x), whole[:, i:j]), (i, j)
 
 
 @pytest.mark.parametrize("stride, rest", [(s, r) for s in (2, 3, 4) for r in range(s)])

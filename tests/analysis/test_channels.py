@@ -255,7 +255,7 @@ def test_a_subclass_that_computes_something_else_proves_nothing(kind: type[nn.Co
 
 def test_nor_does_an_instance_with_a_forward_of_its_own_or_no_module_at_all() -> None:
     layer = nn.Conv2d(4, 8, 1)
-    layer.forward = lambda input: input  # type: ignore[method-assign, assignment]
+    layer.forward = lambda input: input  # type: ignore[method-assign]
     channels, x, y = graph_of(layer)
     assert (channels.of(x, -3), channels.of(y, -3)) == (None, None)
     channels, x, y = graph_of(nn.Conv2d(4, 8, 1), "missing")

@@ -274,7 +274,7 @@ def test_a_rank_is_what_the_value_has_when_it_runs(steps: list[str], rank: int) 
     program = capture(Net(forward).eval()).programs[0]
     ranks = Ranks(program.graph, Calls(program.module))
     nodes = list(program.graph.nodes)
-    ranks.rely(nodes[-1].args[0])  # type: ignore[arg-type]
+    ranks.rely(nodes[-1].args[0])
     run = Observed(program.module, program.graph)
     try:
         run.run(torch.ones((4,) * rank))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fxrep
@@ -18,6 +19,8 @@ from fxrep.capture.assemble import assemble, attach, attached
 from fxrep.capture.islands import capture
 from fxrep.errors import SpecializationError
 from fxrep.report import Report
+from support.check import assert_equal, settled
+from support.models import IMAGE, conv_bn
 
 
 class Whole(nn.Module):
@@ -180,7 +183,8 @@ def test_copies_each_tensor_once() -> None:
     captured = capture(model)
     made = nn.Parameter(torch.rand(4))
     view = nn.Parameter(model.child.stem[0].weight.detach().view(-1))
-    captured.tree.child.made, captured.tree.child.view = made, view
+    child: Any = captured.tree.child
+    child.made, child.view = made, view
     result = assemble(captured)
     assert result.child.made is made  # what a rewrite made is not copied again
     mine = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
@@ -209,3 +213,43 @@ def test_a_class_that_prints_its_children_still_prints():
     # its Identity computes nothing and is gone: the class's own way to print would miss it
     assert "(pool): AdaptiveAvgPool2d" in repr(optimized)
     assert not hasattr(optimized.get_submodule("2"), "flatten")
+
+
+def test_a_hook_that_runs_children_finds_them_as_they_were():
+    def again(module, args, output):
+        for child in module.children():
+            output = child(output)
+        return output
+
+    model = nn.Sequential(conv_bn(4, 4, 3, padding=1), conv_bn(4, 4, 3, padding=1))
+    model[0].register_forward_hook(again)
+    assert assert_equal(model, IMAGE).rewrites
+
+
+def test_a_root_hook_is_given_the_class_it_was_made_for():
+    model = conv_bn(4, 4, 3, padding=1)
+    model.register_forward_hook(lambda module, args, output: module[1](output))
+    assert assert_equal(model, IMAGE).rewrites
+
+
+def test_export_keeps_root_hooks():
+    model = nn.Sequential(conv_bn(4, 4, 3, padding=1), conv_bn(4, 4, 3, padding=1))
+    model.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    model = settled(model)
+    exported = torch.export.export(fxrep.optimize(model), (IMAGE,)).module()
+    torch.testing.assert_close(exported(IMAGE), model(IMAGE), rtol=1e-10, atol=1e-10)
+
+
+class TiedDecoder(nn.Module):
+    """The weight of a folded layer is read once more, below the path of the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code = nn.Sequential(nn.Linear(4, 4))
+
+    def forward(self, x):
+        return F.relu(self.code[0](x) * 2.0) @ self.code[0].weight
+
+
+def test_a_weight_that_is_read_elsewhere_keeps_its_path():
+    assert assert_equal(TiedDecoder(), torch.randn(3, 4, dtype=torch.float64)).rewrites

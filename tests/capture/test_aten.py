@@ -40,7 +40,7 @@ class Net(nn.Module):
         x = F.max_pool2d(F.relu(self.up_bn(self.up(x)), inplace=True), 2)
         x = torch.cat([x[:, :3], x[:, 3:]], 1)
         x = self.drop(F.adaptive_avg_pool2d(x, 1).flatten(1))
-        return self.head_bn(self.head(x))  # type: ignore[no-any-return]
+        return self.head_bn(self.head(x))
 
 
 SHAPES = ({0: Dim("n", min=1), 2: Dim("h", min=4), 3: Dim("w", min=4)},)

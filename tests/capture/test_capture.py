@@ -22,7 +22,7 @@ from fxrep.ops.owner import foreign_hooks, weight_hooks
 
 def block(channels: int = 4) -> nn.Sequential:
     """A conv with its BatchNorm, statistics away from the identity."""
-    norm = nn.BatchNorm2d(channels)
+    norm: Any = nn.BatchNorm2d(channels)
     nn.init.uniform_(norm.running_mean)
     nn.init.uniform_(norm.running_var, 0.5, 2.0)
     return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), norm)
@@ -246,7 +246,7 @@ def test_own_state_is_kept_per_call() -> None:
     result = assemble(capture(model))
     first, second = result(image()), result(image())
     assert torch.allclose(second, 2 * first)
-    assert (model.count, result.count) == (0, 2)
+    assert model.count == 0 and result.count == 2
 
 
 class Cached(nn.Module):
@@ -510,8 +510,8 @@ def test_weights_computed_by_torch() -> None:
     model(image())  # the old hooks leave a weight with a history
     captured, _ = round_trip(model, image())
     assert not opaque_root(captured)
-    assert [len(weight_hooks(child)) for child in captured.tree] == [1, 1, 0, 1, 0]
-    assert not any(foreign_hooks(child) for child in captured.tree)
+    assert [len(weight_hooks(child)) for child in captured.tree.children()] == [1, 1, 0, 1, 0]
+    assert not any(foreign_hooks(child) for child in captured.tree.children())
 
 
 # --- arguments and outputs ------------------------------------------------------------------
@@ -624,10 +624,10 @@ def test_type_checks_see_a_tensor() -> None:
 
 
 def test_tied_and_shared_stay_so() -> None:
-    model = nn.Sequential(block(), block(), nn.LSTM(6, 3, batch_first=True))
-    model[1][0].weight = model[0][0].weight
-    model.append(model[0])
-    model = Net(lambda self, x: self.a[3](self.a[1](self.a[0](x))), a=model)
+    shared = nn.Sequential(block(), block(), nn.LSTM(6, 3, batch_first=True))
+    shared[1][0].weight = shared[0][0].weight
+    shared.append(shared[0])
+    model = Net(lambda self, x: self.a[3](self.a[1](self.a[0](x))), a=shared)
     model.a[0][0].weight.data = model.a[0][0].weight.data.contiguous(
         memory_format=torch.channels_last
     )
@@ -650,13 +650,14 @@ def test_tied_and_shared_stay_so() -> None:
 
 
 def test_refusals() -> None:
-    for model, message in [
+    refused: list[tuple[Any, str]] = [
         (3, "must be a torch.nn.Module, not int"),
         (block(), r"training mode.*model\.eval\(\)"),
         (nn.LazyConv2d(3, 1).eval(), "weight is not initialised"),
         (nn.Conv2d(1, 1, 1, device="meta").eval(), "weight is on device meta"),
         (torch.jit.script(nn.Conv2d(1, 1, 1).eval()), "TorchScript"),
-    ]:
+    ]
+    for model, message in refused:
         with pytest.raises(ModelError, match=message):
             capture(model)
     with torch._subclasses.FakeTensorMode():
@@ -664,7 +665,7 @@ def test_refusals() -> None:
     with pytest.raises(ModelError, match="a fake tensor"):
         capture(fake)
     model = block().eval()
-    model.lock = (item for item in ())
+    model.lock = (item for item in "")  # type: ignore[assignment]
     with pytest.raises(ModelError, match="attribute 'lock'"):
         capture(model)
 
@@ -672,7 +673,7 @@ def test_refusals() -> None:
 def test_wrappers_come_off() -> None:
     model = block().eval()
     assert capture(nn.DataParallel(model)).model is model
-    assert capture(torch.compile(model)).model is model
+    assert capture(torch.compile(model)).model is model  # type: ignore[arg-type]
 
 
 def test_traced_values_in_torch_constructors() -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import fxrep
-from support.check import settled
+from support.check import assert_equal, settled
+from support.models import IMAGE, conv_bn
 
 
 class Residual(nn.Module):
@@ -87,7 +88,7 @@ def test_parts_are_rewritten_and_every_way_to_call_them_stays_right(kind):
 
 def test_a_sequential_that_code_iterates_keeps_its_items():
     optimized = fxrep.optimize(settled(Items()))
-    assert len(optimized.blocks) == 3
+    assert len(list(optimized.get_submodule("blocks").children())) == 3
 
 
 class Raw(nn.Module):
@@ -159,3 +160,34 @@ def test_code_above_an_island_prints_what_it_prints() -> None:
     assert "features=3" in repr(fast) and "features=3" in repr(copy.deepcopy(fast))
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     assert torch.allclose(fast(x), model(x))
+
+
+class WalksModules(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(conv_bn(4, 4, 3, padding=1), conv_bn(4, 4, 3, padding=1))
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            x = x * 2
+        for layer in self.body.modules():
+            if isinstance(layer, nn.Conv2d):
+                x = layer(x)
+        return x
+
+
+class ReadsOneItem(WalksModules):
+    def forward(self, x):
+        if x.sum() > 1e9:
+            x = x * 2
+        return self.body(x) * self.body[0][0].out_channels
+
+
+def test_code_that_walks_all_modules_is_left_alone():
+    report = assert_equal(WalksModules(), IMAGE)
+    assert not report.rewrites
+    assert any("modules" in skip.reason for skip in report.skipped)
+
+
+def test_reading_an_item_does_not_hinder_folding():
+    assert assert_equal(ReadsOneItem(), IMAGE).rewrites

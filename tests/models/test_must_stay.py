@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.blocks import conv_bn
-from support.blocks_linear import Body, Forward, call, conv
 from support.check import check
+from support.models import Body, Forward, call, conv, conv_bn
 
 # Odd, even, and small ones: large sizes never see a broadcast, nor a kernel that meets two borders.
 # Every residue modulo 4 is among them, or a stride error could hide.
@@ -41,7 +40,7 @@ class Case:
     shapes: Any = SHAPES
     reason: str | None = None
     again: bool = True
-    kept: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 CASES: dict[str, Case] = {}
@@ -49,7 +48,7 @@ CASES: dict[str, Case] = {}
 
 def case(
     name: str, forward: Forward, parts: Callable[[], dict[str, Any]], *, shapes: Any = SHAPES,
-    reason: str | None = None, again: bool = True, **kept: int,
+    reason: str | None = None, again: bool = True, **kept: Any,
 ) -> None:  # fmt: skip
     assert name not in CASES, name
     CASES[name] = Case(lambda: Body(forward, **parts()), shapes, reason, again, kept)
@@ -118,13 +117,14 @@ case(
 )
 for _first in ("low", "high"):
     for _second in ("low", "high"):
+        _same: dict[str, Any] = {} if _first == _second else {"layers": 2}
         _sides = {"low": (1, 0, 1, 0), "high": (0, 1, 0, 1)}
         # One-sided twice on one side is exact; on opposite sides the second sees what is computed.
         case(
             f"2x2 padded {_first} -> 2x2 padded {_second}",
             lambda m, x, p=_sides[_first], q=_sides[_second]: m.b(F.pad(m.a(F.pad(x, p)), q)),
             lambda: wide(2, 2, bias=False),
-            **({} if _first == _second else {"layers": 2}),
+            **_same,
         )  # fmt: skip
         case(
             f"3x3 padded {_first} -> strided 3x3 padded {_second}",
@@ -730,7 +730,7 @@ def _pad_parts(second: int = 3, c: dict[str, Any] | None = None, norm: bool = Fa
 
 
 for _name, (_forward, _how) in PADDINGS.items():
-    _kept = {key: _how[key] for key in _how if key == "layers"}
+    _kept: dict[str, Any] = {key: _how[key] for key in _how if key == "layers"}
     _how = {key: _how[key] for key in _how if key != "layers"}
     case(f"bias padding: {_name}", _forward, lambda how=_how: _pad_parts(**how), **_kept)
 

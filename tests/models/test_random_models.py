@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ from support.steps import Net
 from support.strategies import nets
 
 # More merges, more chances to be wrong; and nothing on the spot to catch it.
-WITHOUT_GUARDS = {"cost": "always", "more_work": True, "validate": False}
+WITHOUT_GUARDS: dict[str, Any] = {"cost": "always", "more_work": True, "validate": False}
 
 
 @given(net=nets(), example_inputs=st.booleans())
@@ -28,7 +30,7 @@ def test_any_model_without_the_cost_rule(net: Net) -> None:
 
 @pytest.mark.parametrize("how", [{}, WITHOUT_GUARDS], ids=["macs", "always"])
 @given(net=nets(linear=True))
-def test_any_linear_model(net: Net, how: dict[str, object]) -> None:
+def test_any_linear_model(net: Net, how: dict[str, Any]) -> None:
     """Nothing stops a walk: every rule meets every other."""
     check(net, net.sizes, batchnorms=None, again=not net.reads_after_writes, **how)
 

@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from support.blocks import conv_bn
-from support.blocks_linear import Body, conv
 from support.check import check, count, inputs_of
+from support.models import Body, conv, conv_bn
 
 SHAPES = ((2, 8, 9, 9), (1, 8, 12, 7), (1, 8, 3, 2))
 
@@ -33,7 +32,8 @@ def test_conv_batchnorm(how: dict[str, Any]) -> None:
     """W' = γ/σ W, b' = β + (b - μ) γ/σ."""
     model = conv_bn(8, 12, 3, padding=1, **how).eval()
     optimized = check(model, SHAPES, layers=1, operations=1)
-    norm, layer = model[1], layer_of(optimized)
+    norm: Any = model[1]
+    layer = layer_of(optimized)
     scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
     torch.testing.assert_close(layer.weight, model[0].weight * scale[:, None, None, None])
 
@@ -100,7 +100,8 @@ def test_concat(how: dict[str, Any]) -> None:
         b=conv(8, 6, padding=1, **how),
     ).eval()  # fmt: skip
     layer = layer_of(check(model, SHAPES, layers=1, operations=1))
-    torch.testing.assert_close(layer.weight, torch.cat([model.a.weight, model.b.weight]))
+    stacked = torch.cat([model.get_parameter("a.weight"), model.get_parameter("b.weight")])
+    torch.testing.assert_close(layer.weight, stacked)
 
 
 @pytest.mark.parametrize("groups", [1, 8])

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 import fxrep
 from fxrep.ops.owner import called_class, foreign_hooks, is_leaf, known_class, torch_class
 from support.check import randomize
+from support.models import IMAGE
 
 # Leaves by what they do to a (N, 6) value; all keep its shape.
 LEAVES: dict[str, Callable[[], nn.Module]] = {
@@ -147,8 +148,8 @@ def test_hooks_for_all_modules_run_at_every_call() -> None:
 
 
 def test_a_patched_conv_forward_is_run() -> None:
-    conv = nn.Conv2d(3, 3, 3)
-    conv._conv_forward = lambda x, w, b: nn.functional.conv2d(x, w * 2, b)  # type: ignore[method-assign]
+    conv: Any = nn.Conv2d(3, 3, 3)
+    conv._conv_forward = lambda x, w, b: nn.functional.conv2d(x, w * 2, b)
     assert torch_class(conv) is None
     model = nn.Sequential(conv, nn.BatchNorm2d(3))
     compare(model, torch.randn(2, 3, 6, 6, dtype=torch.float64))
@@ -168,7 +169,7 @@ def test_attributes_changed_after_construction(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
-def test_padding_changed_after_construction(mode: str) -> None:
+def test_padding_changed_after_construction(mode: Any) -> None:
     """Other modes than zeros pad by what was computed in `__init__`, not by `padding`."""
     conv = nn.Conv2d(4, 4, 3, padding=1, padding_mode=mode)
     conv.padding = (2, 2)
@@ -213,6 +214,26 @@ def test_the_class_that_answers_is_the_one_that_runs() -> None:
     assert known_class(node, nn.ReLU6(), {nn.Hardtanh}) is nn.Hardtanh
     other = fx.Graph().call_module("x")
     assert known_class(other, nn.LazyConv2d(3, 1), {nn.Conv2d}) is None
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("inputs", [None, IMAGE])
+@pytest.mark.parametrize(
+    "hooked",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda conv: nn.utils.prune.l1_unstructured(conv, "weight", 0.3),
+    ],
+)
+def test_a_layer_whose_weight_a_hook_computes_stays(hooked, inputs, ran):
+    """Reading its weight ran the hook, which left one that cannot be copied on the layer."""
+    model = nn.Sequential(hooked(nn.Conv2d(4, 4, 3)), nn.ReLU()).eval().double()
+    if ran:
+        model(IMAGE)
+    optimized = fxrep.optimize(model, inputs)
+    torch.testing.assert_close(optimized(IMAGE), model(IMAGE), rtol=1e-10, atol=1e-10)
 
 
 # --- what a forward itself changes, and gives back before it ends ---------------------------------

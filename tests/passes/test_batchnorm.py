@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxrep
-from support.check import check, count, distance, inputs_of, randomize, run
+from support.check import assert_equal, check, count, distance, inputs_of, randomize, run
+from support.models import IMAGE, Body, conv_bn
 
-CONV = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+CONV: dict[int, Any] = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 NORM = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 INSTANCE = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 
@@ -142,7 +144,7 @@ def test_transposed(name: str, rank: int, groups: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
-def test_padding_modes(mode: str) -> None:
+def test_padding_modes(mode: Any) -> None:
     layer = nn.Conv2d(6, 8, (3, 5), padding=(1, 2), padding_mode=mode)
     check(Tail(layer, 8, 2, TAILS["all at once"]).eval(), shapes(6, 2), layers=1)
 
@@ -211,19 +213,6 @@ def test_norm_between_two_layers_goes_into_the_first() -> None:
 
 
 # --- no-ops, with the reason the report must give ------------------------------------------------
-
-
-class Body(nn.Module):
-    """Parts and a forward given as a function of them."""
-
-    def __init__(self, forward: Callable[..., Any], **parts: Any) -> None:
-        super().__init__()
-        self.body = forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.body(self, x)
 
 
 def conv(inputs: int = 6, outputs: int = 8, kernel: int = 3, **how: Any) -> nn.Conv2d:
@@ -441,9 +430,10 @@ def test_stays_without_the_cost_rule_and_with_inputs(name: str) -> None:
 def test_updating_statistics_are_left_to_the_model() -> None:
     """F.batch_norm(training=True) with buffers writes them: the copy must, the original not."""
     model = Body(_updating, conv=conv(), norm=norm()).eval()
-    before = model.norm.running_mean.clone()
+    mean = model.get_buffer("norm.running_mean")
+    before = mean.clone()
     optimized = fxrep.optimize(model)
-    assert torch.equal(model.norm.running_mean, before)
+    assert torch.equal(mean, before)
     assert any("training mode" in skip.reason for skip in fxrep.report(optimized).skipped)
     x = torch.randn(4, 6, 9, 9)
     assert distance(run(optimized, (x,)), run(model, (x,))) < 1e-6
@@ -536,7 +526,7 @@ def test_a_subclass_with_its_own_forward_is_not_its_base(kind: Any) -> None:
 def test_an_instance_with_its_own_forward_is_not_its_class() -> None:
     model = nn.Sequential(conv(), norm()).eval()
     plain = model[0].forward
-    model[0].forward = lambda x: plain(x).abs()  # type: ignore[method-assign]
+    model[0].forward = lambda x: plain(x).abs()
     x = torch.randn(1, 6, 9, 9)
     randomize(model)
     assert distance(run(fxrep.optimize(model), (x,)), run(model, (x,))) < 1e-6
@@ -546,7 +536,7 @@ def test_an_instance_with_its_own_forward_is_not_its_class() -> None:
 
 
 def test_a_value_the_dtype_cannot_hold_is_refused() -> None:
-    model = nn.Sequential(conv(bias=False), norm()).eval()
+    model: Any = nn.Sequential(conv(bias=False), norm()).eval()
     model[1].running_var.fill_(1e-12)
     model[1].eps = 0.0
     half = model.half()
@@ -584,7 +574,7 @@ def test_dtype_layout_and_requires_grad_are_kept(dtype: Any, trains: bool, layou
 
 def test_the_fold_is_rounded_once() -> None:
     """A scale of 1e6 in float32: composed in float64 the weight is off by half an epsilon."""
-    model = nn.Sequential(conv(bias=False), norm()).eval()
+    model: Any = nn.Sequential(conv(bias=False), norm()).eval()
     randomize(model)
     model[1].running_var.mul_(1e-12)
     model[1].eps = 0.0
@@ -592,6 +582,33 @@ def test_the_fold_is_rounded_once() -> None:
     scale = model[1].weight.double() * model[1].running_var.double().rsqrt()
     exact = model[0].weight.double() * scale[:, None, None, None]
     assert torch.equal(layer.weight.detach(), exact.float().detach())
+
+
+class IntegerDivisor(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.register_buffer("divisor", torch.tensor(3))
+
+    def forward(self, x):
+        return self.conv(x) / self.divisor
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_an_integer_divisor_is_exact(validate):
+    assert assert_equal(IntegerDivisor(), IMAGE, validate=validate).rewrites
+
+
+def test_numbers_no_float_holds():
+    class Huge(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = conv_bn(4, 4, 3, padding=1)
+
+        def forward(self, x):
+            return self.body(x) + np.float64(2.0) * 1.0
+
+    assert assert_equal(Huge(), IMAGE).rewrites
 
 
 # --- over all geometries -------------------------------------------------------------------------

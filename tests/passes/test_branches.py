@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxrep
-from support.blocks import conv_bn
-from support.blocks_linear import Two
-from support.check import check, count, inputs_of, randomize
+from support.check import assert_equal, check, count, inputs_of, randomize
+from support.models import IMAGE, Body, Two, conv, conv_bn
 
-CONV = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+CONV: dict[int, Any] = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 NORM = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 SHAPES = ((2, 8, 9, 10), (1, 8, 12, 7))
 
@@ -37,23 +36,6 @@ class Sum(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.add([branch(x) for branch in self.branches])
-
-
-class Body(nn.Module):
-    """Parts and a forward given as a function of them and of one or two inputs."""
-
-    def __init__(self, forward: Callable[..., Any], **parts: Any) -> None:
-        super().__init__()
-        self.body = forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x: Tensor, h: Tensor | None = None) -> Any:
-        return self.body(self, x) if h is None else self.body(self, x, h)
-
-
-def conv(inputs: int = 8, outputs: int = 8, kernel: Any = 3, **how: Any) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, kernel, **how)
 
 
 # --- what merges ---------------------------------------------------------------------------------
@@ -158,7 +140,7 @@ def _pairs(parts: list[Tensor]) -> Tensor:
     return torch.add(_pairs(left), other=_pairs(right))
 
 
-ADDS: dict[str, Callable[[list[Tensor]], Tensor]] = {
+ADDS: dict[str, Callable[[list[Tensor]], Any]] = {
     "sum": sum,
     "sum from a tensor of zeros": lambda parts: sum(parts, 0.0),
     "operator": lambda p: p[0] + p[1] + p[2],
@@ -479,6 +461,31 @@ def test_half_precision_and_layout_are_kept(dtype: torch.dtype, layout: Any) -> 
     assert float((got.double() - expected).abs().max()) < 20 * torch.finfo(dtype).eps * scale
 
 
+class ReadsPadded(nn.Module):
+    """A border written with the bias of the layer before: one reader merges, another returns it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(4, 4, 1)
+        self.outer = nn.Conv2d(4, 4, 3, bias=False)
+        self.beside = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        y = F.pad(self.inner(x), (1, 1, 1, 1))
+        value = self.inner.bias.detach().view(1, -1, 1, 1)
+        y[:, :, :1] = value
+        y[:, :, -1:] = value
+        y[:, :, :, :1] = value
+        y[:, :, :, -1:] = value
+        return y, self.outer(y) + self.beside(x)
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_a_written_border_stays_as_long_as_its_value(validate):
+    report = assert_equal(ReadsPadded(), IMAGE, cost="always", validate=validate)
+    assert "branches" in {rewrite.pass_name for rewrite in report.rewrites}
+
+
 # --- over all geometries -------------------------------------------------------------------------
 
 
@@ -505,7 +512,9 @@ def sums(draw: st.DrawFn, rank: int) -> tuple[nn.Module, int, bool]:
                 if e + d * (k - 1) >= 0 and (e + d * (k - 1)) % 2 == 0
             ]
             k, d, p = draw(st.sampled_from(choices))
-            kernel.append(k), dilation.append(d), padding.append(p)
+            kernel.append(k)
+            dilation.append(d)
+            padding.append(p)
         g = draw(st.sampled_from([g for g in range(1, groups + 1) if groups % g == 0]))
         how: dict[str, Any] = {"bias": draw(st.booleans())}
         if rank:

@@ -14,14 +14,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from support.blocks_linear import Body, call, conv
 from support.check import check, count, inputs_of
+from support.models import Body, call, conv
 
-CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 AVERAGE = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-ZERO = {1: nn.ZeroPad1d, 2: nn.ZeroPad2d, 3: nn.ZeroPad3d}
+ZERO: dict[int, Any] = {1: nn.ZeroPad1d, 2: nn.ZeroPad2d, 3: nn.ZeroPad3d}
 
 # From one pixel on: at 1 and 2 a padded 3x3 has no interior, at 3 a single pixel.
 SMALL = tuple((1, 8, n, n + 1) for n in range(1, 6))
@@ -300,6 +300,23 @@ def test_a_row_of_pixels_is_no_more_work() -> None:
         nn.BatchNorm2d(2),
     )
     check(nn.Sequential(*layers).eval(), ((1, 2, 1, 2), (1, 2, 9, 9)), batchnorms=None)
+
+
+class ReadsCircular(nn.Module):
+    """A circular convolution that stays for another reader: once more it pads once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(4, 32, 3, 2, 1, 2, bias=False, padding_mode="circular")
+        self.outer = nn.Conv2d(64, 4, 1, bias=False)
+
+    def forward(self, x):
+        y = self.inner(x)
+        return y, self.outer(torch.cat([y[:, :, ::2, ::2], y[:, :, 1::2, ::2]], 1))
+
+
+def test_circular_padding_is_many_operations():
+    check(ReadsCircular().eval(), [(2, 4, 9, 4), (1, 4, 13, 8)])
 
 
 # --- over all geometries -------------------------------------------------------------------------

@@ -12,10 +12,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from support.blocks_linear import Body, call, conv
-from support.check import check, count, inputs_of
+from support.check import assert_equal, check, count, inputs_of
+from support.models import Body, call, conv
 
-CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 AVERAGE = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 SINGLE = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
@@ -225,7 +225,7 @@ def _negative(m: Any, x: Tensor) -> Tensor:
 
 
 # Of 48 * 64 multiply-accumulates at 8x8, none may go away; `norms` may neither.
-STAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
+STAYS: dict[str, tuple[Callable[[Any, Tensor], Any], dict[str, Any]]] = {
     "max_pool after the 1x1": (lambda m, x: F.max_pool2d(m.a(x), 2), {}),
     "1x1 after max_pool": (lambda m, x: m.a(F.max_pool2d(x, 2)), {}),
     "1x1 after a pooling": (lambda m, x: m.a(F.avg_pool2d(x, 2)), {}),
@@ -298,6 +298,25 @@ def test_a_divisor_counts_the_padding() -> None:
     check(nn.Sequential(pool, conv(8, 4, 1)).eval(), (*EVEN, *ODD), validate=False)
 
 
+class LinearOnWidth(nn.Module):
+    """The channels of a Linear are the last dimension, over which the pooling goes."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.linear = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        self.pool = pool
+
+    def forward(self, x):
+        return self.pool(self.linear(x))
+
+
+@pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d(1), nn.AvgPool2d(2), nn.AvgPool2d((2, 1))])
+def test_a_linear_layer_on_the_width_stays_above_pooling(pool, validate):
+    x = torch.randn(1, 4, 6, 8, dtype=torch.float64)
+    assert len(assert_equal(LinearOnWidth(pool), x, validate=validate).rewrites) == 1
+
+
 # --- over all of them ----------------------------------------------------------------------------
 
 
@@ -336,7 +355,8 @@ def _runs(model: nn.Module, shape: tuple[int, ...]) -> bool:
 @given(data=st.data(), cost=st.sampled_from(["macs", "always"]))
 def test_any_pointwise_around_any_mover(data: st.DataObject, cost: str) -> None:
     """Layers, BatchNorms and scales of either sign on both sides of one mover or two."""
-    channels, steps, parts = 8, [], {}
+    channels, steps = 8, []
+    parts: dict[str, Any] = {}
     for name in "abcde"[: data.draw(st.integers(2, 5))]:
         kind = data.draw(st.sampled_from(["layer", "norm", "mover", "mover", "scale"]))
         if kind == "mover":

@@ -12,10 +12,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from support.blocks_linear import Body, Two, call, conv
-from support.check import check, count, inputs_of
+from support.check import assert_equal, check, count, inputs_of
+from support.models import IMAGE, Body, Two, call, conv
 
-CONV = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONV: dict[int, Any] = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 SHAPES = ((2, 8, 5, 6), (1, 8, 4, 3), (1, 8, 2, 1), (1, 8, 1, 7))
 BOTH = tuple((shape, shape) for shape in SHAPES)
@@ -33,7 +33,7 @@ def parts(**how: Any) -> dict[str, Any]:
 
 # --- one source ----------------------------------------------------------------------------------
 
-JOINS: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {
+JOINS: dict[str, Callable[[Any], Tensor]] = {
     "cat": lambda xs: torch.cat(xs, 1),
     "cat, keywords": lambda xs: torch.cat(dim=1, tensors=tuple(xs)),
     "cat from the end": lambda xs: torch.cat(xs, dim=-3),
@@ -296,6 +296,25 @@ def test_a_1x1_over_a_concatenation_is_no_more_operations() -> None:
     check(Two(_mixed, **parts, **more).eval(), at)
 
 
+class ConcatenatesZeros(nn.Module):
+    """One operand of a concatenation is a layer times zeros; another is the source itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(4, 4, 1, bias=False)
+        self.other = nn.Conv2d(4, 4, 1, bias=False)
+        self.register_buffer("mask", torch.zeros(1, 4, 1, 1))
+
+    def forward(self, x):
+        return torch.cat([x, self.one(x), self.other(x) * self.mask], 1)
+
+
+@pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.parametrize("cost", ["macs", "always"])
+def test_outputs_of_zeros_stay_in_a_concatenation(cost, validate):
+    assert_equal(ConcatenatesZeros(), IMAGE, cost=cost, validate=validate)
+
+
 # --- over all concatenations ---------------------------------------------------------------------
 
 OPERANDS = ("conv", "conv", "conv", "norm", "x", "pool", "chunk", "relu", "sum", "chain")
@@ -305,7 +324,8 @@ OPERANDS = ("conv", "conv", "conv", "norm", "x", "pool", "chunk", "relu", "sum",
 def concats(draw: st.DrawFn) -> nn.Module:
     """Operands of one size over two sources, and what may follow their concatenation."""
     stride = draw(st.sampled_from([1, 1, 1, 2]))
-    layers, reads, outputs = {}, [], 0
+    layers: dict[str, nn.Module] = {}
+    reads, outputs = [], 0
 
     def layer(name: str, inputs: int, out: int) -> Forward:
         kernel, dilation = draw(st.sampled_from([1, 1, 3, 3, 5])), draw(st.sampled_from([1, 1, 2]))
@@ -387,7 +407,7 @@ def test_split_and_put_together_again_is_nothing() -> None:
         a=nn.Conv2d(8, 8, 3, padding=1),
     ).eval()
     optimized = check(model, EIGHT, layers=2, operations=4)
-    assert not any(n.target is torch.cat for n in optimized.graph.nodes)  # type: ignore[union-attr]
+    assert not any(n.target is torch.cat for n in optimized.graph.nodes)
 
 
 def test_a_copy_that_is_written_stays_a_copy() -> None:

@@ -82,6 +82,24 @@ def test_a_random_weight_stays_random() -> None:
     assert not torch.equal(run(optimized, (x,)), expected)
 
 
+def test_random_expressions_are_no_constants():
+    class Gumbel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.logits = nn.Parameter(torch.rand(4, 1, 1))
+
+        def forward(self, x):
+            return x * F.gumbel_softmax(self.logits, dim=0)
+
+    model = Gumbel().eval()
+    before = torch.get_rng_state()
+    optimized = fxrep.optimize(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    x = torch.ones(1, 4, 2, 2)
+    assert not torch.equal(optimized(x), optimized(x))
+    assert [skip.reason for skip in fxrep.report(optimized).skipped] == ["it draws random numbers"]
+
+
 def test_a_weight_made_from_the_input_stays() -> None:
     class Dynamic(nn.Module):
         def __init__(self) -> None:
@@ -96,6 +114,8 @@ def test_a_weight_made_from_the_input_stays() -> None:
 
 def test_a_buffer_that_the_forward_writes_is_no_constant() -> None:
     class Counting(nn.Module):
+        calls: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.conv = nn.Conv2d(6, 8, 3)

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from support.blocks_linear import Body, call, conv
 from support.check import check, count, inputs_of
+from support.models import Body, call, conv
 
 CONV = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -173,7 +173,7 @@ STAYS: dict[str, tuple[Forward, dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", STAYS)
 def test_stays_and_says_why(name: str, cost: str) -> None:
     forward, parts, expected = STAYS[name]
-    how = {"more_work": cost == "always", "validate": False}
+    how: dict[str, Any] = {"more_work": cost == "always", "validate": False}
     check(Body(forward, **parts).eval(), WIDE, layers=2, cost=cost, **expected, **how)
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import fxrep
-from support.check import check
+from support.check import assert_equal, check
+from support.models import IMAGE
 
 SIZES = [(2, 4, 6, 7), (1, 4, 3, 3)]
 
@@ -73,3 +74,20 @@ def test_a_constant_that_adds_dimensions():
             return (x * self.scale).shape
 
     assert fxrep.optimize(Lifted().eval())(torch.zeros(5)) == (1, 1, 1, 5)
+
+
+class ReadsChannels(nn.Module):
+    """The shape of an inner value is read, and the layer after it changes the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 2, 1)
+        self.skip, self.bn = nn.Conv2d(4, 2, 3, padding=1), nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.bn(self.second(y) + self.skip(x)) * y.shape[1]
+
+
+def test_the_shape_of_a_value_with_other_channels():
+    assert assert_equal(ReadsChannels(), IMAGE).rewrites

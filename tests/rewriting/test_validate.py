@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 import fxrep
 from fxrep.algebra.maps import Axis, conv_map
-from fxrep.rewriting import session, validate
+from fxrep.rewriting import editor, session, validate
 from fxrep.rewriting.validate import relative_error
 from support.blocks import BLOCKS
+from support.check import assert_equal
+from support.models import IMAGE
 
 
 class Sum(nn.Module):
@@ -54,7 +56,7 @@ def test_a_wrong_number_in_the_geometry_is_seen(
     """Each number of the fused layer's shape changed by one: refused, unless nothing changes."""
     conv = nn.Conv1d(2, 2, kernel, stride, padding, dilation, bias=False)
     model = nn.Sequential(conv, nn.BatchNorm1d(2)).eval()
-    build = session.build
+    build = editor.build
     for mutant in _mutants(Axis(kernel, stride, padding, padding, dilation)):
         if kernel == 1 and mutant.dilation != dilation:
             continue  # one tap has every dilation
@@ -110,18 +112,22 @@ def test_nan_is_never_small() -> None:
     assert not error <= validate.TOLERANCE
 
 
-def test_large_inputs_are_not_needed() -> None:
+def test_large_inputs_are_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check is cheap because it looks at few positions, whatever the model is made for."""
     sizes: list[int] = []
     real = validate._run
 
-    def watching(plan: Any, view: Any, values: Any, *rest: Any) -> Tensor:
+    def watching(plan: Any, view: Any, values: Any, *rest: Any) -> list[Tensor]:
         sizes.extend(v.numel() // v.shape[1] for v in values.values())
         return real(plan, view, values, *rest)
 
-    validate._run, model = watching, Sum(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)).eval()
-    try:
-        fxrep.optimize(model, torch.randn(1, 4, 64, 64))
-    finally:
-        validate._run = real
+    model = Sum(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)).eval()
+    monkeypatch.setattr(validate, "_run", watching)
+    fxrep.optimize(model, torch.randn(1, 4, 64, 64))
     assert sizes and max(sizes) <= 64
+
+
+@pytest.mark.parametrize("kernel, padding", [(2, 1), (3, 2), (5, 4)])
+def test_reflected_padding_wider_than_the_smallest_input(kernel, padding):
+    conv = nn.Conv2d(4, 4, kernel, padding=padding, padding_mode="reflect")
+    assert assert_equal(nn.Sequential(conv, nn.BatchNorm2d(4)), IMAGE).rewrites

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from support.models import conv_bn
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,7 @@ class Block:
     example_inputs: bool = False
 
 
-def conv_bn(inputs: int, outputs: int, kernel: Any, **how: Any) -> nn.Sequential:
-    """Convolution without bias, then BatchNorm."""
-    how = {"bias": False, **how}
-    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, **how), nn.BatchNorm2d(outputs))
-
-
-def normalise(norm: nn.Module, x: Tensor) -> Tensor:
+def normalise(norm: Any, x: Tensor) -> Tensor:
     """A BatchNorm by its function, keywords and all."""
     return F.batch_norm(
         x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
@@ -133,7 +130,7 @@ class Conv2(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, *, stride: int = 1, groups: int = 1) -> None:
         super().__init__()
-        how = {"groups": groups, "bias": False}
+        how: dict[str, Any] = {"groups": groups, "bias": False}
         self.conv = nn.Conv2d(inputs, outputs, 3, stride, 1, **how)
         self.cv2 = nn.Conv2d(inputs, outputs, 1, stride, **how)
         self.bn = nn.BatchNorm2d(outputs)
@@ -187,7 +184,7 @@ class LinearAdd(nn.Module):
 
     def __init__(self, channels: int, *, groups: int = 1, stride: int = 1) -> None:
         super().__init__()
-        how = {"groups": groups, "stride": stride, "bias": False}
+        how: dict[str, Any] = {"groups": groups, "stride": stride, "bias": False}
         self.dense = nn.Conv2d(channels, channels, 3, padding=1, **how)
         self.point = nn.Conv2d(channels, channels, 1, **how)
         self.scales = nn.ModuleList(Scale(channels) for _ in range(3 if stride == 1 else 2))
@@ -334,10 +331,8 @@ class RepVitHead(nn.Module):
 
 class RepVitHeadFunctional(RepVitHead):
     def forward(self, x: Tensor) -> Tensor:
-        a, b = (
-            F.linear(normalise(norm, x), head.weight, head.bias)
-            for norm, head in zip(self.norms, self.heads, strict=True)
-        )
+        pairs: Any = zip(self.norms, self.heads, strict=True)
+        a, b = (F.linear(normalise(norm, x), head.weight, head.bias) for norm, head in pairs)
         return torch.div(b.add(a), 2.0)
 
 
@@ -406,6 +401,8 @@ class ACNetNested(ACNet):
 
 class OREPA(nn.Module):
     """BN(F.conv2d(x, sum of einsum(parameters)))."""
+
+    mean: Tensor
 
     def __init__(self, inputs: int, outputs: int, *, stride: int = 1, groups: int = 1) -> None:
         super().__init__()
@@ -500,6 +497,8 @@ class ImplicitMethods(Implicit):
 class FrozenBatchNorm(nn.Module):
     """Detection backbones: scale and shift computed from buffers in every forward."""
 
+    running_var: Tensor
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.register_buffer("weight", torch.linspace(0.5, 1.5, channels))
@@ -582,7 +581,7 @@ def pruned(inputs: int, outputs: int, **how: Any) -> nn.Module:
     """torch's own pruning: a mask and a pre-hook."""
     conv = nn.Conv2d(inputs, outputs, 3, **how)
     with torch.no_grad():
-        torch.nn.utils.prune.l1_unstructured(conv, "weight", amount=0.4)
+        prune.l1_unstructured(conv, "weight", amount=0.4)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs))
 
 
@@ -591,7 +590,7 @@ class Regrouped(nn.Module):
 
     def __init__(self, channels: int, *, groups: int = 1) -> None:
         super().__init__()
-        how = {"groups": groups}
+        how: dict[str, Any] = {"groups": groups}
         self.a = conv_bn(channels, channels, 3, padding=1, **how)
         self.b = conv_bn(channels, channels, 1, **how)
         self.c = nn.Conv2d(channels, channels, 3, padding=1, **how)

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.blocks import Block, conv_bn, normalise
-from support.blocks_linear import SIZES, call, conv, spelt
+from support.blocks import Block, normalise
+from support.blocks_linear import SIZES, spelt
+from support.models import call, conv, conv_bn
 
 
 def _chains() -> Iterator[Block]:
@@ -31,12 +32,12 @@ def _chains() -> Iterator[Block]:
 
     for how in ({}, {"groups": 2}, {"groups": 8}):
         wide = {"bias": False, **how}
-        for name, outer in (
+        for name, changes in (
             ("stride 1", {}), ("stride 2", {"stride": 2}), ("dilated", {"dilation": 2}),
             ("rows padded", {"padding": (1, 0)}),
         ):  # fmt: skip
             said = f"({how or ''}, {name})"
-            outer = {"padding": 1, **outer}
+            outer: dict[str, Any] = {"padding": 1, **changes}
             yield from pair(
                 f"kxk->1x1{said}", lambda h=how, o=outer: conv(8, 64, **h, **o),
                 lambda h=how: conv(64, 8, 1, **h),

@@ -13,18 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.blocks import Block, both, conv_bn, normalise
+from support.blocks import Block, both, normalise
 from support.blocks_linear import (
     SIZES,
-    Body,
     RepDWConvM,
     RepDWConvMInPlace,
     RepDWConvS,
     RepDWConvSSum,
-    call,
-    conv,
     spelt,
 )  # fmt: skip
+from support.models import Body, call, conv, conv_bn
 
 WIDE = ((2, 64, 9, 9), (1, 64, 12, 7), (1, 64, 3, 2))
 TOKENS = ((2, 7, 8), (1, 4, 8))
@@ -54,7 +52,7 @@ class RepNeXtMixer(nn.Module):
         self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        i, s, m, large = torch.split(x, (self.width,) * 4, dim=1)
+        i, s, m, large = torch.split(x, [self.width] * 4, dim=1)
         return self.norm(torch.cat((i, self.small(s), self.medium(m), self.large(large)), dim=1))
 
 
@@ -510,6 +508,8 @@ def _concatenated() -> Iterator[Block]:
 
 
 def _listed() -> Iterator[Block]:
+    args: tuple[int, ...]
+    how: dict[str, Any]
     mixers = (RepNeXtMixer, RepNeXtMixerChunk)
     for how in ({}, {"bias": False}, {"k": 7}):
         yield from both("RepNeXt", mixers, 16, layers=4, batchnorms=None, **how, shapes=SIXTEEN)
@@ -608,8 +608,8 @@ def _cheaper() -> Iterator[tuple[Block, float]]:
          lambda m, x: m.a(x).relu()),
     )  # fmt: skip
     for name, share, make_layer, forward in rows:
-        make = lambda f=forward, a=make_layer: Body(f, a=a())  # noqa: E731
-        yield Block(name, make, EVEN), share
+        model = lambda f=forward, a=make_layer: Body(f, a=a())  # noqa: E731
+        yield Block(name, model, EVEN), share
 
 
 CHEAPER: tuple[tuple[Block, float], ...] = tuple(_cheaper())

@@ -13,34 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.blocks import Block, both, conv_bn, normalise
+from support.blocks import Block, both, normalise
+from support.models import Body, Forward, call, conv_bn
 
 # Odd and even, and one so small that a 3x3 kernel sees both borders at once. What needs more than
 # that raises at the last, and is compared at the others.
 SIZES = ((2, 8, 9, 9), (1, 8, 12, 7), (1, 8, 3, 2))
 
 
-class Body(nn.Module):
-    """Parts, and a forward given as a function of them and the input."""
-
-    def __init__(self, forward: Callable[..., Any], **parts: Any) -> None:
-        super().__init__()
-        self.body = forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.body(self, x)
-
-
-class Two(Body):
-    """The same for two inputs."""
-
-    def forward(self, x: Tensor, h: Tensor) -> Any:  # type: ignore[override]
-        return self.body(self, x, h)
-
-
-Forward = Callable[[Any, Tensor], Any]
 Parts = Callable[[], dict[str, Any]]
 
 
@@ -51,18 +31,6 @@ def spelt(
     for i, forward in enumerate(forwards):
         make = lambda f=forward: Body(f, **parts())  # noqa: E731
         yield Block(f"{name}-{i}", make, shapes, **expected)
-
-
-def conv(inputs: int = 8, outputs: int = 8, kernel: Any = 3, **how: Any) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, kernel, **how)
-
-
-def call(layer: Any, x: Tensor) -> Tensor:
-    """A convolution by its function."""
-    return F.conv2d(
-        x, layer.weight, bias=layer.bias, stride=layer.stride, padding=layer.padding,
-        dilation=layer.dilation, groups=layer.groups,
-    )  # fmt: skip
 
 
 # --- crops ---------------------------------------------------------------------------------------
@@ -132,7 +100,7 @@ def pad_shifted(y: Tensor, value: Tensor, p: int) -> Tensor:
     return F.pad(y - value, (p, p, p, p)) + value
 
 
-Pad = Callable[[Tensor, Tensor, int], Tensor]
+Pad = Callable[[Tensor, Any, int], Tensor]
 
 
 class BNAndPad(nn.Module):
@@ -147,8 +115,9 @@ class BNAndPad(nn.Module):
         y = self.bn(x)
         if self.p == 0:
             return y
-        deviation = torch.sqrt(self.bn.running_var + self.bn.eps)
-        value = self.bn.bias.detach() - self.bn.running_mean * self.bn.weight.detach() / deviation
+        bn: Any = self.bn
+        deviation = torch.sqrt(bn.running_var + bn.eps)
+        value = bn.bias.detach() - bn.running_mean * bn.weight.detach() / deviation
         return self.pad(y, value, self.p)
 
 
@@ -252,7 +221,7 @@ class ECB(nn.Module):
         self.act = nn.PReLU(outputs)
 
     def padded(self, x: Tensor, i: int) -> Tensor:
-        point = self.first[i]
+        point: Any = self.first[i]
         y = F.conv2d(input=x, weight=point.weight, bias=point.bias, stride=1)
         return self.pad(y, point.bias, 1)
 
@@ -304,7 +273,7 @@ class RRRB(nn.Module):
 
 
 class RRRBColumnsFirst(RRRB):
-    pad = staticmethod(pad_columns_first)
+    pad: Pad = staticmethod(pad_columns_first)
 
     def forward(self, x: Tensor) -> Tensor:
         e = call(self.expand, x)
@@ -348,7 +317,7 @@ class MiddleByConstant(Middle):
 
     def __init__(self, *args: Any, **how: Any) -> None:
         super().__init__(*args, **how)
-        nn.init.constant_(self.first.bias, 0.75)  # the same in float32 and float64
+        self.first.bias.data.fill_(0.75)  # the same in float32 and float64
 
     def padded(self, y: Tensor) -> Tensor:
         return F.pad(y, (self.columns,) * 2 + (self.rows,) * 2, value=0.75)
@@ -467,6 +436,7 @@ class RepDWConvMInPlace(RepDWConvM):
 
 
 def _listed() -> Iterator[Block]:
+    how: dict[str, Any]
     cropped = (ACNetCropped, ACNetCroppedByPad)
     for how in (
         {}, {"stride": 2}, {"groups": 4}, {"padding": 1}, {"padding": 2}, {"dilation": 2},

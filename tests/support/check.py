@@ -11,7 +11,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +22,7 @@ import fxrep
 
 FLOAT64, FLOAT32 = 1e-10, 1e-5
 
+Model = TypeVar("Model", bound=nn.Module)
 # One input shape, or a tuple of them for a model with several inputs.
 Shape = tuple[int, ...] | tuple[tuple[int, ...], ...]
 
@@ -58,7 +59,7 @@ def check(
     assert len(shapes) > 1, "one size proves nothing: a broadcast or a stride hides in it"
     randomize(model)
     wide = doubled(model)
-    given = {torch.float32: None, torch.float64: None}
+    given: dict[torch.dtype, Any] = {torch.float32: None, torch.float64: None}
     if example_inputs:
         given = {dtype: inputs_of(shapes[0], dtype) for dtype in given}
 
@@ -101,10 +102,18 @@ def check(
     return single
 
 
+def assert_equal(model: nn.Module, x: Tensor, **options: Any) -> fxrep.Report:
+    """Optimize `settled(model)`, assert equal outputs for a float64 `x`, and return the report."""
+    model = settled(model)
+    optimized = fxrep.optimize(model, **options)
+    torch.testing.assert_close(optimized(x), model(x), rtol=1e-10, atol=1e-10)
+    return fxrep.report(optimized)
+
+
 # --- models and inputs --------------------------------------------------------------------------
 
 
-def randomize(model: nn.Module) -> nn.Module:
+def randomize(model: Model) -> Model:
     """Statistics and affine parameters of every BatchNorm, variances in 0.5-1.5."""
     generator = torch.Generator().manual_seed(0)
     ranges = {
@@ -123,12 +132,12 @@ def randomize(model: nn.Module) -> nn.Module:
     return model
 
 
-def settled(model: nn.Module) -> nn.Module:
+def settled(model: Model) -> Model:
     """The model itself in float64 and eval mode, its BatchNorms randomised."""
     return randomize(model).double().eval()
 
 
-def doubled(model: nn.Module) -> nn.Module:
+def doubled(model: Model) -> Model:
     """A float64 copy, tensors held as plain attributes included."""
     result = copy.deepcopy(model).double()
     for module in result.modules():
@@ -142,10 +151,7 @@ def inputs_of(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Random inputs of one shape, or of each of several."""
     generator = torch.Generator().manual_seed(sum(tree_leaves(shape)))
     each = shape if isinstance(shape[0], tuple) else (shape,)
-    return tuple(
-        torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)  # type: ignore[arg-type]
-        for s in each
-    )
+    return tuple(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in each)
 
 
 def to_float32(inputs: Any) -> Any:

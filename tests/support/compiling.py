@@ -83,7 +83,7 @@ class Block(nn.Module):
 
 
 def block(dtype: torch.dtype = torch.float64) -> Block:
-    return randomize(Block().eval()).to(dtype)  # type: ignore[return-value]
+    return randomize(Block().eval()).to(dtype)
 
 
 def image(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

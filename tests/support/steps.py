@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from support.models import call
+
 CHANNELS = 4
 
 
@@ -121,7 +123,7 @@ def conv(
     dilation: int = 1,
     groups: int = 1,
     bias: bool | None = None,
-    mode: str = "zeros",
+    mode: Any = "zeros",
 ) -> Made:
     """One convolution, by any spelling; groups that do not fit become 1."""
     if channels % groups or out % groups:
@@ -136,18 +138,15 @@ def conv(
     if mode != "zeros":
         spelling = "module"
 
-    def call(m: Net, x: Tensor) -> Tensor:
+    def run(m: Net, x: Tensor) -> Tensor:
         c = m.get_submodule(name)
         if spelling == "function":
-            return F.conv2d(
-                x, c.weight, bias=c.bias, stride=c.stride, padding=c.padding,
-                dilation=c.dilation, groups=c.groups,
-            )  # fmt: skip
+            return call(c, x)
         if spelling == "positional":
             return torch.conv2d(x, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups)
         return c(x)
 
-    return f"{said} {'biased' if bias else 'unbiased'} by {spelling}", call
+    return f"{said} {'biased' if bias else 'unbiased'} by {spelling}", run
 
 
 def convolution(draw: st.DrawFn, net: Net, channels: int) -> Made:
@@ -206,7 +205,7 @@ def norm(draw: st.DrawFn, net: Net, channels: int) -> Made:
         return "norm", lambda m, x: m.get_submodule(name)(x)
 
     def call(m: Net, x: Tensor) -> Tensor:
-        n = m.get_submodule(name)
+        n: Any = m.get_submodule(name)
         return F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, False, 0.0, n.eps)
 
     return "F.batch_norm", call
@@ -421,7 +420,7 @@ JOINS: dict[str, Callable[..., Tensor]] = {
     "torch.cat": lambda *xs: torch.cat(xs, 1),
     "torch.concat": lambda *xs: torch.concat(list(xs), dim=1),
     "dim=-3": lambda *xs: torch.cat(tensors=list(xs), dim=-3),
-    "torch.concatenate": lambda *xs: torch.concatenate(xs, axis=1),
+    "torch.concatenate": lambda *xs: torch.concatenate(xs, axis=1),  # type: ignore[call-arg]
     # Not on channels.
     "rows": lambda *xs: torch.cat(xs, 2),
     "batch": lambda *xs: torch.cat(xs),
@@ -438,8 +437,8 @@ def join(draw: st.DrawFn) -> Made:
 
 
 def average(draw: st.DrawFn, net: Net, channels: int) -> Made:
-    kernel = draw(st.sampled_from([2, 2, 3, 3, (2, 3), (1, 2), 1]))
-    stride = draw(st.sampled_from([None, 1, 2, (2, 1)]))
+    kernel: Any = draw(st.sampled_from([2, 2, 3, 3, (2, 3), (1, 2), 1]))
+    stride: Any = draw(st.sampled_from([None, 1, 2, (2, 1)]))
     how: dict[str, Any] = {
         "padding": draw(st.sampled_from([0, 0, 1])) if kernel in (2, 3) else 0,
         "ceil_mode": draw(st.sampled_from([False, False, True])),
@@ -552,7 +551,7 @@ POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
 activation = table(POINTWISE)
 softmax = table({"softmax": lambda x: torch.softmax(x, 1), "gate": lambda x: x * x.sigmoid()})
 
-ADDITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+ADDITIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "x + y": operator.add,
     "x - y": operator.sub,
     "torch.add": lambda x, y: torch.add(x, other=y),
@@ -594,7 +593,7 @@ def bias_padded(
     def value_of(m: Net) -> Tensor:
         value = getattr(m, zero)
         for name in before:
-            part = m.get_submodule(name)
+            part: Any = m.get_submodule(name)
             if isinstance(part, nn.Conv2d):
                 value = value if part.bias is None else part.bias.view(1, -1, 1, 1)
             elif calls or part.weight is None:

@@ -297,8 +297,8 @@ class _Builder:
         whole = self.take(said, (source,), function)
         if whole is None:
             return
-        items = [self._item(whole, i) for i in range(len(self.values[whole][0]))]
-        items = [item for item in items if item is not None]
+        found = [self._item(whole, i) for i in range(len(self.values[whole][0]))]
+        items = [item for item in found if item is not None]
         if self.sometimes(4):  # only one of them is read
             self.apply(steps.convolution, self.some(items))
             return
@@ -306,9 +306,9 @@ class _Builder:
         unequal = steps.same_size(1)
         way = self.some(["equal", "equal", "unequal", "some", "none"])
         kinds = {"equal": [equal], "unequal": [unequal], "some": [unequal, None], "none": [None]}
-        values = []
+        values: list[Any] = []
         for item in items:
-            kind = self.some(kinds[way])
+            kind: Any = self.some(kinds[way])  # type: ignore[arg-type]
             values.append(item if kind is None else self.apply(kind, item))
         if self.sometimes():
             values = list(self.draw(st.permutations(values)))
@@ -343,7 +343,8 @@ class _Builder:
         if not self.sometimes():
             out = self.some([channels, CHANNELS, 2 * CHANNELS])
             kernel, padding = self.some([(1, 0)] * 5 + [(3, 1), (3, 0), (1, 1)])
-            part = nn.Conv2d(channels, out, kernel, padding=padding, bias=self.some([True, False]))
+            bias = self.some([True, False])
+            part: nn.Module = nn.Conv2d(channels, out, kernel, padding=padding, bias=bias)
             before.append(self.net.add("conv", part))
             channels = out
         if not before or self.draw(st.booleans()):

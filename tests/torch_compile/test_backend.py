@@ -145,13 +145,13 @@ def test_statistics_recalibrated_by_ones_own_batchnorm(spelling: str, freezing: 
 
 def test_statistics_that_are_not_finite_are_compared_too() -> None:
     model, inner = block(), Recorder()
-    model.bn.running_mean[0] = torch.nan  # type: ignore[index]
+    model.bn.running_mean[0] = torch.nan
     compiled = through(model, inner, freezing=True)
     with torch.no_grad():
         for _ in range(3):
             assert compiled(image()).isnan().any()
         assert len(inner.graphs) == 1
-        model.bn.running_mean[0] = 0  # type: ignore[index]
+        model.bn.running_mean[0] = 0
     same(compiled, model, image())
 
 
@@ -164,11 +164,11 @@ def test_content_that_decided_is_compared() -> None:
     same(compiled, model, image(2, 4, 8, 8))
     assert inner.batchnorms == 0
     with torch.no_grad():
-        model[2].weight[0] = -1  # type: ignore[index]
+        model[2].weight[0] = -1
     same(compiled, model, image(2, 4, 8, 8))
     assert inner.batchnorms == 1 and len(inner.graphs) == 2  # that of the second layer is folded
     with torch.no_grad():
-        model[2].weight[0] = 0.5  # type: ignore[index]
+        model[2].weight[0] = 0.5
     same(compiled, model, image(2, 4, 8, 8))
 
 
@@ -178,8 +178,8 @@ def test_weights_that_overflow_are_not_folded() -> None:
     x = torch.ones(1, 1, 2, 2, dtype=torch.float16) * 1e-4
     same(compiled, model, x, tolerance=1e-2)
     with torch.no_grad():
-        model[0].weight.fill_(6e4)  # type: ignore[union-attr]
-        model[1].weight.fill_(100)  # type: ignore[union-attr]
+        model[0].weight.fill_(6e4)
+        model[1].weight.fill_(100)
     same(compiled, model, x, tolerance=1e-2)
 
 
@@ -301,7 +301,7 @@ def test_inductor_with_dynamic_shapes(freezing: bool) -> None:
 
 
 def test_channels_last() -> None:
-    model = block(torch.float32).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = block(torch.float32).to(memory_format=torch.channels_last)
     x = image(dtype=torch.float32).to(memory_format=torch.channels_last)
     inner = Recorder()
     compiled = through(model, inner)
@@ -369,7 +369,7 @@ def test_training_passes_through_and_evaluation_folds() -> None:
             net(x).square().sum().backward()
             with torch.no_grad():
                 for parameter in each.parameters():
-                    parameter.sub_(0.01 * parameter.grad)  # type: ignore[operator]
+                    parameter.sub_(0.01 * parameter.grad)
                     parameter.grad = None
     assert inner.batchnorms == 3 and not folded()
     pairs = zip(model.state_dict().values(), twin.state_dict().values(), strict=True)
@@ -405,7 +405,7 @@ class Writes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn(self.conv(x))
         self.conv.weight.mul_(0.5)
-        return self.other(y)  # type: ignore[no-any-return]
+        return self.other(y)
 
 
 @pytest.mark.parametrize("freezing", [False, True])
@@ -427,7 +427,7 @@ def test_a_buffer_that_counts_calls_is_no_reason_to_fold_again(freezing: bool) -
             self.register_buffer("calls", torch.zeros(()))
 
         def forward(self, x: Tensor) -> Tensor:
-            self.calls.add_(1)  # type: ignore[operator]
+            self.calls.add_(1)
             return super().forward(x)
 
     model, inner = randomize(Counts().eval()).double(), Recorder()
@@ -451,7 +451,7 @@ def test_an_input_that_is_a_weight_is_written() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             x.mul_(2)
-            return self.bn(self.linear(x))  # type: ignore[no-any-return]
+            return self.bn(self.linear(x))
 
     model = randomize(Doubles().eval()).double()
     twin = copy.deepcopy(model)
@@ -478,7 +478,7 @@ def test_in_place_by_position_is_in_place(write: Callable[[Tensor], Tensor]) -> 
             write(x)
             y = self.wide(x)
             write(y[:, 1:3])
-            return self.wide_bn(y)  # type: ignore[no-any-return]
+            return self.wide_bn(y)
 
     model, x = randomize(InPlace().eval()).double(), image()
     compiled = through(model)
@@ -510,7 +510,7 @@ class Returns(nn.Module):
         self.conv = nn.Conv2d(4, 4, 1)
         self.scale = nn.Parameter(torch.rand(4))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         scale = self.scale * 2
         return self.conv(x) * scale[:, None, None], scale.view(2, 2), self.conv.bias
 
@@ -524,7 +524,7 @@ def test_who_writes_a_result_does_not_write_folded_weights(freezing: bool) -> No
             y, scale, bias = compiled(x)
             scale.add_(1)
             y.add_(1)
-            assert bias.data_ptr() == model.conv.bias.data_ptr()  # type: ignore[union-attr]
+            assert bias.data_ptr() == model.conv.bias.data_ptr()
         same(compiled, model, x)
 
 

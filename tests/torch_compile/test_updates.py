@@ -27,7 +27,7 @@ freezings = pytest.mark.parametrize("freezing", [False, True])
 def named() -> None:
     """The backend under its name: dynamo tidies up after those it knows."""
     if "fxrep" not in torch._dynamo.backends.registry._COMPILER_FNS:
-        torch._dynamo.register_backend(compile_graph, name="fxrep")  # type: ignore[arg-type]
+        torch._dynamo.register_backend(compile_graph, name="fxrep")
 
 
 def what_happens(way: Way, dtype: torch.dtype, **compile: Any) -> str:
