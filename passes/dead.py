@@ -32,7 +32,7 @@ def propose(view: View, node: fx.Node, cost: CostModel) -> Drop | None:
     reading = view.read(node)
     if isinstance(reading, Affine):
         # What is written over afterwards is part of the reading, and would be left without it.
-        return None if writes(node) or reading.settled else Drop(node, reading.kind)
+        return None if writes(node) or reading.includes_writes else Drop(node, reading.kind)
     parts = node.target in PARTS and bool(node.all_input_nodes)
     if not parts and (pointwise(view, node) is None or writes_over(view, node)):
         return None

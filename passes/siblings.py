@@ -38,10 +38,9 @@ from fxrep.planning.cost import CostModel, Work, total
 from fxrep.planning.pieces import Piece
 from fxrep.planning.plan import Plan, promotion
 from fxrep.planning.rule import Pass
-from fxrep.planning.walk import Seen
-from fxrep.reading.commuting import Mover, mover
+from fxrep.reading.commuting import Commuter, commuter
 from fxrep.reading.pointwise import pointwise, writes_over
-from fxrep.reading.view import Affine, View, reads_metadata, writes
+from fxrep.reading.view import Affine, Operation, View, reads_metadata, writes
 from fxrep.refusal import Refusal
 
 # How many readers of one value are looked at.
@@ -79,7 +78,7 @@ def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None
 def _kind(view: View, node: fx.Node, source: fx.Node) -> object:
     """Equal for layers of `source` that may be joined; None for what is no such layer."""
     reading = view.read(node)
-    if not isinstance(reading, Affine) or reading.weight is None or reading.inside:
+    if not isinstance(reading, Affine) or reading.weight is None or reading.absorbed:
         return None
     shape = reading.terms[0].map
     if reading.terms[0].operand is not source:  # it reads its weight there
@@ -100,12 +99,12 @@ def _may_be_view(view: View, node: fx.Node) -> bool:
         if reads_metadata(user):
             continue
         reading = view.read(user)
-        known = isinstance(reading, Affine) and reading.kind not in ("slice", "chunk")
+        known = isinstance(reading, Affine) and reading.operation is not Operation.PART
         known = (
             known
             or user.target in _TURNS
             or pointwise(view, user) is not None
-            or mover(view, user) is not None
+            or commuter(view, user) is not None
         )
         if not known and user.target not in _FRESH:
             return False
@@ -120,7 +119,7 @@ def _passes_on(view: View, user: fx.Node, node: fx.Node) -> bool:
     if user.target in _TURNS:
         return True
     if isinstance(reading, Affine):
-        return reading.kind == "identity" or (writes(user) and user.args[0] is node)
+        return reading.is_identity or (writes(user) and user.args[0] is node)
     return pointwise(view, user) is not None and writes_over(view, user)
 
 
@@ -130,7 +129,11 @@ def _is_copied(view: View, node: fx.Node) -> bool:
         if reads_metadata(user):
             continue
         reading = view.read(user)
-        plain = isinstance(reading, Affine) and not reading.is_layer and reading.kind != "avg_pool"
+        plain = (
+            isinstance(reading, Affine)
+            and not reading.is_layer
+            and reading.operation is not Operation.POOLING
+        )
         if not plain and pointwise(view, user) is None:
             return True
         if _passes_on(view, user, node) and _is_copied(view, user):
@@ -159,10 +162,8 @@ def _plan(view: View, source: fx.Node, members: Sequence[fx.Node]) -> Plan | Ref
     if any(r.bias is not None for r in readings):
         parts = [r.bias for r in readings]
         bias = Call(weights.stack_biases, (tuple(m.outputs for m in maps), *parts))
-    after = (Mover(followers[0], followers[0].all_input_nodes[0], rank),) if followers else ()
-    layers = [work.of(r, Seen(IDENTITY, (), m), m.outputs, rank) for r, m in zip(
-        readings, maps, strict=True
-    )]  # fmt: skip
+    after = (Commuter(followers[0], followers[0].all_input_nodes[0], rank),) if followers else ()
+    layers = [work.of_root(r, m.outputs) for r, m in zip(readings, maps, strict=True)]
     return Plan(
         region[-1], region, region,
         (Piece(source, whole, weight, frozenset(members), bias),),
@@ -206,7 +207,7 @@ def _way(view: View, node: fx.Node) -> list[fx.Node]:
         if pointwise(view, node) is not None:
             return way
         reading = view.read(node)
-        plain = isinstance(reading, Affine) and reading.kind == "identity"
+        plain = isinstance(reading, Affine) and reading.is_identity
         if not plain or node.target == "contiguous" or view.aliasing.pinned(node):
             return []
     return []

@@ -58,7 +58,12 @@ class CostModel(Protocol):
         """How reports name it."""
 
     def objection(self, before: Work, after: Work) -> str | None:
-        """Why not to rewrite, with both figures, or None to go ahead."""
+        """Why not to rewrite, with both figures, or None to go ahead.
+
+        Args:
+            before: the work of what is there: a region, some paths of it, or one operation.
+            after: the work of what would replace it.
+        """
 
 
 @dataclass(frozen=True)

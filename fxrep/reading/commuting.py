@@ -27,8 +27,8 @@ Sizes = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Mover:
-    """A call that pointwise maps move over.
+class Commuter:
+    """A call that commutes with pointwise maps, so that they may be moved over it.
 
     Attributes:
         node: the call.
@@ -72,8 +72,8 @@ class Mover:
         return sizes
 
 
-def mover(view: View, node: fx.Node) -> Mover | None:
-    """The node as something to move over, or None."""
+def commuter(view: View, node: fx.Node) -> Commuter | None:
+    """The node as an operation that commutes with pointwise maps, or None."""
     if node.op == "call_module":
         module = view.submodule(str(node.target))
         base = known_class(node, module, _MODULES)
@@ -96,7 +96,7 @@ def mover(view: View, node: fx.Node) -> Mover | None:
 def _resize(
     view: View, node: fx.Node, input: Any, size: Any = None, scale_factor: Any = None, *_: Any,
     **__: Any,
-) -> Mover | None:  # fmt: skip
+) -> Commuter | None:  # fmt: skip
     rank, _assumed = view.rank(node)
     if rank is None or rank < 3:
         return None
@@ -104,7 +104,7 @@ def _resize(
         scale_factor if isinstance(scale_factor, (tuple, list)) else (scale_factor,) * (rank - 2)
     )
     known = len(given) == rank - 2 and all(isinstance(f, (int, float)) and f > 0 for f in given)
-    return Mover(node, input, rank - 2, factors=tuple(map(float, given)) if known else ())
+    return Commuter(node, input, rank - 2, factors=tuple(map(float, given)) if known else ())
 
 
 def _overhang(stride: int, ceil_mode: Any) -> int:
@@ -112,11 +112,11 @@ def _overhang(stride: int, ceil_mode: Any) -> int:
     return stride - 1 if ceil_mode else 0
 
 
-def _max_pool(rank: int) -> Callable[..., Mover | None]:
+def _max_pool(rank: int) -> Callable[..., Commuter | None]:
     def read(
         view: View, node: fx.Node, input: Any, kernel_size: Any, stride: Any = None,
         padding: Any = 0, dilation: Any = 1, ceil_mode: Any = False, return_indices: Any = False,
-    ) -> Mover | None:  # fmt: skip
+    ) -> Commuter | None:  # fmt: skip
         kernel, pads = as_tuple(kernel_size, rank), as_tuple(padding, rank)
         strides = kernel if stride is None or stride == [] else as_tuple(stride, rank)
         dilations = as_tuple(dilation, rank)
@@ -124,17 +124,17 @@ def _max_pool(rank: int) -> Callable[..., Mover | None]:
             return None
         columns = zip(kernel, strides, pads, dilations, strict=True)  # type: ignore[arg-type]
         axes = tuple(Axis(k, s, p, p + _overhang(s, ceil_mode), d) for k, s, p, d in columns)
-        return Mover(node, input, rank, orders=True, axes=axes)
+        return Commuter(node, input, rank, orders=True, axes=axes)
 
     return read
 
 
-def _avg_pool(rank: int) -> Callable[..., Mover | None]:
+def _avg_pool(rank: int) -> Callable[..., Commuter | None]:
     def read(
         view: View, node: fx.Node, input: Any, kernel_size: Any, stride: Any = None,
         padding: Any = 0, ceil_mode: Any = False, count_include_pad: Any = True,
         divisor_override: Any = None,
-    ) -> Mover | None:  # fmt: skip
+    ) -> Commuter | None:  # fmt: skip
         kernel, pads = as_tuple(kernel_size, rank), as_tuple(padding, rank)
         strides = kernel if stride is None or stride == [] else as_tuple(stride, rank)
         if kernel is None or pads is None or strides is None:
@@ -146,26 +146,26 @@ def _avg_pool(rank: int) -> Callable[..., Mover | None]:
             return None
         columns = zip(kernel, strides, pads, strict=True)
         axes = tuple(Axis(k, s, p, p + _overhang(s, ceil_mode)) for k, s, p in columns)
-        return Mover(node, input, rank, shrinks=True, axes=axes)
+        return Commuter(node, input, rank, shrinks=True, axes=axes)
 
     return read
 
 
-def _adaptive(rank: int, orders: bool) -> Callable[..., Mover | None]:
+def _adaptive(rank: int, orders: bool) -> Callable[..., Commuter | None]:
     def read(
         view: View, node: fx.Node, input: Any, output_size: Any, return_indices: Any = False
-    ) -> Mover | None:
+    ) -> Commuter | None:
         single = as_tuple(output_size, rank) == (1,) * rank
         if return_indices:
             return None
-        return Mover(node, input, rank, shrinks=single and not orders, orders=orders)
+        return Commuter(node, input, rank, shrinks=single and not orders, orders=orders)
 
     return read
 
 
 def _mean(
     view: View, node: fx.Node, input: Any, dim: Any = None, keepdim: Any = False, dtype: Any = None
-) -> Mover | None:
+) -> Commuter | None:
     """The mean over all positions that keeps them as axes of size one."""
     rank, assumed = view.rank(input) if isinstance(input, fx.Node) else (None, False)
     dims = (dim,) if isinstance(dim, int) else dim
@@ -180,19 +180,19 @@ def _mean(
         return None
     if sorted(d - rank if d >= 0 else d for d in dims) != list(range(2 - rank, 0)) or rank < 3:
         return None
-    return Mover(node, input, rank - 2, shrinks=True)
+    return Commuter(node, input, rank - 2, shrinks=True)
 
 
-def _shuffle(view: View, node: fx.Node, input: Any, upscale_factor: Any) -> Mover | None:
+def _shuffle(view: View, node: fx.Node, input: Any, upscale_factor: Any) -> Commuter | None:
     if not isinstance(upscale_factor, int) or upscale_factor < 1:
         return None
     factors = (float(upscale_factor),) * 2
-    return Mover(node, input, 2, spread=upscale_factor**2, factors=factors)
+    return Commuter(node, input, 2, spread=upscale_factor**2, factors=factors)
 
 
 # --- spellings -----------------------------------------------------------------------------------
 
-_Reader = Callable[..., Mover | None]
+_Reader = Callable[..., Commuter | None]
 _WINDOWS = ("kernel_size", "stride", "padding")
 
 _MODULES: dict[Any, tuple[_Reader, tuple[str, ...]]] = {

@@ -23,9 +23,11 @@ from fxrep.reading.view import (
     Affine,
     Constant,
     ModuleReader,
+    Operation,
     Reading,
     Spelling,
     Term,
+    Unread,
     View,
     number,
 )  # fmt: skip
@@ -103,8 +105,9 @@ def _convolution(
     kind = f"conv_transpose{rank}d" if transposed else f"conv{rank}d" if rank else "linear"
     term = Term(source, shape, expr)
     return Affine(
-        kind, (term,), None if bias is None else bias.expr, weight=value, owner=weight.owner
-    )
+        kind, (term,), None if bias is None else bias.expr, weight=value, owner=weight.owner,
+        operation=Operation.LAYER,
+    )  # fmt: skip
 
 
 def _batchnorm(
@@ -123,7 +126,8 @@ def _batchnorm(
     if not isinstance(source, fx.Node):
         return None
     if mean is None or variance is None:
-        return Refusal("BatchNorm uses batch statistics: it keeps no running ones")
+        reason = "BatchNorm uses batch statistics: it keeps no running ones"
+        return Unread(reason, Operation.BATCHNORM)
     if not isinstance(eps, (int, float)):
         return None
     relies: tuple[fx.Node, ...] = ()
@@ -131,8 +135,9 @@ def _batchnorm(
         # It normalises dimension 1, which is the channels' only at the expected rank.
         rank, assumed = view.rank(source)
         if rank is None:
-            return Refusal(
-                "BatchNorm normalises dimension 1 of a value of unknown rank: pass example_inputs"
+            return Unread(
+                "BatchNorm normalises dimension 1 of a value of unknown rank: pass example_inputs",
+                Operation.BATCHNORM,
             )
         axis, relies = 1 - rank, ((source,) if assumed else ())
     scale = Call(
@@ -141,7 +146,8 @@ def _batchnorm(
     )
     shift = Call(weights.batchnorm_shift, (scale, mean.expr, None if bias is None else bias.expr))
     term = Term(source, Diagonal(mean.shape[0], axis), scale)
-    return Affine(kind, (term,), shift, relies)
+    operation = Operation.BATCHNORM if kind == "batch_norm" else Operation.OTHER
+    return Affine(kind, (term,), shift, relies, operation=operation)
 
 
 def _scaled(view: View, node: fx.Node, a: Any, b: Any, *, divide: bool = False) -> Reading:
@@ -157,8 +163,11 @@ def _scaled(view: View, node: fx.Node, a: Any, b: Any, *, divide: bool = False) 
         return met
     weight = Call(_reciprocal, (met.expr,)) if divide else met.expr
     term = Term(a, met.diagonal, weight)
-    kind = "div" if divide else "mul"
-    return Affine(kind, (term,), None, met.relies, met.promotes, met.diagonal.axis is None)
+    return Affine(
+        "div" if divide else "mul", (term,), None, met.assumes_batched, met.promotes,
+        checks_channels=met.diagonal.axis is None,
+        operation=Operation.OTHER if divide else Operation.PRODUCT,
+    )  # fmt: skip
 
 
 def _sum(view: View, node: fx.Node, a: Any, b: Any, *, sign: int = 1, alpha: Any = 1) -> Reading:
@@ -183,7 +192,10 @@ def _sum(view: View, node: fx.Node, a: Any, b: Any, *, sign: int = 1, alpha: Any
         Term(x, met.diagonal, _times(None, factor)) for x, factor in operands if x in values
     )
     kind = "add" if sign > 0 else "sub"
-    return Affine(kind, terms, bias, met.relies, met.promotes, met.diagonal.axis is None)
+    return Affine(
+        kind, terms, bias, met.assumes_batched, met.promotes,
+        checks_channels=met.diagonal.axis is None,
+    )  # fmt: skip
 
 
 def _is_zero(constant: Constant) -> bool:
@@ -203,7 +215,7 @@ def _times(expr: Expr | None, factor: float) -> Expr | None:
 class _Broadcast:
     diagonal: Diagonal
     expr: Expr | None = None
-    relies: tuple[fx.Node, ...] = ()
+    assumes_batched: tuple[fx.Node, ...] = ()
     promotes: tuple[torch.dtype, ...] = ()
 
 
@@ -250,7 +262,7 @@ def per_channel(view: View, node: fx.Node, value: Any, axis: int) -> Expr | None
 def _identity(view: View, node: fx.Node, source: Any) -> Reading:
     if not isinstance(source, fx.Node):
         return None
-    return Affine("identity", (Term(source, IDENTITY),))
+    return Affine("identity", (Term(source, IDENTITY),), operation=Operation.IDENTITY)
 
 
 # --- spellings -------------------------------------------------------------------------------
@@ -280,7 +292,7 @@ def _read_module(view: View, node: fx.Node, module: nn.Module, base: Any, source
         return _convolution(view, node, source, get("weight"), get("bias"), rank=0)
     if isinstance(module, nn.modules.batchnorm._NormBase):
         if module.training:
-            return Refusal("BatchNorm is in training mode")
+            return Unread("BatchNorm is in training mode", Operation.BATCHNORM)
         instance = isinstance(module, nn.modules.instancenorm._InstanceNorm)
         if instance and not module.track_running_stats:
             return None
@@ -344,10 +356,11 @@ def _read_batchnorm(
     weight: Any, bias: Any, training: Any, eps: Any, **_: Any,
 ) -> Reading:  # fmt: skip
     if training is not False:
-        return Refusal("BatchNorm is in training mode")
+        return Unread("BatchNorm is in training mode", Operation.BATCHNORM)
     scale, shift = view.constant(weight), view.constant(bias)
     if (weight is not None and scale is None) or (bias is not None and shift is None):
-        return Refusal("BatchNorm's weight or bias is computed from the input or written")
+        reason = "BatchNorm's weight or bias is computed from the input or written"
+        return Unread(reason, Operation.BATCHNORM)
     mean, variance = view.constant(running_mean), view.constant(running_var)
     return _batchnorm(view, node, input, mean, variance, scale, shift, eps)
 
@@ -423,11 +436,14 @@ def _unflattened(view: View, node: fx.Node, input: Any, other: Any) -> Reading:
                 relies = (*relies, start)
             bias = Call(weights.add_biases, tuple(biases)) if biases else None
             term = Term(start, shape, weight)
-            return Affine("identity", (term,), bias, relies, inside=tuple(inside))
+            return Affine(
+                "identity", (term,), bias, relies, absorbed=tuple(inside),
+                operation=Operation.IDENTITY,
+            )  # fmt: skip
         reading = view.read(value)
         if not isinstance(reading, Affine) or len(reading.terms) > 1:
             return reading if isinstance(reading, Refusal) else None
-        relies = (*relies, *reading.relies)
+        relies = (*relies, *reading.assumes_batched)
         term = reading.terms[0]
         composed = compose(shape, term.map, biased=reading.bias is not None)
         if not isinstance(composed, Diagonal):

@@ -32,22 +32,27 @@ from fxrep.reading.layers import as_tuple, per_channel
 from fxrep.reading.view import (
     Affine,
     ModuleReader,
+    Operation,
     Reading,
     Spelling,
     Term,
+    Unread,
     View,
     number,
 )  # fmt: skip
 from fxrep.refusal import Refusal
 
 
-def _place(view: View, node: fx.Node, dim: int) -> tuple[int, tuple[fx.Node, ...]] | Refusal:
+def _place(
+    view: View, node: fx.Node, dim: int, operation: Operation = Operation.OTHER
+) -> tuple[int, tuple[fx.Node, ...]] | Refusal:
     """A dimension of a value counted from the last, and the values whose rank that assumes."""
     if dim < 0:
         return dim, ()
     rank, assumed = view.rank(node)
     if rank is None:
-        return Refusal(f"dimension {dim} of a value of unknown rank: pass example_inputs", "cat")
+        reason = f"dimension {dim} of a value of unknown rank: pass example_inputs"
+        return Unread(reason, operation)
     return dim - rank, ((node,) if assumed else ())
 
 
@@ -65,20 +70,24 @@ def _read_cat(view: View, node: fx.Node, tensors: Any, dim: Any = 0) -> Reading:
     operands = list(tensors)
     if not all(isinstance(each, fx.Node) for each in operands) or dim == 0:
         return None
-    placed = _place(view, operands[0], dim)
+    placed = _place(view, operands[0], dim, Operation.CONCATENATION)
     if isinstance(placed, Refusal):
         return placed
     axis, relies = placed
     counts = [view.channels.of(each, axis) for each in operands]
     if not all(counts):
-        return Refusal("the channels of what it concatenates are not known", "cat")
+        reason = "the channels of what it concatenates are not known"
+        return Unread(reason, Operation.CONCATENATION)
     sizes = [count for count in counts if count is not None]
     total, first, terms = sum(sizes), 0, []
     for operand, size in zip(operands, sizes, strict=True):
         band = placement_band(first, size, total)
         terms.append(Term(operand, Map(_points(axis), band)))
         first += size
-    return Affine("cat", tuple(terms), relies=relies, proves=False)
+    return Affine(
+        "cat", tuple(terms), assumes_batched=relies, checks_channels=False,
+        operation=Operation.CONCATENATION,
+    )  # fmt: skip
 
 
 def _read_item(view: View, node: fx.Node, a: Any, b: Any) -> Reading:
@@ -108,7 +117,7 @@ def _read_item(view: View, node: fx.Node, a: Any, b: Any) -> Reading:
             place, relies = place - rank, ((a,) if assumed else ())
         cuts[place] = entry
     if not cuts:
-        return Affine("identity", (Term(a, IDENTITY),))
+        return Affine("identity", (Term(a, IDENTITY),), operation=Operation.IDENTITY)
     if rank is None:
         return None
     if set(cuts) == {1 - rank}:
@@ -121,7 +130,10 @@ def _read_item(view: View, node: fx.Node, a: Any, b: Any) -> Reading:
         axes.append(axis)
     if cuts:
         return None
-    return Affine("slice", (Term(a, channel_map(axes)),), relies=relies, proves=False)
+    return Affine(
+        "slice", (Term(a, channel_map(axes)),), assumes_batched=relies, checks_channels=False,
+        operation=Operation.PART,
+    )  # fmt: skip
 
 
 def _cut(entry: Any) -> Axis | None:
@@ -158,13 +170,18 @@ def _pick(
             return None
         if value.dtype == torch.bool or value.dtype == torch.uint8:
             return None
-        view.look(constant.expr)
+        view.depends_on_content(constant.expr)
         picked = [int(i) % size if -size <= i < size else -1 for i in value.tolist()]
     if not picked or -1 in picked:
         return None
     shape = Map(_points(axis), selection_band(picked, size))
-    kind = "slice" if isinstance(entry, slice) else "index"
-    return Affine(kind, (Term(source, shape),), relies=relies, proves=False)
+    kind, operation = "index", Operation.OTHER
+    if isinstance(entry, slice):
+        kind, operation = "slice", Operation.PART
+    return Affine(
+        kind, (Term(source, shape),), assumes_batched=relies, checks_channels=False,
+        operation=operation,
+    )  # fmt: skip
 
 
 def _read_index_select(view: View, node: fx.Node, input: Any, dim: Any, index: Any) -> Reading:
@@ -228,7 +245,10 @@ def _part(view: View, split: fx.Node, index: int) -> Reading:
         return None
     first = sum(lengths[: index % len(lengths)])
     shape = Map(_points(axis), selection_band(range(first, first + length), size))
-    return Affine("chunk", (Term(source, shape),), relies=relies, proves=False, inside=(split,))
+    return Affine(
+        "chunk", (Term(source, shape),), assumes_batched=relies, checks_channels=False,
+        absorbed=(split,), operation=Operation.PART,
+    )  # fmt: skip
 
 
 # --- padding -------------------------------------------------------------------------------------
@@ -257,7 +277,7 @@ def _read_pad(
     written = [u for u in node.users if u.target is operator.setitem and u.args[0] is node]
     if written and mode == "constant":
         return _written_pad(view, node, input, sizes, rank, sorted(written))
-    return Affine("pad", (Term(input, shape),))
+    return Affine("pad", (Term(input, shape),), operation=Operation.PADDING)
 
 
 def _channel_pad(
@@ -269,7 +289,10 @@ def _channel_pad(
     if count is None or low < 0 or high < 0 or any(size != (0, 0) for size in spatial):
         return None
     shape = Map(_points(-len(sizes)), placement_band(low, count, low + count + high))
-    return Affine("pad", (Term(source, shape),), relies=relies, proves=False)
+    return Affine(
+        "pad", (Term(source, shape),), assumes_batched=relies, checks_channels=False,
+        operation=Operation.PADDING,
+    )  # fmt: skip
 
 
 def _constant_pad(
@@ -280,8 +303,11 @@ def _constant_pad(
         return None
     shape = channel_map([Axis(1, 1, low, high) for low, high in sizes], "constant")
     if shape.padding_mode == "zeros":  # a crop
-        return Affine("pad", (Term(source, shape),))
-    return Affine("pad", (Term(source, shape),), outside=Call(number, (float(value),)))
+        return Affine("pad", (Term(source, shape),), operation=Operation.PADDING)
+    return Affine(
+        "pad", (Term(source, shape),), pad_value=Call(number, (float(value),)),
+        operation=Operation.PADDING,
+    )  # fmt: skip
 
 
 def _written_pad(
@@ -295,16 +321,18 @@ def _written_pad(
     """
     readers = [user for user in node.users if user not in written]
     if not readers or min(readers) < max(written):
-        return Refusal("its padding is written over after others have read it", "pad")
+        return Unread("its padding is written over after others have read it", Operation.PADDING)
     if view.aliasing.writes_between(node, max(readers), [node], dying=set(written)):
-        return Refusal("its padding is written over by more than assignments", "pad")
+        return Unread("its padding is written over by more than assignments", Operation.PADDING)
     values: list[Expr] = []
     sides = set()
     for write in written:
         side = _side(write.args[1], rank)
         value = per_channel(view, node, write.args[2], -1 - len(range(2, rank)))
         if side is None or value is None:
-            return Refusal("its padding is written over, but not with one value per channel", "pad")
+            return Unread(
+                "its padding is written over, but not with one value per channel", Operation.PADDING
+            )
         values.append(value)
         sides.add(side)
     expected = {
@@ -314,15 +342,18 @@ def _written_pad(
         if size[which]
     }
     if sides != expected or any(size < 0 for pair in sizes for size in pair):
-        return Refusal("its padding is written over, but not on exactly the padded sides", "pad")
+        return Unread(
+            "its padding is written over, but not on exactly the padded sides", Operation.PADDING
+        )
     first = view.value(values[0])
     if not all(torch.equal(view.value(v).expand_as(first), first) for v in values[1:]):
-        return Refusal("its padding is written over with different values", "pad")
+        return Unread("its padding is written over with different values", Operation.PADDING)
     shape = channel_map([Axis(1, 1, low, high) for low, high in sizes], "constant")
     _, assumed = view.rank(node)
     return Affine(
-        "pad", (Term(source, shape),), outside=values[0], inside=tuple(written), settled=True,
-        relies=(source,) if assumed else (),
+        "pad", (Term(source, shape),), assumes_batched=(source,) if assumed else (),
+        absorbed=tuple(written), pad_value=values[0], includes_writes=True,
+        operation=Operation.PADDING,
     )  # fmt: skip
 
 
@@ -351,6 +382,13 @@ def _side(key: Any, rank: int) -> tuple[int, int, int] | None:
 # --- average pooling -----------------------------------------------------------------------------
 
 
+def _average(source: fx.Node, axes: Sequence[Axis], weight: Expr) -> Affine:
+    return Affine(
+        "avg_pool", (Term(source, channel_map(axes), weight),), checks_channels=False,
+        operation=Operation.POOLING,
+    )  # fmt: skip
+
+
 def _read_avg_pool(rank: int) -> Callable[..., Reading]:
     def read(
         view: View, node: fx.Node, input: Any, kernel_size: Any, stride: Any = None,
@@ -363,16 +401,16 @@ def _read_avg_pool(rank: int) -> Callable[..., Reading]:
         if not isinstance(input, fx.Node) or kernel is None or strides is None or pads is None:
             return None
         if any(pads) and not count_include_pad and divisor_override is None:
-            return Refusal("average pooling divides by fewer values at the border", "avg_pool")
+            reason = "average pooling divides by fewer values at the border"
+            return Unread(reason, Operation.POOLING)
         if ceil_mode and any(s > 1 for s in strides):
-            return Refusal(
-                "average pooling in ceil mode: its last window depends on the size", "avg_pool"
-            )
+            reason = "average pooling in ceil mode: its last window depends on the size"
+            return Unread(reason, Operation.POOLING)
         if not isinstance(divisor_override or 1, int):
             return None
         axes = [Axis(k, s, p, p) for k, s, p in zip(kernel, strides, pads, strict=True)]
         weight = Call(number, (1 / (divisor_override or math.prod(kernel)),))
-        return Affine("avg_pool", (Term(input, channel_map(axes), weight),), proves=False)
+        return _average(input, axes, weight)
 
     return read
 
@@ -391,7 +429,7 @@ def _read_adaptive_avg_pool(rank: int) -> Callable[..., Reading]:
                 return None
             axes.append(Axis(given // size, given // size))
         weight = Call(number, (1 / math.prod(axis.kernel for axis in axes),))
-        return Affine("avg_pool", (Term(input, channel_map(axes), weight),), proves=False)
+        return _average(input, axes, weight)
 
     return read
 
@@ -409,7 +447,7 @@ def _read_unshuffle(view: View, node: fx.Node, input: Any, downscale_factor: Any
     # It raises unless r divides the size: its windows leave nothing unread.
     shape = Map((Axis(r, r, rest=0), Axis(r, r, rest=0)), band)
     weight = Call(weights.one_hot, (count * r * r, (r, r)))
-    return Affine("pixel_unshuffle", (Term(input, shape, weight),), proves=False)
+    return Affine("pixel_unshuffle", (Term(input, shape, weight),), checks_channels=False)
 
 
 # --- spellings -----------------------------------------------------------------------------------
