@@ -133,10 +133,15 @@ def elementwise(
     )
 
 
+def copied(width: int, rank: int, crossed: tuple[Commuter, ...] = ()) -> Work:
+    """The work of a copy that is part of another operation."""
+    count = positions(IDENTITY, rank, crossed)
+    return Work(traffic=tuple(2 * width * n for n in count))
+
+
 def joined(width: int, rank: int, crossed: tuple[Commuter, ...] = ()) -> Work:
     """The work of a concatenation, which copies all of its operands."""
-    count = positions(IDENTITY, rank, crossed)
-    return Work(traffic=tuple(2 * width * n for n in count), operations=1)
+    return replace(copied(width, rank, crossed), operations=1)
 
 
 def moved(found: Commuter, width: int, rank: int, crossed: tuple[Commuter, ...]) -> Work:
