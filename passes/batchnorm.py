@@ -1,4 +1,4 @@
-"""Fold what scales and shifts channels into the layer before it, or after it.
+"""Fold scales and shifts of channels into the layer before them, or after them.
 
 Given::
 
@@ -11,8 +11,9 @@ Result::
     x -> conv (W s, W t + b) -> y
 
 ``conv`` is any convolution, transposed convolution or Linear, of any rank and grouping. After the
-layer it is exact at every position, padded or not. Before it, a shift t is exact only where the
-layer does not pad, since its zeros are not shifted. Nobody else may read the values in between.
+layer the rewrite is exact at every position, padded or not. Before it, a shift t is exact only
+where the layer does not pad, since its zeros are not shifted. No other operation may read the
+values in between.
 
 Source: Ioffe & Szegedy, "Batch Normalization", 2015; folding as in Jacob et al., 2018.
 """
@@ -79,7 +80,7 @@ def _into_all(view: View, node: fx.Node, cost: CostModel) -> Joint | Refusal | N
 
 
 def _is_scale(reading: Affine) -> bool:
-    """Whether it is a BatchNorm, or a product or sum with a constant: no mere identity."""
+    """Whether an operation is a BatchNorm, or a product or sum with a constant."""
     if not reading.is_diagonal:
         return False
     absorbs = reading.terms[0].weight is not None or reading.bias is not None

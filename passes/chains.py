@@ -51,7 +51,7 @@ def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None
 
 
 def _has_neighbour(view: View, node: fx.Node) -> bool:
-    """Whether something linear is next to a node, so that it could have been merged."""
+    """Whether an affine operation is next to a node, and could have been merged with it."""
     around = [*node.all_input_nodes, *node.users]
     return any(view.affine(each) is not None for each in around)
 

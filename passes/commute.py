@@ -29,12 +29,12 @@ from fxrep.reading.commuting import commuter
 from fxrep.reading.view import View
 from fxrep.refusal import Refusal
 
-# How many pointwise operations after a pooling or resize are looked through.
+# How many operations between a pooling or resize and the root are looked through.
 _LONGEST = 16
 
 
 def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None:
-    """Move what is pointwise over an operation at or above `node`."""
+    """Move pointwise maps over an operation at or above `node`."""
     found = commuter(view, node)
     if found is not None and found.shrinks and view.affine(found.source) is not None:
         return search(view, node, lambda _: True, cost, moves=True)

@@ -1,4 +1,4 @@
-"""Merge what a concatenation of channels joins.
+"""Merge the operands of a concatenation of channels.
 
 Given::
 

@@ -10,12 +10,12 @@ Result::
 
     x -> conv (W1 above W2 above W3, b1 above b2 above b3) -> relu -> split -> y1, y2, y3
 
-for layers of equal kernel size, stride, padding and dilation without groups, whose outputs go
-different ways. x is read once instead of three times. Where the same element-by-element operation
-follows each of them, it too is run once: it commutes with taking channels apart.
+for layers of equal kernel size, stride, padding and dilation without groups, whose outputs have
+different readers. x is read once instead of three times. If the same element-wise operation follows
+each layer, it is run once, too: it commutes with taking channels apart.
 
-The parts are views of one result. A reader that wants its operand in one piece copies them, which
-the cost model counts; a reader that fails on a view (``.view(...)``) keeps its layer apart.
+The parts are views of one result. A reader that needs its operand in one piece copies the view,
+which the cost model counts; a reader that fails on a view (``.view(...)``) keeps its layer apart.
 
 Source: Szegedy et al., "Going Deeper with Convolutions", 2015 (the structure); Jia et al., "TASO",
 2019 (the rewrite).
@@ -34,13 +34,13 @@ from fxrep.planning.rule import Pass
 from fxrep.planning.stack import Branch, stack
 from fxrep.reading.pointwise import pointwise
 from fxrep.reading.tolerance import may_be_view
-from fxrep.reading.view import View, reads_metadata
+from fxrep.reading.view import View
 from fxrep.refusal import Refusal
 
 # How many readers of one value are considered.
 _MOST = 64
 
-# How many operations between a layer and its element-wise operation are looked through, and one.
+# How many operations after a layer are considered, the element-wise one included.
 _LONGEST_TAIL = 4
 
 
@@ -85,7 +85,7 @@ def _kind(view: View, node: fx.Node, source: fx.Node) -> object:
 
 
 def _branches(view: View, layers: Sequence[fx.Node]) -> list[Branch]:
-    """The layers, each with the element-wise operation that follows it, if that is the same."""
+    """The layers, and the element-wise operation that follows each, if it is the same for all."""
     tails = [_tail(view, layer) for layer in layers]
     functions = {pointwise(view, tail[-1]) if tail else None for tail in tails}
     safe = all(
@@ -98,10 +98,10 @@ def _branches(view: View, layers: Sequence[fx.Node]) -> list[Branch]:
 
 
 def _tail(view: View, node: fx.Node) -> tuple[fx.Node, ...]:
-    """Identities, then the element-wise operation, where each is the only reader of the last."""
+    """Identities, then an element-wise operation, each the only reader of the one before."""
     tail: list[fx.Node] = []
     while len(tail) < _LONGEST_TAIL:
-        readers = [user for user in node.users if not reads_metadata(user)]
+        readers = [user for user in node.users if not view.reads_metadata(user)]
         if len(readers) != 1:
             break
         (node,) = readers

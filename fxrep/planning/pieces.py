@@ -1,4 +1,4 @@
-"""From the frontier of a walk to the pieces that could replace the nodes it has passed."""
+"""From the frontier of a walk to the pieces that could replace the nodes passed."""
 
 from __future__ import annotations
 
@@ -133,9 +133,9 @@ def _has_channels(walk: Walk, source: fx.Node, shape: Map) -> bool:
 
 
 def _with_biases(walk: Walk, draft: Draft) -> Draft | Refusal | None:
-    """The draft with its biases, once it is known whether its pieces are added or concatenated."""
-    # The maps of the paths count, too: a value that is concatenated as it is has a piece without a
-    # map, and outputs whose weights are zero may have no path at all.
+    """The pieces with their biases, added or concatenated."""
+    # The paths count as well as the pieces: the piece of an operand that is concatenated as it is
+    # has no map of the whole, and outputs with zero weights may have lost their piece.
     maps = [piece.map for piece in draft.pieces]
     maps += [path.map for paths in walk.frontier.values() for path in paths]
     widths = {m.outputs for m in maps if isinstance(m, Map) and m.channelwise is not None}
@@ -245,7 +245,7 @@ def _with_borders(
 
 
 def _cheapest(paths: Sequence[Path], cost: CostModel) -> tuple[list[Path], str | None]:
-    """The paths from one source, merged where that is legal and pays, and why some are not."""
+    """The paths from one source, merged where that is legal and pays, and why some stay apart."""
     if len(paths) == 1:
         return list(paths), None
     whole = _together(paths, cost)
@@ -264,7 +264,7 @@ def _cheapest(paths: Sequence[Path], cost: CostModel) -> tuple[list[Path], str |
 
 
 def _together(paths: Sequence[Path], cost: CostModel) -> Path | Refusal:
-    """Several paths as one, or why that is not legal or does not pay."""
+    """Several paths as one path, or why merging them is illegal or does not pay."""
     whole = merged(paths)
     if isinstance(whole, Refusal):
         return whole
@@ -274,7 +274,7 @@ def _together(paths: Sequence[Path], cost: CostModel) -> Path | Refusal:
 
 
 def _weight_work(path: Path) -> Work:
-    """The work of a map per output position; the addition that merging saves counts with it."""
+    """The work of a map per output position, and of the addition of its result."""
     count = _weights(path)
     return Work((count,) * len(SIZES), convolutions=min(count, 1), operations=1)
 

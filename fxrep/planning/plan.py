@@ -18,7 +18,7 @@ from fxrep.planning.cost import TYPICAL, CostModel, Work, total
 from fxrep.planning.pieces import Draft, Piece, pieces_of
 from fxrep.planning.walk import Walk, unread, where
 from fxrep.reading.commuting import Commuter
-from fxrep.reading.view import Affine, Operation, View, sizeless, writes
+from fxrep.reading.view import Affine, Operation, View
 from fxrep.refusal import Refusal
 
 
@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def saves(self) -> bool:
-        """Whether it leaves fewer operations or multiply-accumulates, whatever else it costs."""
+        """Whether the plan leaves fewer operations or multiply-accumulates, at any other cost."""
         return max(self.score) > 0
 
     @property
@@ -101,7 +101,7 @@ def metadata_readers(plan: Plan) -> list[fx.Node]:
 
 
 def plan_of(walk: Walk, cost: CostModel, *, alone: bool = False) -> Plan | Refusal | None:
-    """The plan that the present frontier amounts to, or why it is not safe; None if it is no plan.
+    """The plan that the frontier of a walk amounts to, a reason why it is unsafe, or None.
 
     Args:
         walk: as far as it has come.
@@ -155,7 +155,7 @@ def _is_candidate(walk: Walk, draft: Draft) -> bool:
 
 
 def _is_copy(walk: Walk, draft: Draft) -> bool:
-    """Whether the parts of a value are put together again, and nobody would miss the copy."""
+    """Whether the parts of a value are put together again, and no code would miss the copy."""
     if any(isinstance(p.map, Map) or p.map.axis is None for p in draft.pieces):
         return False
     root, aliasing = walk.root, walk.view.aliasing
@@ -186,12 +186,12 @@ def _operations(walk: Walk, region: Sequence[fx.Node]) -> int:
 
 
 def _is_pooling(readings: Sequence[Affine]) -> bool:
-    """Whether there is one operation, and that is a pooling: a convolution may do it instead."""
+    """Whether the only operation is a pooling, which a convolution may do instead."""
     return [reading.operation for reading in readings] == [Operation.POOLING]
 
 
 def dying(walk: Walk) -> tuple[fx.Node, ...]:
-    """The nodes passed that nobody needs once the root is replaced, in graph order."""
+    """The nodes passed that no operation needs once the root is replaced, in graph order."""
     view = walk.view
     # Writes into a value that are part of its reading die with the value, or stay with it.
     own_writes = {
@@ -205,7 +205,7 @@ def dying(walk: Walk) -> tuple[fx.Node, ...]:
         if node is walk.root or node in all_writes:
             continue
         own = own_writes.get(node, ())
-        if unread(node, walk.expanded[node], found.union(own) if own else found):
+        if unread(view, node, walk.expanded[node], found.union(own) if own else found):
             found.update((node, *own))
     return tuple(sorted(found))
 
@@ -222,7 +222,9 @@ def _unsafe(
     sources = [piece.source for piece in draft.pieces]
     if walk.view.aliasing.writes_between(expanded[0], walk.root, sources, dying=set(region)):
         return Refusal("a source is written in place between its readers")
-    if any(not isinstance(p.map, Map) for p in draft.pieces) and any(map(writes, expanded)):
+    if any(not isinstance(p.map, Map) for p in draft.pieces) and any(
+        map(walk.view.writes, expanded)
+    ):
         return Refusal("an in-place sum takes the dtype of one of its operands, not known here")
     return promotion(walk.view, expanded)
 
@@ -230,7 +232,7 @@ def _unsafe(
 def _sizes_are_read(walk: Walk, region: Sequence[fx.Node]) -> bool:
     """Whether an operation outside the walk reads the size of an inner value that dies."""
     return any(
-        user not in walk.expanded and not sizeless(user)
+        user not in walk.expanded and walk.view.reads_size(user)
         for node in region[:-1]
         for user in node.users
     )

@@ -1,4 +1,4 @@
-"""The search for the best plan of a root."""
+"""The search for the best plan of a root: walks with fewer and fewer liberties."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def search(
     view: View, root: fx.Node, passes: Passes, cost: CostModel,
     *, moves: bool = False, maps: int = 0,
 ) -> Plan | Refusal | None:  # fmt: skip
-    """The best plan for `root`, why there is none, or None if nothing was in sight.
+    """The best plan for `root`, the reason why there is none, or None if nothing was in sight.
 
     Args:
         view: the graph.
@@ -51,7 +51,7 @@ def search(
 def absorbing(view: View, root: fx.Node, node: fx.Node, cost: CostModel) -> Plan | Refusal | None:
     """The plan in which `root` takes up the computation of `node`, whatever else reads that.
 
-    The plan alone saves nothing: `node` dies once all its readers have taken it up.
+    The plan alone saves nothing, since `node` dies only once all its readers have taken it up.
     """
     walk = start(view, root)
     for _ in steps(walk, lambda reading: reading is view.read(node), shared=True):
@@ -63,7 +63,7 @@ def absorbing(view: View, root: fx.Node, node: fx.Node, cost: CostModel) -> Plan
 def _best(
     walk: Walk, steps: Iterator[None], cost: CostModel, best: Plan | None, objections: list[str]
 ) -> Plan | None:
-    """The best plan of one walk, or `best` if that is better; appends why others are none."""
+    """The better of `best` and the best plan of one walk; appends why other plans were refused."""
     for _ in steps:
         if walk.moves and not walk.crossed:
             continue  # other passes find the plans that move nothing
@@ -81,7 +81,7 @@ def _best(
 
 
 def _reasons_to_stop(walk: Walk, *, found: bool) -> Iterator[str]:
-    """Why a walk stopped, where it got no further than the root's operands or found nothing."""
+    """Why a walk stopped, if it did not get past the root's operands or found no plan."""
     is_short = len(walk.expanded) <= 1 and not walk.maps
     if not is_short and (not walk.maps or found):
         return

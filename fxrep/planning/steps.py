@@ -126,7 +126,7 @@ class _Expansion:
 
 @dataclass(frozen=True, eq=False)
 class _Crossing:
-    """A step that moves all that the walk has passed below an operation that commutes with it."""
+    """A step over an operation that commutes with all operations passed: it comes last instead."""
 
     found: Commuter
     outer: Path
@@ -148,7 +148,7 @@ class _Crossing:
 def _step(
     walk: Walk, node: fx.Node, passes: Passes, shared: bool
 ) -> _Expansion | _Crossing | Refusal | None:
-    """The step that passes a value of the frontier, or why there is none, if that is worth saying.
+    """The step over a value of the frontier, the reason why there is none, or None.
 
     Args:
         walk: stays as it is.
@@ -180,9 +180,9 @@ def _step(
 
 
 def _other_readers(walk: Walk, node: fx.Node, reading: Affine, outers: list[Path]) -> Shared | None:
-    """Why a value must stay: others read it."""
+    """Why a value must stay, if operations outside the walk read it."""
     gone = {*walk.expanded, *reading.absorbed}
-    if all(unread(node, Passed(outer.map, walk.crossed), gone) for outer in outers):
+    if all(unread(walk.view, node, Passed(outer.map, walk.crossed), gone) for outer in outers):
         return None
     others = sum(user not in gone for user in node.users)
     return Shared(f"its output is read by {others} other operation{'s' * (others > 1)}")
@@ -191,11 +191,11 @@ def _other_readers(walk: Walk, node: fx.Node, reading: Affine, outers: list[Path
 def _expansion(
     walk: Walk, node: fx.Node, reading: Affine, outers: list[Path]
 ) -> _Expansion | Refusal | None:
-    """The step over an affine value, if its maps compose with the paths that led to it."""
+    """The step over an affine value, if its maps compose with the paths from it to the root."""
     step = _Expansion(node, reading, outers)
     for outer in outers:
         if outer.padding is not None and len(reading.terms) > 1:
-            # Each operand would have a part in the values that it pads with.
+            # Each operand would contribute to the values that the padding pads with.
             return Refusal("it pads a sum with values of its own")
         missing_border: Refusal | None = None
         shapes = _composed(walk, reading, outer, biased=reading.bias is not None)
@@ -220,7 +220,7 @@ def _expansion(
 def _composed(
     walk: Walk, reading: Affine, outer: Path, *, biased: bool
 ) -> list[Linear] | Refusal | None:
-    """The map from each operand to the root; None if the walk's operation does not go below it."""
+    """The map from each operand to the root; None if `walk.before` does not commute with it."""
     shapes: list[Linear] = []
     for term in reading.terms:
         shape = composition.compose(outer.map, term.map, biased=biased)
@@ -280,7 +280,7 @@ def _borders_before(walk: Walk, node: fx.Node, reading: Affine) -> list[BorderBi
 
 
 def _crossing(walk: Walk, node: fx.Node) -> _Crossing | None:
-    """The step that moves all that the walk has passed below `node`, if that is allowed."""
+    """The step over an operation that commutes with all operations passed, if it is one."""
     if not walk.moves or node is walk.root or walk.before is not None:
         return None
     if len(walk.frontier) > 1 or walk.borders:
@@ -292,7 +292,7 @@ def _crossing(walk: Walk, node: fx.Node) -> _Crossing | None:
     if isinstance(outer, Refusal) or not _goes_below(walk.view, found, outer):
         return None
     passed = Passed(outer.map, walk.crossed)
-    if walk.view.aliasing.pinned(node) or not unread(node, passed, walk.expanded):
+    if walk.view.aliasing.pinned(node) or not unread(walk.view, node, passed, walk.expanded):
         return None
     return _Crossing(found, outer)
 
@@ -319,7 +319,7 @@ def _stays_above(found: Commuter, shape: Linear) -> bool:
 
 
 def _spread(path: Path, times: int) -> Path:
-    """A map of each channel after a pixel shuffle as one before it."""
+    """The map before a pixel shuffle that does what this map of single channels does after it."""
     assert isinstance(path.map, Diagonal)
     channels = None if path.map.channels is None else path.map.channels * times
     weight = None if path.weight is None else Call(weights.spread, (path.weight, times))

@@ -16,7 +16,7 @@ from fxrep.algebra.recipe import Expr
 from fxrep.planning.cost import Work
 from fxrep.planning.paths import Path
 from fxrep.reading.commuting import Commuter
-from fxrep.reading.view import Affine, View, reads_metadata, scope, sizeless
+from fxrep.reading.view import Affine, View, scope
 from fxrep.refusal import Refusal
 
 
@@ -35,9 +35,9 @@ class Bias:
 
 @dataclass(frozen=True, eq=False)
 class BorderBias:
-    """A bias that is added before a padding, and so is missing from the padded border.
+    """A bias before a padding: the padded border lacks it.
 
-    The root gets it as a map of an image of ones.
+    The root then is corrected by a map of an image of ones.
 
     Attributes:
         node: a value of the size of that image.
@@ -119,7 +119,7 @@ class Walk:
 # --- readers --------------------------------------------------------------------------------------
 
 
-def unread(node: fx.Node, passed: Passed, gone: Container[fx.Node]) -> bool:
+def unread(view: View, node: fx.Node, passed: Passed, gone: Container[fx.Node]) -> bool:
     """Whether no operation outside `gone` needs the value of `node` itself.
 
     A read of the dtype can read the result's instead; so can a read of the shape if the result has
@@ -131,13 +131,13 @@ def unread(node: fx.Node, passed: Passed, gone: Container[fx.Node]) -> bool:
         or (outer.channelwise is not None and outer.pointwise and outer.inputs == outer.outputs)
     )
     return all(
-        user in gone or (reads_metadata(user) and (same_shape or sizeless(user)))
+        user in gone or (view.reads_metadata(user) and (same_shape or not view.reads_size(user)))
         for user in node.users
     )
 
 
 def is_structure(reading: Affine) -> bool:
-    """Whether it is a pooling, a padding, a slice: a map of one value that is no layer."""
+    """Whether an operation is a map of one value and no layer: a pooling, a padding, a slice."""
     return len(reading.terms) == 1 and reading.is_map and not reading.is_layer
 
 

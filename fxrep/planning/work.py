@@ -75,7 +75,7 @@ def of(reading: Affine, passed: Passed, outputs: int, rank: int) -> Work:
 
 
 def of_root(reading: Affine, outputs: int) -> Work:
-    """The work of a pooling or layer that gives a root its value, for so many channels."""
+    """The work of a pooling or layer whose result is the root, of `outputs` channels."""
     shape = reading.terms[0].map
     assert isinstance(shape, Map)
     return of(reading, Passed(IDENTITY, (), shape), outputs, len(shape.axes))
@@ -85,16 +85,16 @@ def layer(
     shape: Map, outer: Linear, rank: int, biased: bool, crossed: tuple[Commuter, ...] = (),
     *, operand_map: Linear | None = None, ones: bool = False,
 ) -> Work:  # fmt: skip
-    """The work of a convolution or linear layer, the padding it needs before it included.
+    """The work of a convolution or linear layer, including the padding that it needs before it.
 
     Args:
         shape: the map of the layer.
         outer: the map from its result to the root.
         rank: spatial axes.
-        biased: it has a bias.
+        biased: the layer has a bias.
         crossed: operations between the layer and the root that change sizes.
         operand_map: the map from its operand to the root; None if the layer is the root.
-        ones: its last input is a channel of ones that has to be added first.
+        ones: the last input is a channel of ones that has to be added first.
     """
     written = positions(outer, rank, crossed)
     read = touched(shape if operand_map is None else operand_map, rank, crossed)
@@ -134,7 +134,7 @@ def elementwise(
 
 
 def copied(width: int, rank: int, crossed: tuple[Commuter, ...] = ()) -> Work:
-    """The work of a copy that is part of another operation."""
+    """The work of a copy that another operation makes on its own."""
     count = positions(IDENTITY, rank, crossed)
     return Work(traffic=tuple(2 * width * n for n in count))
 

@@ -1,4 +1,4 @@
-"""Operations that a per-channel map or a 1x1 convolution may be moved over.
+"""Operations that commute with scales of channels, or with 1x1 convolutions.
 
 Given: a spatial operation R that treats every channel alike and gives constant images back as
 they are (every resize, average pooling over real values only), and a pointwise map W.
@@ -28,17 +28,19 @@ Sizes = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class Commuter:
-    """A call that commutes with pointwise maps, so that they may be moved over it.
+    """An operation that commutes with pointwise maps, so that they may be moved over it.
 
     Attributes:
-        node: the call.
-        source: the value it works on.
-        spatial: how many spatial axes it has.
-        shrinks: it gives fewer positions than it reads: run a 1x1 after it.
-        orders: it keeps the order of values only: positive scales, one per channel.
-        spread: channels it reads for each one it gives: per-channel maps only.
-        axes: windows it reads, where it has such.
-        factors: how much larger its result is, per axis, where that is known.
+        node: the call of the operation.
+        source: its operand.
+        spatial: number of spatial axes.
+        shrinks: the result has fewer positions, so that a 1x1 costs less after the operation.
+        orders: the operation keeps the order of values only, as max pooling does. It then commutes
+            with positive scales of channels alone.
+        spread: channels of the operand for each channel of the result, as in a pixel shuffle. If
+            there are several, the operation commutes with maps of single channels alone.
+        axes: its windows, if it has any.
+        factors: the size of the result over that of the operand, per axis, where it is known.
     """
 
     node: fx.Node
@@ -58,16 +60,16 @@ class Commuter:
 
     @property
     def mixes(self) -> bool:
-        """Whether a map that mixes channels moves over it."""
+        """Whether the operation commutes with a map that mixes channels."""
         return not self.orders and self.spread == 1
 
     def below(self, sizes: Sizes) -> Sizes:
-        """Positions it reads for so many it gives; at the least, where that is not known."""
+        """Positions of the operand for `sizes` positions of the result; the fewest if not known."""
         if self.axes:
             return tuple(a.needed(n) for a, n in zip(self.axes, sizes, strict=True))
         if self.factors:
             return tuple(math.ceil(n / f) for n, f in zip(sizes, self.factors, strict=True))
-        if self.shrinks:  # a mean over all there is: of more than one, or it is none
+        if self.shrinks:  # a mean over all positions, at least two per axis
             return tuple(2 * n for n in sizes)
         return sizes
 

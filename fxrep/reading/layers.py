@@ -43,10 +43,6 @@ def _reciprocal(value: Tensor) -> Tensor:
     return value.reciprocal()
 
 
-def _negative(value: Tensor) -> Tensor:
-    return -value
-
-
 def _product(a: Tensor, b: Tensor) -> Tensor:
     return a * b
 
@@ -54,21 +50,47 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 # --- readers: what remains when the spelling is gone ---------------------------------------
 
 
+@dataclass(frozen=True)
+class _Geometry:
+    """The arguments of a convolution besides its tensors; one of rank 0 is a linear layer."""
+
+    rank: int
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+    output_padding: Any = 0
+    transposed: bool = False
+    padding_mode: str = "zeros"
+
+    @property
+    def kind(self) -> str:
+        """The layer in the field's words."""
+        if not self.rank:
+            return "linear"
+        return f"conv_transpose{self.rank}d" if self.transposed else f"conv{self.rank}d"
+
+    def axes(self, kernel: Sequence[int]) -> list[Axis] | None:
+        """The spatial axes of a kernel; None if an argument is not known."""
+        strides = as_tuple(self.stride, self.rank)
+        dilations = as_tuple(self.dilation, self.rank)
+        extra = as_tuple(self.output_padding, self.rank)
+        if strides is None or dilations is None or extra is None or len(kernel) != self.rank:
+            return None
+        if self.padding == "same":
+            totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+            pads = [(total // 2, total - total // 2) for total in totals]
+        else:
+            sizes = as_tuple(0 if self.padding == "valid" else self.padding, self.rank)
+            if sizes is None:
+                return None
+            pads = [(size, size - more) for size, more in zip(sizes, extra, strict=True)]
+        columns = zip(kernel, strides, pads, dilations, strict=True)
+        return [Axis(k, s, low, high, d) for k, s, (low, high), d in columns]
+
+
 def _convolution(
-    view: View,
-    node: fx.Node,
-    source: Any,
-    weight: Constant | None,
-    bias: Constant | None,
-    *,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-    output_padding: Any = 0,
-    transposed: bool = False,
-    padding_mode: str = "zeros",
-    rank: int,
+    source: Any, weight: Constant | None, bias: Constant | None, geometry: _Geometry
 ) -> Reading:
     """``conv(source)``: weight (O, I/g, *k), or (I, O/g, *k) transposed."""
     if not isinstance(source, fx.Node) or weight is None:
@@ -77,37 +99,27 @@ def _convolution(
     assert isinstance(value, Tensor)
     if not value.is_floating_point() or type(value) not in _PLAIN_TENSORS:
         return Refusal(f"its weight is a {type(value).__name__} of dtype {value.dtype}")
-    spatial, kernel = rank, value.shape[2:]
-    axes = []
-    strides, dilations = as_tuple(stride, spatial), as_tuple(dilation, spatial)
-    extra = as_tuple(output_padding, spatial)
-    if strides is None or dilations is None or extra is None or len(kernel) != spatial:
+    axes = geometry.axes(value.shape[2:])
+    if axes is None:
         return None
-    for i, k in enumerate(kernel):
-        if padding == "same":
-            total = dilations[i] * (k - 1)
-            low, high = total // 2, total - total // 2
-        else:
-            sizes = as_tuple(0 if padding == "valid" else padding, spatial)
-            if sizes is None:
-                return None
-            low, high = sizes[i], sizes[i] - extra[i]
-        axes.append(Axis(k, strides[i], low, high, dilations[i]))
+    first, second = value.shape[0], value.shape[1] * geometry.groups
     shape = conv_map(
-        outputs=value.shape[1] * groups if transposed else value.shape[0],
-        inputs=value.shape[0] if transposed else value.shape[1] * groups,
-        groups=groups,
+        outputs=second if geometry.transposed else first,
+        inputs=first if geometry.transposed else second,
+        groups=geometry.groups,
         axes=axes,
-        transposed=transposed,
-        padding_mode=padding_mode,
+        transposed=geometry.transposed,
+        padding_mode=geometry.padding_mode,
     )
-    expr = Call(weights.from_convolution, (weight.expr, groups, transposed))
-    kind = f"conv_transpose{rank}d" if transposed else f"conv{rank}d" if rank else "linear"
-    term = Term(source, shape, expr)
+    expr = Call(weights.from_convolution, (weight.expr, geometry.groups, geometry.transposed))
     return Affine(
-        kind, (term,), None if bias is None else bias.expr, weight=value, owner=weight.owner,
+        geometry.kind,
+        (Term(source, shape, expr),),
+        None if bias is None else bias.expr,
+        weight=value,
+        owner=weight.owner,
         operation=Operation.LAYER,
-    )  # fmt: skip
+    )
 
 
 def _batchnorm(
@@ -277,19 +289,13 @@ def _read_module(view: View, node: fx.Node, module: nn.Module, base: Any, source
     if isinstance(module, nn.modules.conv._ConvNd):
         if module.padding_mode != "zeros" and not _pads_as_it_says(module):
             return Refusal("its padding was changed after it was made")
-        return _convolution(
-            view, node, source, get("weight"), get("bias"),
-            stride=module.stride,
-            padding=module.padding,
-            dilation=module.dilation,
-            groups=module.groups,
-            output_padding=module.output_padding,
-            transposed=module.transposed,
-            padding_mode=module.padding_mode,
-            rank=len(module.kernel_size),
+        geometry = _Geometry(
+            len(module.kernel_size), module.stride, module.padding, module.dilation, module.groups,
+            module.output_padding, module.transposed, module.padding_mode,
         )  # fmt: skip
+        return _convolution(source, get("weight"), get("bias"), geometry)
     if isinstance(module, nn.Linear):
-        return _convolution(view, node, source, get("weight"), get("bias"), rank=0)
+        return _convolution(source, get("weight"), get("bias"), _Geometry(0))
     if isinstance(module, nn.modules.batchnorm._NormBase):
         if module.training:
             return Unread("BatchNorm is in training mode", Operation.BATCHNORM)
@@ -346,7 +352,7 @@ def _read_conv(rank: int, transposed: bool = False) -> Callable[..., Reading]:
         constants = view.constant(weight), view.constant(bias)
         if bias is not None and constants[1] is None:
             return None
-        return _convolution(view, node, input, *constants, transposed=transposed, rank=rank, **how)
+        return _convolution(input, *constants, _Geometry(rank, transposed=transposed, **how))
 
     return read
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -99,41 +99,35 @@ def _read_item(view: View, node: fx.Node, a: Any, b: Any) -> Reading:
     if entries.count(Ellipsis) > 1 or not entries:
         return None
     rank, assumed = view.rank(a)
-    if Ellipsis in entries:
-        here = entries.index(Ellipsis)
-        after = len(entries) - here - 1
-        places = [*range(here), *range(-after, 0)]
-        entries = entries[:here] + entries[here + 1 :]
-    else:
-        places = list(range(len(entries)))
-    cuts: dict[int, Any] = {}
-    relies: tuple[fx.Node, ...] = ()
-    for place, entry in zip(places, entries, strict=True):
-        if isinstance(entry, slice) and entry == slice(None):
-            continue
-        if place >= 0:
-            if rank is None:
-                return None
-            place, relies = place - rank, ((a,) if assumed else ())
-        cuts[place] = entry
+    cuts = dict(_cut_dimensions(entries))
     if not cuts:
         return Affine("identity", (Term(a, IDENTITY),), operation=Operation.IDENTITY)
     if rank is None:
         return None
+    relies = (a,) if assumed and any(dim >= 0 for dim in cuts) else ()
+    cuts = {dim - rank if dim >= 0 else dim: entry for dim, entry in cuts.items()}
     if set(cuts) == {1 - rank}:
         return _pick(view, a, 1 - rank, cuts[1 - rank], relies)
-    axes = []
-    for place in range(2 - rank, 0):
-        axis = _cut(cuts.pop(place, slice(None)))
-        if axis is None:
-            return None
-        axes.append(axis)
-    if cuts:
+    axes = [_cut(cuts.pop(dim, slice(None))) for dim in range(2 - rank, 0)]
+    known = [axis for axis in axes if axis is not None]
+    if cuts or len(known) < len(axes):
         return None
     return Affine(
-        "slice", (Term(a, channel_map(axes)),), assumes_batched=relies, checks_channels=False,
+        "slice", (Term(a, channel_map(known)),), assumes_batched=relies, checks_channels=False,
         operation=Operation.PART,
     )  # fmt: skip
+
+
+def _cut_dimensions(entries: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    """The entries of an index that are no ``:``, with their dimensions: negative after ``...``."""
+    dims = list(range(len(entries)))
+    if Ellipsis in entries:
+        here = entries.index(Ellipsis)
+        dims[here + 1 :] = range(here + 1 - len(entries), 0)
+    for dim, entry in zip(dims, entries, strict=True):
+        whole = isinstance(entry, slice) and entry == slice(None)
+        if entry is not Ellipsis and not whole:
+            yield dim, entry
 
 
 def _cut(entry: Any) -> Axis | None:

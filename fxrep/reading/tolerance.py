@@ -1,4 +1,4 @@
-"""Whether a value may become a view of a larger one: what its readers make of its memory.
+"""Whether a value may become a view of a larger one: how its readers treat its memory.
 
 A split gives views: values in the memory of the whole, with gaps between their rows. Most
 operations read a view like any other value; some copy it into one piece first; ``.view(...)``
@@ -15,7 +15,7 @@ from torch import fx
 
 from fxrep.reading.commuting import commuter
 from fxrep.reading.pointwise import pointwise, writes_over
-from fxrep.reading.view import Operation, View, reads_metadata, writes
+from fxrep.reading.view import Operation, View
 
 # Functions that read a view like any other value and give a value of their own, besides those that
 # are affine or element-wise.
@@ -44,11 +44,11 @@ def is_written_over(view: View, node: fx.Node) -> bool:
 
 
 def _readers(view: View, node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """The operations that read the memory of `node`, each with the value by which it does."""
+    """The operations that read the memory of `node`, each with the value that it reads it by."""
     values = [node]
     for value in values:
         for reader in value.users:
-            if reads_metadata(reader):
+            if view.reads_metadata(reader):
                 continue
             yield reader, value
             if _gives_memory_on(view, reader, value) and reader not in values:
@@ -82,7 +82,7 @@ def _reads_one_piece(view: View, reader: fx.Node) -> bool:
 
 
 def _writes_over(view: View, reader: fx.Node, value: fx.Node) -> bool:
-    if writes(reader):
+    if view.writes(reader):
         return reader.args[0] is value
     return pointwise(view, reader) is not None and writes_over(view, reader)
 

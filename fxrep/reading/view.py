@@ -1,8 +1,8 @@
-"""What is known of one traced graph, and the answers a node can give.
+"""The facts about one traced graph, and the readings of its nodes.
 
-`View.read` says of a node that it is ``sum_i map_i(operand_i) + bias`` (an `Affine`), why it is
-not although it looks like it (a `Refusal`), or nothing. Who reads which spelling is in
-`fxrep.reading.layers` and `fxrep.reading.structure`.
+`View.read` says that the value of a node is ``sum_i map_i(operand_i) + bias`` (an `Affine`), or why
+it is not although the operation often is affine (a `Refusal`), or nothing. The readers of the
+operations are in `fxrep.reading.layers` and `fxrep.reading.structure`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Operation(enum.Enum):
     LAYER = enum.auto()  # a convolution or linear layer
     BATCHNORM = enum.auto()
     PRODUCT = enum.auto()  # with a constant, which may be zero
-    IDENTITY = enum.auto()  # its operand, at most in another shape or memory
+    IDENTITY = enum.auto()  # gives its operand, at most in another shape or memory
     CONCATENATION = enum.auto()
     PART = enum.auto()  # a slice or chunk: a view of some elements of its operand
     PADDING = enum.auto()
@@ -85,22 +85,22 @@ class Affine:
 
     @property
     def is_layer(self) -> bool:
-        """Whether it is a convolution or linear layer."""
+        """Whether the operation is a convolution or linear layer."""
         return self.operation is Operation.LAYER
 
     @property
     def is_identity(self) -> bool:
-        """Whether it gives its operand back, at most in another shape or memory."""
+        """Whether the operation changes no element; it may have absorbed operations that do."""
         return self.operation is Operation.IDENTITY
 
     @property
     def is_diagonal(self) -> bool:
-        """Whether it scales and shifts the channels of one value."""
+        """Whether the reading scales and shifts the channels of one value, and no more."""
         return len(self.terms) == 1 and isinstance(self.terms[0].map, Diagonal)
 
     @property
     def is_map(self) -> bool:
-        """Whether it is more than a scale and shift of one value."""
+        """Whether the reading is more than a scale and shift of one value."""
         return not self.is_diagonal
 
 
@@ -125,7 +125,7 @@ class Constant:
 
     value: Tensor | float
     expr: Expr
-    owner: object = None  # what is shared if it is: the tensor, or the module that computes it
+    owner: object = None  # the tensor, or the module that computes it: one for all who share it
 
     @property
     def shape(self) -> torch.Size:
@@ -135,7 +135,7 @@ class Constant:
 
 @dataclass(eq=False)
 class View:
-    """One traced graph and what is known of it."""
+    """One traced graph and the facts about it."""
 
     graph: fx.Graph
     module: nn.Module
@@ -152,7 +152,7 @@ class View:
     looked: set[str] = field(default_factory=set)  # tensors whose content decided something
 
     def read(self, node: fx.Node) -> Reading:
-        """What `node` computes, if it is linear in its operands."""
+        """How `node` is computed, if it is affine in its operands."""
         if node not in self.readings:
             self.readings[node] = self._read(node)
         return self.readings[node]
@@ -240,8 +240,20 @@ class View:
         """Note that a decision depends on the content of the tensors that an expression reads."""
         self.looked.update(record(expr).paths)
 
+    def reads_metadata(self, node: fx.Node) -> bool:
+        """Whether a node reads only the shape, dtype or device of its operand."""
+        return reads_metadata(node)
+
+    def reads_size(self, node: fx.Node) -> bool:
+        """Whether a node reads only the sizes of its operand."""
+        return reads_metadata(node) and not sizeless(node)
+
+    def writes(self, node: fx.Node) -> bool:
+        """Whether an operation writes its result over its first operand, and so keeps its dtype."""
+        return writes(node)
+
     def rank(self, node: fx.Node) -> tuple[int | None, bool]:
-        """The rank of a value, and whether that is an assumption to be guarded."""
+        """The rank of a value, and whether the rank is an assumption to be guarded."""
         proven = self.ranks.rank(node)
         if proven is not None:
             return proven, False
@@ -266,7 +278,7 @@ class _Computed(nn.Module):
 
 
 def _computed(module: nn.Module, name: str, parts: tuple[str, ...], *tensors: Tensor) -> Tensor:
-    """The same from other parameters; the module is left as it was."""
+    """The tensor that `_Computed` gives for other parameters; leaves the module as it was."""
     given = {f"module.{part}": tensor for part, tensor in zip(parts, tensors, strict=True)}
     computed = _Computed(module, name)
     value = torch.func.functional_call(computed, given, ())
