@@ -11,9 +11,6 @@ class Refusal:
 
     Attributes:
         reason: in words.
-        kind: "shared" if others need a value, or the operation that could not be read where it
-            is no layer or BatchNorm.
     """
 
     reason: str
-    kind: str = ""

@@ -1,4 +1,4 @@
-"""Fold what scales and shifts channels into the layer before it, or after it.
+"""Fold scales and shifts of channels into the layer before them, or after them.
 
 Given::
 
@@ -11,8 +11,9 @@ Result::
     x -> conv (W s, W t + b) -> y
 
 ``conv`` is any convolution, transposed convolution or Linear, of any rank and grouping. After the
-layer it is exact at every position, padded or not. Before it, a shift t is exact only where the
-layer does not pad, since its zeros are not shifted. Nobody else may read the values in between.
+layer the rewrite is exact at every position, padded or not. Before it, a shift t is exact only
+where the layer does not pad, since its zeros are not shifted. No other operation may read the
+values in between.
 
 Source: Ioffe & Szegedy, "Batch Normalization", 2015; folding as in Jacob et al., 2018.
 """
@@ -21,27 +22,30 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxrep.algebra.maps import IDENTITY, Diagonal
+from fxrep.algebra.maps import IDENTITY
 from fxrep.planning import work
 from fxrep.planning.cost import CostModel, total
-from fxrep.planning.plan import Plan, absorbing, search
+from fxrep.planning.plan import Plan
 from fxrep.planning.rule import Joint, Pass
-from fxrep.reading.view import Affine, View
+from fxrep.planning.search import absorbing, search
+from fxrep.reading.view import Affine, Operation, Unread, View
 from fxrep.refusal import Refusal
 
 
 def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Joint | Refusal | None:
     """Fold the scales and shifts that end at `node`, or that its layer reads."""
     reading = view.read(node)
+    if isinstance(reading, Unread) and reading.operation is not Operation.BATCHNORM:
+        return None  # the passes about that operation report the reason
     if isinstance(reading, Refusal):
-        return None if reading.kind else reading
-    if not isinstance(reading, Affine) or len(reading.terms) > 1:
+        return reading
+    if reading is None or len(reading.terms) > 1:
         return None
     if reading.is_layer:
-        return search(view, node, _is_diagonal, cost)
+        return search(view, node, lambda each: each.is_diagonal, cost)
     if not _is_scale(reading) or _goes_on(view, node):
         return None
-    answer = search(view, node, _is_near, cost)
+    answer = search(view, node, lambda each: each.is_diagonal or each.is_layer, cost)
     if isinstance(answer, Plan) or len(node.users) < 2:
         return answer
     return _into_all(view, node, cost) or answer
@@ -51,14 +55,14 @@ def _goes_on(view: View, node: fx.Node) -> bool:
     """Whether the only reader scales on: the walk from the last of them passes this one too."""
     if len(node.users) != 1:
         return False
-    reading = view.read(next(iter(node.users)))
-    return isinstance(reading, Affine) and _is_scale(reading) and not reading.relies
+    reading = view.affine(next(iter(node.users)))
+    return reading is not None and _is_scale(reading) and not reading.assumes_batched
 
 
 def _into_all(view: View, node: fx.Node, cost: CostModel) -> Joint | Refusal | None:
     """Fold a scale or shift into every layer that reads it."""
-    readings = [view.read(user) for user in node.users]
-    if not all(isinstance(reading, Affine) and reading.is_layer for reading in readings):
+    readings = [view.affine(user) for user in node.users]
+    if not all(reading is not None and reading.is_layer for reading in readings):
         return None
     plans = []
     for user in sorted(node.users):
@@ -76,21 +80,11 @@ def _into_all(view: View, node: fx.Node, cost: CostModel) -> Joint | Refusal | N
 
 
 def _is_scale(reading: Affine) -> bool:
-    """A BatchNorm, a product or sum with a constant, 0 included; an identity is nothing to fold."""
-    term = reading.terms[0]
-    return (
-        len(reading.terms) == 1
-        and isinstance(term.map, Diagonal)
-        and (reading.kind != "identity" or term.weight is not None or reading.bias is not None)
-    )
-
-
-def _is_diagonal(reading: Affine) -> bool:
-    return len(reading.terms) == 1 and isinstance(reading.terms[0].map, Diagonal)
-
-
-def _is_near(reading: Affine) -> bool:
-    return _is_diagonal(reading) or reading.is_layer
+    """Whether an operation is a BatchNorm, or a product or sum with a constant."""
+    if not reading.is_diagonal:
+        return False
+    absorbs = reading.terms[0].weight is not None or reading.bias is not None
+    return absorbs or not reading.is_identity
 
 
 BATCHNORM = Pass("batchnorm", propose)

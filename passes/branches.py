@@ -25,16 +25,19 @@ from __future__ import annotations
 from torch import fx
 
 from fxrep.planning.cost import CostModel
-from fxrep.planning.plan import Plan, search
+from fxrep.planning.plan import Plan
 from fxrep.planning.rule import Pass, tail
-from fxrep.reading.view import View
+from fxrep.planning.search import search
+from fxrep.reading.view import Operation, View
 from fxrep.refusal import Refusal
 
 
 def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None:
     """Merge the branches that the sum at or above `node` adds up."""
     reading = tail(view, node)
-    if reading is None or len(reading.terms) < 2 or reading.kind == "cat":
+    if reading is None or len(reading.terms) < 2:
+        return None
+    if reading.operation is Operation.CONCATENATION:
         return None
     return search(view, node, lambda _: True, cost)
 

@@ -26,39 +26,44 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxrep.algebra.maps import Map
+from fxrep.algebra.maps import IDENTITY, Map, lifted
+from fxrep.planning import work
 from fxrep.planning.cost import CostModel
-from fxrep.planning.plan import Plan, search
+from fxrep.planning.plan import Plan
 from fxrep.planning.rule import Pass, tail
-from fxrep.reading.view import Affine, View
+from fxrep.planning.search import search
+from fxrep.reading.view import Affine, Operation, Unread, View
 from fxrep.refusal import Refusal
 
 
 def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None:
     """Merge the maps that follow each other and end at `node`."""
-    refused = view.read(node)
-    if isinstance(refused, Refusal) and refused.kind in ("avg_pool", "pad"):
-        return refused if _has_neighbour(view, node) else None
+    unread = view.read(node)
+    if isinstance(unread, Unread) and unread.operation in (Operation.POOLING, Operation.PADDING):
+        return unread if _has_neighbour(view, node) else None
     last = tail(view, node)
     if last is None or len(last.terms) > 1 or not isinstance(last.terms[0].map, Map):
         return None
-    before = tail(view, last.terms[0].operand)
-    if before is None and not (cost.name == "always" and last.kind == "avg_pool"):
+    convolves = _convolves_alone(last, cost)
+    if not convolves and tail(view, last.terms[0].operand) is None:
         return None
-    if before is not None and not _is_map(before):
-        return None
-    pools = cost.name == "always" and last.kind == "avg_pool"
-    return search(view, node, lambda _: True, cost, maps=1 if pools else 2)
+    return search(view, node, lambda _: True, cost, maps=1 if convolves else 2)
 
 
 def _has_neighbour(view: View, node: fx.Node) -> bool:
-    """Whether something linear is next to a node, so that it could have been merged."""
+    """Whether an affine operation is next to a node, and could have been merged with it."""
     around = [*node.all_input_nodes, *node.users]
-    return any(isinstance(view.read(each), Affine) for each in around)
+    return any(view.affine(each) is not None for each in around)
 
 
-def _is_map(reading: Affine) -> bool:
-    return len(reading.terms) > 1 or isinstance(reading.terms[0].map, Map)
+def _convolves_alone(reading: Affine, cost: CostModel) -> bool:
+    """Whether the cost model takes a convolution in place of a pooling and nothing else."""
+    if reading.operation is not Operation.POOLING:
+        return False
+    shape = reading.terms[0].map
+    assert isinstance(shape, Map)
+    convolution = work.layer(lifted(shape, 1), IDENTITY, len(shape.axes), biased=False)
+    return cost.objection(work.of_root(reading, 1), convolution) is None
 
 
 CHAINS = Pass("chains", propose)

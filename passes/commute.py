@@ -22,34 +22,35 @@ from __future__ import annotations
 from torch import fx
 
 from fxrep.planning.cost import CostModel
-from fxrep.planning.plan import Plan, search
+from fxrep.planning.plan import Plan
 from fxrep.planning.rule import Pass
-from fxrep.reading.commuting import mover
-from fxrep.reading.view import Affine, View
+from fxrep.planning.search import search
+from fxrep.reading.commuting import commuter
+from fxrep.reading.view import View
 from fxrep.refusal import Refusal
 
-# How many pointwise operations after a pooling or resize are looked through.
+# How many operations between a pooling or resize and the root are looked through.
 _LONGEST = 16
 
 
 def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None:
-    """Move what is pointwise over an operation at or above `node`."""
-    found = mover(view, node)
-    if found is not None and found.shrinks and isinstance(view.read(found.source), Affine):
+    """Move pointwise maps over an operation at or above `node`."""
+    found = commuter(view, node)
+    if found is not None and found.shrinks and view.affine(found.source) is not None:
         return search(view, node, lambda _: True, cost, moves=True)
-    if found is None and _follows_mover(view, node):
+    if found is None and _follows_commuter(view, node):
         return search(view, node, lambda _: True, cost, moves=True)
     return None
 
 
-def _follows_mover(view: View, node: fx.Node) -> bool:
-    """Whether `node` is pointwise, and so is all between it and an operation to move over."""
+def _follows_commuter(view: View, node: fx.Node) -> bool:
+    """Whether only affine operations lie between `node` and an operation to move them over."""
     for _ in range(_LONGEST):
-        reading = view.read(node)
-        if not isinstance(reading, Affine) or len(reading.terms) > 1:
+        reading = view.affine(node)
+        if reading is None or len(reading.terms) > 1:
             return False
         node = reading.terms[0].operand
-        if mover(view, node) is not None:
+        if commuter(view, node) is not None:
             return True
     return False
 

@@ -1,4 +1,4 @@
-"""Merge what a concatenation of channels joins.
+"""Merge the operands of a concatenation of channels.
 
 Given::
 
@@ -25,20 +25,21 @@ from __future__ import annotations
 from torch import fx
 
 from fxrep.planning.cost import CostModel
-from fxrep.planning.plan import Plan, search
+from fxrep.planning.plan import Plan
 from fxrep.planning.rule import Pass, tail
-from fxrep.reading.view import Affine, View
+from fxrep.planning.search import search
+from fxrep.reading.view import Operation, Unread, View
 from fxrep.refusal import Refusal
 
 
 def propose(view: View, node: fx.Node, cost: CostModel) -> Plan | Refusal | None:
     """Merge the operands of the concatenation at or above `node`."""
-    refused = view.read(node)
-    if isinstance(refused, Refusal) and refused.kind == "cat":
-        sources = [view.read(each) for each in node.all_input_nodes]
-        return refused if sum(isinstance(each, Affine) for each in sources) > 1 else None
+    unread = view.read(node)
+    if isinstance(unread, Unread) and unread.operation is Operation.CONCATENATION:
+        sources = [view.affine(each) for each in node.all_input_nodes]
+        return unread if sum(each is not None for each in sources) > 1 else None
     reading = tail(view, node)
-    if reading is None or reading.kind != "cat":
+    if reading is None or reading.operation is not Operation.CONCATENATION:
         return None
     return search(view, node, lambda _: True, cost)
 

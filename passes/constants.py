@@ -1,4 +1,4 @@
-"""Compute once what parameters, buffers and attributes alone decide.
+"""Compute once the values that depend on parameters, buffers and attributes alone.
 
 Given::
 
@@ -10,7 +10,7 @@ Result::
 
 At inference a weight expression (OREPA's kernels, standardised or masked weights, the arithmetic
 of a frozen BatchNorm) has one value. Only pure functions of torch and operator are evaluated;
-nothing random, nothing that writes, nothing that depends on where the model lives.
+no random numbers, no writes, and nothing that depends on the device of the model.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def propose(view: View, node: fx.Node, cost: CostModel) -> Fold | Refusal | None
     states = [generator.get_state() for generator in generators]
     try:
         value = record(expr).run(lambda path: view.originals[path])
-    except Exception as error:  # whatever the model's own expression raises, it raises unrewritten
+    except Exception as error:  # the model's own: unrewritten, it raises where it did
         return Refusal(f"its constant value cannot be computed: {error}")
     drawn = False
     for generator, state in zip(generators, states, strict=True):
@@ -79,7 +79,7 @@ def _is_pure(view: View, node: fx.Node) -> bool:
     if node.kwargs.get("out") is not None:
         return False
     if view.aliasing.pinned(node) or view.aliasing.written(node):
-        return False  # a stored value would keep what one call wrote
+        return False  # a stored value would keep the writes of one call
     target: Any = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", "_")
     if name.endswith("_") and not name.endswith("__"):
@@ -92,7 +92,7 @@ def _is_pure(view: View, node: fx.Node) -> bool:
     if target is operator.setitem or name.startswith("_assert") or name in ("numpy", "cuda"):
         return False
     if "empty" in name.split("_"):
-        return False  # whatever memory held
+        return False  # its value is what the memory held
     if isinstance(target, str):
         return hasattr(Tensor, target)
     module = getattr(target, "__module__", None) or "torch"  # builtins of torch have none
@@ -100,7 +100,7 @@ def _is_pure(view: View, node: fx.Node) -> bool:
 
 
 def _expression(view: View, node: fx.Node) -> Call:
-    """The call, and what it reads, as an expression over the model's tensors."""
+    """The call and its operands as an expression over the model's tensors."""
     made: dict[fx.Node, Any] = {}
     order = [node]
     for each in order:  # grows while it is read: everything above `node`

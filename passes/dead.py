@@ -32,7 +32,7 @@ def propose(view: View, node: fx.Node, cost: CostModel) -> Drop | None:
     reading = view.read(node)
     if isinstance(reading, Affine):
         # What is written over afterwards is part of the reading, and would be left without it.
-        return None if view.writes(node) or reading.settled else Drop(node, reading.kind)
+        return None if view.writes(node) or reading.includes_writes else Drop(node, reading.kind)
     called = view.calls.of(node)
     parts = called is not None and called.op.shape in _PARTS and called.source is not None
     if not parts and (pointwise(view, node) is None or view.writes(node)):

@@ -144,32 +144,18 @@ def _compose_diagonals(outer: Diagonal, inner: Diagonal) -> Diagonal | Refusal:
 
 def _compose_maps(outer: Map, inner: Map, biased: bool) -> Map | Refusal:
     outer, inner = aligned((outer, inner))
-    if len(outer.axes) != len(inner.axes):
-        return Refusal(f"a {len(outer.axes)}-d map follows a {len(inner.axes)}-d one")
-    if outer.channelwise is not None and inner.channelwise is not None:
-        if outer.inputs != inner.outputs:
-            return Refusal(f"{inner.outputs} channels feed a map of {outer.inputs}")
-    elif outer.channelwise is not None:
-        inner = lifted(inner, outer.inputs)
-    elif inner.channelwise is not None:
-        outer = lifted(outer, inner.outputs)
+    matched = _with_equal_channels(outer, inner)
+    if isinstance(matched, Refusal):
+        return matched
+    outer, inner = matched
     band = _compose_bands(outer.channelwise, inner.channelwise)
     if outer.transposed or inner.transposed:
-        if outer.pointwise:
-            return replace(inner, channelwise=band)
-        if inner.pointwise and not biased:
-            return replace(outer, channelwise=band)
-        if inner.pointwise:
-            return Refusal("a transposed convolution after it spreads its bias unevenly")
-        return Refusal("a transposed convolution composes with pointwise maps only")
+        return _compose_transposed(outer, inner, band, biased)
     if inner.pointwise and outer.padding_mode != "zeros":
         return replace(outer, channelwise=band)
-    if outer.padding_mode == "constant":
-        return Refusal("padding by a constant between two convolutions")
-    if outer.padding_mode != "zeros":
-        return Refusal(f"{outer.padding_mode} padding between two convolutions")
-    if inner.padding_mode != "zeros" and outer.padded:
-        return Refusal(f"zero padding after {inner.padding_mode} padding")
+    refusal = _padding_between(outer, inner)
+    if refusal is not None:
+        return refusal
     axes = []
     for axis_outer, axis_inner in zip(outer.axes, inner.axes, strict=True):
         if not _chain_is_exact(axis_outer, axis_inner, biased):
@@ -179,6 +165,41 @@ def _compose_maps(outer: Map, inner: Map, biased: bool) -> Map | Refusal:
             )
         axes.append(_compose_axes(axis_outer, axis_inner))
     return map_of(tuple(axes), band, False, inner.padding_mode)
+
+
+def _with_equal_channels(outer: Map, inner: Map) -> tuple[Map, Map] | Refusal:
+    """Both maps for the number of channels between them, as far as one of them tells it."""
+    if len(outer.axes) != len(inner.axes):
+        return Refusal(f"a {len(outer.axes)}-d map follows a {len(inner.axes)}-d one")
+    if outer.channelwise is None:
+        return (outer if inner.channelwise is None else lifted(outer, inner.outputs)), inner
+    if inner.channelwise is None:
+        return outer, lifted(inner, outer.inputs)
+    if outer.inputs != inner.outputs:
+        return Refusal(f"{inner.outputs} channels feed a map of {outer.inputs}")
+    return outer, inner
+
+
+def _compose_transposed(outer: Map, inner: Map, band: Band | None, biased: bool) -> Map | Refusal:
+    """The composite where one map is a transposed convolution: the other must be pointwise."""
+    if outer.pointwise:
+        return replace(inner, channelwise=band)
+    if not inner.pointwise:
+        return Refusal("a transposed convolution composes with pointwise maps only")
+    if biased:
+        return Refusal("a transposed convolution after it spreads its bias unevenly")
+    return replace(outer, channelwise=band)
+
+
+def _padding_between(outer: Map, inner: Map) -> Refusal | None:
+    """Why the padding of the outer map has no counterpart before the inner one."""
+    if outer.padding_mode == "constant":
+        return Refusal("padding by a constant between two convolutions")
+    if outer.padding_mode != "zeros":
+        return Refusal(f"{outer.padding_mode} padding between two convolutions")
+    if inner.padding_mode != "zeros" and outer.padded:
+        return Refusal(f"zero padding after {inner.padding_mode} padding")
+    return None
 
 
 def _compose_axes(outer: Axis, inner: Axis) -> Axis:

@@ -304,6 +304,16 @@ class Diagonal:
     channels: int | None = None
     axis: int | None = None
 
+    @property
+    def pointwise(self) -> bool:
+        """See `Map.pointwise`."""
+        return True
+
+    @property
+    def selects(self) -> bool:
+        """See `Map.selects`: with a weight of ones it picks every channel."""
+        return True
+
 
 IDENTITY = Diagonal()
 Linear = Map | Diagonal

@@ -75,7 +75,7 @@ def compose(
         return _product(outer_weight, inner_weight)
     if isinstance(inner, Diagonal) and inner_weight is None:
         return outer_weight
-    ones = outer_weight is None and inner_weight is None and _selects(outer) and _selects(inner)
+    ones = outer_weight is None and inner_weight is None and outer.selects and inner.selects
     if ones and not has_holes(shape):
         return None
     assert isinstance(shape, Map)
@@ -221,10 +221,6 @@ def _device(*tensors: Weight) -> torch.device:
     """Where tensors are; numbers and what is made here live on the CPU and come along."""
     devices = [t.device for t in tensors if t is not None]
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
-
-
-def _selects(shape: Linear) -> bool:
-    return isinstance(shape, Diagonal) or shape.selects
 
 
 def _filled(shape: Map, weight: Weight, device: torch.device) -> Tensor:

@@ -1,10 +1,10 @@
-"""What example inputs tell of a graph: every value's shape, strides, dtype and device."""
+"""Values of a graph on example inputs: the shape, strides, dtype and device of each."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,11 @@ from fxrep.capture.islands import Capture, Program
 from fxrep.capture.skeleton import call_arguments, does_not_run, named_inputs, skeleton
 
 UNKNOWN = object()
-"""A value that could not be found out."""
+"""Stands for a value that could not be computed."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Run:
+class ModuleCall:
     """One call of a module, its tensors faked."""
 
     args: tuple[Any, ...]
@@ -31,18 +31,18 @@ class _Run:
 
 @dataclass(eq=False)
 class Examples:
-    """The user's inputs, and what the model passes on of them.
+    """The user's inputs, and the calls inside the model that they lead to.
 
     Attributes:
         inputs: as given to `optimize`; None if there are none.
-        mode: whose fake tensors stand for the values.
-        calls: the calls of what runs on its own or was not traced, by module path, in order; only
-            where the model was run.
+        mode: makes the fake tensors that stand for the values.
+        calls: the calls of islands and of modules that were not traced, by module path, in order;
+            empty unless the model was run.
     """
 
     inputs: object
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
-    calls: Mapping[str, Sequence[_Run]] = field(default_factory=dict)
+    calls: Mapping[str, Sequence[ModuleCall]] = field(default_factory=dict)
 
     def fake(self, value: Any) -> Any:
         """A value with its tensors faked."""
@@ -52,7 +52,7 @@ class Examples:
         )
 
     def values(self, program: Program) -> Values:
-        """What the values of one graph are."""
+        """The values of one graph."""
         return Values(program, self)
 
     def arguments(self, program: Program) -> Mapping[str, Any]:
@@ -69,35 +69,42 @@ class Examples:
 
 
 def watched(captured: Capture, example_inputs: object) -> Examples:
-    """Run a copy of the model to see what its parts are called with.
+    """The user's inputs, and the calls of the model's parts in a run on them.
 
-    It costs a forward and a copy of the model, for as long as that runs; the other way to make
-    `Examples` costs neither and knows the values of graphs that are the whole model only.
+    The run costs a forward and, while it lasts, a copy of the model. `Examples` made without it
+    know the values of a graph only if that is the whole model.
 
     Raises:
         InputError: the model does not run on them.
     """
     examples = Examples(example_inputs)
     twin = copy.deepcopy(skeleton(captured.model))
-    calls: dict[str, list[_Run]] = {}
-    for path in _own_calls(captured):
-
-        def note(_: nn.Module, args: Any, kwargs: Any, result: Any, path: str = path) -> None:
-            calls.setdefault(path, []).append(_Run(*examples.fake((args, kwargs, result))))
-
-        twin.get_submodule(path).register_forward_hook(note, with_kwargs=True)
+    examples.calls = _recorded(twin, _paths_called(captured), examples)
     args, kwargs = tree_map_only(Tensor, Tensor.clone, call_arguments(example_inputs))
     with torch.no_grad():
         try:
             twin(*args, **kwargs)
         except Exception as error:
             raise does_not_run(captured.model, error) from error
-    examples.calls = calls
     return examples
 
 
-def _own_calls(captured: Capture) -> set[str]:
-    """Paths of the modules whose calls no graph shows: programs of their own, and the opaque."""
+def _recorded(
+    model: nn.Module, paths: Iterable[str], examples: Examples
+) -> Mapping[str, Sequence[ModuleCall]]:
+    """The calls of the modules at these paths, filled in while the model runs."""
+    calls: dict[str, list[ModuleCall]] = {}
+    for path in paths:
+
+        def record(_: nn.Module, args: Any, kwargs: Any, result: Any, path: str = path) -> None:
+            calls.setdefault(path, []).append(ModuleCall(*examples.fake((args, kwargs, result))))
+
+        model.get_submodule(path).register_forward_hook(record, with_kwargs=True)
+    return calls
+
+
+def _paths_called(captured: Capture) -> set[str]:
+    """Paths of the modules whose values no graph shows: islands and modules not traced."""
     found = {program.path for program in captured.programs if program.path}
     for program in captured.programs:
         prefix = f"{program.path}." if program.path else ""
@@ -106,14 +113,14 @@ def _own_calls(captured: Capture) -> set[str]:
 
 
 def opaque(node: fx.Node) -> bool:
-    """A module that runs code which is not torch's and could write what it likes: not here."""
+    """Whether a node calls a module whose code is not torch's: it might write to anything."""
     return node.op == "call_module" and node.meta.get("owner", nn.Module) is None
 
 
 class Values(fx.Interpreter):
-    """The values of a graph as fake tensors: that costs nothing and writes nothing.
+    """The values of a graph as fake tensors, which have no memory to allocate or to write.
 
-    Nodes that come later are found out when they are asked for.
+    The values of nodes added later are computed on demand.
     """
 
     def __init__(self, program: Program, examples: Examples) -> None:
@@ -135,7 +142,7 @@ class Values(fx.Interpreter):
                 self.of(node)
 
     def _seen(self, target: str, calls: dict[str, int]) -> Any:
-        """What a module that was not traced gave at its next call."""
+        """The result of the next call of a module that was not traced."""
         runs = self.examples.calls.get(f"{self.path}.{target}" if self.path else target, ())
         count = calls[target] = calls.get(target, -1) + 1
         return runs[count].result if count < len(runs) else UNKNOWN

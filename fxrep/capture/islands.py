@@ -1,15 +1,16 @@
-"""From a user's model to graphs: what traces as a whole, and islands for what does not.
+"""From a user's model to graphs: one graph of the whole model, or islands where it does not trace.
 
 The user's model is neither run nor changed: everything happens on a skeleton, a copy of the module
 tree that shares the parameters and buffers. A forward that a trace would not reproduce (control
 flow on values, state kept between calls, autocast, random numbers) stays as it is, and its
-submodules are captured on their own.
+submodules are captured on their own: a graph of a submodule is an island in Python code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx, nn
 
@@ -25,7 +26,7 @@ from fxrep.capture.skeleton import (
 )
 from fxrep.capture.state import restore_tensors
 from fxrep.capture.substitution import with_names
-from fxrep.capture.trace import Untraceable, trace
+from fxrep.capture.trace import Traced, Untraceable, trace
 from fxrep.ops.owner import foreign_hooks, is_leaf
 from fxrep.report import Skip
 
@@ -46,11 +47,11 @@ class Program:
 
     Attributes:
         path: module path in the tree; '' for the whole model.
-        module: the skeleton's module whose forward this is; targets are relative to it.
-        graph: nodes carry `meta["nn_module_stack"]`.
+        module: the skeleton's module whose forward is traced; targets are relative to it.
+        graph: the trace; its nodes carry `meta["nn_module_stack"]`.
         arguments: the forward's arguments; specialised ones are constants of the graph.
-        keep_modules: other code still calls or reads these submodules: add, never remove.
-        ranks: ranks that are certain, of tensors in the graph.
+        keep_modules: other code still calls or reads the submodules, so that none may be removed.
+        ranks: the ranks of tensors in the graph, as far as they are certain from outside.
     """
 
     path: str
@@ -72,15 +73,17 @@ class Program:
         free = is_graph_module or not (taken or foreign_hooks(self.module))
         return self.path == "" and free
 
-    @property
-    def specialized(self) -> Mapping[str, object]:
-        """Argument name to the value baked in."""
-        return self.arguments.specialized
-
 
 @dataclass
 class Capture:
-    """A model's graphs: `tree` is the skeleton, `model` the user's (unwrapped) model."""
+    """A model's graphs.
+
+    Attributes:
+        model: the user's model, without wrappers.
+        tree: its skeleton.
+        programs: the graphs, parents before children.
+        skipped: the modules that were not captured, and why.
+    """
 
     model: nn.Module
     tree: nn.Module
@@ -92,8 +95,8 @@ def capture(model: nn.Module, example_inputs: object = None) -> Capture:
     """Trace a model, or every part of it that traces.
 
     Args:
-        model: a module in eval mode, or an exported program's; torch.compile's and DataParallel's
-            wrappers are taken off.
+        model: a module in eval mode, or the module of an exported program; the wrappers of
+            torch.compile and DataParallel are taken off.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
 
     Returns:
@@ -117,15 +120,26 @@ def capture(model: nn.Module, example_inputs: object = None) -> Capture:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Python code that still runs above an island, by what it mentions."""
+    """A forward above an island that still runs as Python code.
+
+    Attributes:
+        path: path of its module in the tree.
+        module: whose forward it is.
+        code: the names that the forward mentions.
+    """
 
     path: str
     module: nn.Module
     code: Mentions
 
+    @classmethod
+    def of(cls, path: str, module: nn.Module) -> _Reader:
+        """The forward of a module."""
+        return cls(path, module, Mentions.of_forward(module))
+
 
 class _Explorer:
-    """Walks down from what does not trace; every module is explored once."""
+    """Captures a module, or goes on with its children if it does not trace; each module once."""
 
     def __init__(self, capture: Capture, given: Mapping[str, object]) -> None:
         self.capture = capture
@@ -141,13 +155,13 @@ class _Explorer:
         mode: str,
         keep: bool,
     ) -> None:
-        """Capture the module, or what is below it.
+        """Capture the module, or the modules below it.
 
         Args:
             module: a module of the skeleton.
             path: its path in the tree.
             readers: the Python code above it that still runs.
-            mode: how that code uses a Sequential: 'whole', 'items', or 'both'.
+            mode: how that code uses a Sequential: called 'whole', by 'items', 'both', or 'unknown'.
             keep: the code above may reach into the module's children.
         """
         if id(module) in self.seen:
@@ -159,31 +173,45 @@ class _Explorer:
         if path and (is_leaf(module) or not any(True for _ in named_tensors(module))):
             return
         hooks = foreign_hooks(module)
-        if hooks:
-            keep = True  # a hook is given the module, and may reach into it
-            mentions = Mentions.of_hooks(hooks)
-            if mentions.weights(None):
-                self._skip(path, f"a hook reads {mentions.weights(None)} below it")
-                return
-        for reader in readers:
-            names = reader.code.weights(reader.module)
-            if names:
-                where = reader.path or "the model"
-                self._skip(path, f"the forward of {where} stays and reads {names} of modules")
-                return
+        reason = _weights_are_read(readers, hooks)
+        if reason is not None:
+            self._skip(path, reason)
+            return
         if mode == "items" and isinstance(module, nn.Sequential):
             self._children(module, path, readers)
             return
         try:
             traced = trace(module, self.given if not path else None)
         except Untraceable as error:
-            if error.frozen:
-                self._skip(path, f"left alone: {error.reason}")
-                return
-            self._skip(path, f"runs as it is: {error.reason}")
-            reader = _Reader(path, module, Mentions.of_forward(module))
-            self._children(module, path, (*readers, reader))
+            self._leave_as_it_is(module, path, readers, error)
             return
+        # A hook is given the module, and may reach into it.
+        self._add_program(module, path, readers, traced, keep=keep or bool(hooks))
+        if path and traced.arguments.are_narrowed:
+            readers = (*readers, _Reader.of(path, module))
+        self._opaque(path, readers, traced)
+        if mode == "both" and isinstance(module, nn.Sequential):
+            self._children(module, path, readers)
+
+    def _leave_as_it_is(
+        self, module: nn.Module, path: str, readers: tuple[_Reader, ...], error: Untraceable
+    ) -> None:
+        """Go on below a module that does not trace, unless it writes parameters."""
+        if error.frozen:
+            self._skip(path, f"left alone: {error.reason}")
+            return
+        self._skip(path, f"runs as it is: {error.reason}")
+        self._children(module, path, (*readers, _Reader.of(path, module)))
+
+    def _add_program(
+        self,
+        module: nn.Module,
+        path: str,
+        readers: tuple[_Reader, ...],
+        traced: Traced,
+        *,
+        keep: bool,
+    ) -> None:
         program = Program(path, module, traced.graph, traced.arguments)
         program.keep_modules = (
             keep
@@ -191,8 +219,9 @@ class _Explorer:
             or any(reader.code.reaches(module) for reader in readers)
         )
         self.capture.programs.append(program)
-        if path and traced.arguments.are_narrowed:
-            readers = (*readers, _Reader(path, module, Mentions.of_forward(module)))
+
+    def _opaque(self, path: str, readers: tuple[_Reader, ...], traced: Traced) -> None:
+        """Go on with the modules that a graph calls as they are."""
         for opaque in traced.opaque:
             where = f"{path}.{opaque.path}" if path else opaque.path
             if opaque.frozen:
@@ -202,10 +231,9 @@ class _Explorer:
             if opaque.reason == "hook registered":
                 self._skip(where, "hook registered: captured on its own")
             self.explore(opaque.module, where, readers, mode="whole", keep=False)
-        if mode == "both" and isinstance(module, nn.Sequential):
-            self._children(module, path, readers)
 
     def _children(self, module: nn.Module, path: str, readers: tuple[_Reader, ...]) -> None:
+        """Go on with the children of a module."""
         direct = bool(readers) and readers[-1].module is module
         for name, child in module.named_children():
             where = f"{path}.{name}" if path else name
@@ -219,21 +247,36 @@ class _Explorer:
         self.capture.skipped.append(Skip(_PASS, path, reason))
 
 
+def _weights_are_read(readers: tuple[_Reader, ...], hooks: Sequence[Any]) -> str | None:
+    """Why the weights of a module must stay: Python code that still runs reads weights by name."""
+    names = Mentions.of_hooks(hooks).weights(None) if hooks else ""
+    if names:
+        return f"a hook reads {names} below it"
+    for reader in readers:
+        names = reader.code.weights(reader.module)
+        if names:
+            where = reader.path or "the model"
+            return f"the forward of {where} stays and reads {names} of modules"
+    return None
+
+
 def _keep_shared(programs: list[Program]) -> None:
-    """Two programs over the same modules: neither may take modules away from the other."""
+    """Keep the modules that several programs call: none may take them away from the others."""
     users: dict[int, list[Program]] = {}
     for program in programs:
-        reached: set[int] = set()
-        for node in program.graph.nodes:
-            if node.op in ("call_module", "get_attr"):
-                owner = str(node.target)
-                if node.op == "get_attr":
-                    owner = owner.rpartition(".")[0]
-                reached.add(id(program.module.get_submodule(owner)))
-        for key in reached:
+        for key in {id(module) for module in _called(program)}:
             users.setdefault(key, []).append(program)
-    opaque = {id(program.module) for program in programs}
-    for key, shared in users.items():
-        if len(shared) > 1 and key not in opaque:
-            for program in shared:
+    islands = {id(program.module) for program in programs}
+    for key, sharing in users.items():
+        if len(sharing) > 1 and key not in islands:
+            for program in sharing:
                 program.keep_modules = True
+
+
+def _called(program: Program) -> Iterator[nn.Module]:
+    """The modules that a graph calls, or whose tensors it reads."""
+    for node in program.graph.nodes:
+        if node.op == "call_module":
+            yield program.module.get_submodule(str(node.target))
+        elif node.op == "get_attr":
+            yield program.module.get_submodule(str(node.target).rpartition(".")[0])

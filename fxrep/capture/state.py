@@ -1,4 +1,4 @@
-"""What a trial trace must not leave behind, or must not lose: state and random numbers."""
+"""State that a trial trace must leave as it was: containers, tensors and random numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import fx, nn
 
 
 class Containers:
-    """The Python containers (caches) modules hold, so that tracing leaves nothing in them."""
+    """The Python containers that modules hold, such as caches, as they were before a trace."""
 
     def __init__(self, root: nn.Module) -> None:
         self.saved: dict[int, list[tuple[Any, Any]]] = {}
@@ -38,7 +38,7 @@ class Containers:
                     self._collect(item, found, depth + 1)
 
     def restore(self, root: nn.Module | None = None) -> None:
-        """Put back what `root` and the modules below it held; everything without a root."""
+        """Put back the content of the containers of `root` and below it; of all without a root."""
         if not self.saved:
             return
         chosen = self.saved if root is None else {id(m) for m in root.modules()} & set(self.saved)
@@ -53,7 +53,10 @@ class Containers:
                     container.extend(saved)
 
     def written(self) -> tuple[nn.Module, str] | None:
-        """A module whose containers now hold state of a call, not just a cache of constants."""
+        """The first module whose containers hold state of the call, and why that matters.
+
+        New entries of a dict that do not depend on the forward's inputs are a cache, not state.
+        """
         for key, entries in self.saved.items():
             for container, saved in entries:
                 if _same_items(container, saved):
@@ -75,7 +78,7 @@ def _same_items(container: Any, saved: Any) -> bool:
 
 
 def _is_cache(container: dict[Any, Any], saved: dict[Any, Any]) -> bool:
-    """Only new entries, none of which depends on the forward's inputs."""
+    """Whether a dict has new entries only, and none that depends on the forward's inputs."""
     if any(key not in container or container[key] is not saved[key] for key in saved):
         return False
     values = [container[key] for key in container if key not in saved]
@@ -99,9 +102,9 @@ def _on_cuda() -> bool:
 
 
 class DrawnNumbers:
-    """The generators of `random` and NumPy, which are the process's: what a forward drew of them.
+    """The state of the generators of `random` and NumPy, which the whole process shares.
 
-    Torch's own are watched by `fxrep.capture.modes`, call by call.
+    `fxrep.capture.modes` watches torch's own generators, call by call.
     """
 
     def __init__(self) -> None:
@@ -110,7 +113,7 @@ class DrawnNumbers:
         self.numpy = None if numpy is None else numpy.random.get_state(legacy=True)
 
     def moved(self) -> bool:
-        """Whether numbers were drawn since, by this thread or another."""
+        """Whether numbers were drawn since then, by this thread or another."""
         now = DrawnNumbers()
         if self.python != now.python:
             return True
@@ -119,7 +122,7 @@ class DrawnNumbers:
         return bool(self.numpy[2] != now.numpy[2] or (self.numpy[1] != now.numpy[1]).any())
 
     def give_back(self) -> None:
-        """Set the generators to where they were."""
+        """Set the generators to the state that was recorded."""
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
@@ -132,10 +135,11 @@ def is_only_thread() -> bool:
 
 @contextlib.contextmanager
 def unchanged_random_state(*, whoever_draws: bool = False) -> Iterator[None]:
-    """What running a model draws is given back to the user's generators.
+    """Set all generators back at the end, so that running a model draws no numbers of the user's.
 
-    Where other threads run it is not, unless so asked: they may have drawn numbers meanwhile, and
-    would get them a second time.
+    Args:
+        whoever_draws: do so even if other threads run; the numbers that they drew meanwhile are
+            then drawn a second time.
     """
     if not whoever_draws and not is_only_thread():
         yield
@@ -150,7 +154,7 @@ def unchanged_random_state(*, whoever_draws: bool = False) -> Iterator[None]:
 
 
 def tensor_versions(root: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor, int]]:
-    """The plain tensor attributes of a tree and how often each was written."""
+    """The plain tensor attributes of a tree, and how often each has been written."""
     return [
         (module, name, value, value._version)
         for module in root.modules()
@@ -162,7 +166,7 @@ def tensor_versions(root: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor,
 def written_tensor(
     versions: list[tuple[nn.Module, str, torch.Tensor, int]],
 ) -> tuple[nn.Module, str] | None:
-    """A module that wrote into one of them, and why that matters."""
+    """The first module that has written into one of its tensors since, and why that matters."""
     for module, name, tensor, version in versions:
         if tensor._version != version:
             return module, f"forward writes into the tensor attribute '{name}'"
@@ -170,7 +174,7 @@ def written_tensor(
 
 
 def restore_tensors(tree: nn.Module, model: nn.Module) -> None:
-    """A trial that wrote plain tensor attributes for real: take the values from the user's."""
+    """Take the plain tensor attributes that a trial has written from the user's model."""
     for mine, theirs in zip(tree.modules(), model.modules(), strict=False):
         for name, value in theirs.__dict__.items():
             own = mine.__dict__.get(name)

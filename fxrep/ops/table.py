@@ -261,8 +261,9 @@ def _enter_call(op: Op, name: str) -> int:
             function = getattr(where, spelt, None)
             if callable(function) and not isinstance(function, type):
                 found += 1
-                overloads = getattr(function, "overloads", list)()  # of a function of torch.ops
-                for each in (function, *(getattr(function, name) for name in overloads)):
+                packet = isinstance(function, torch._ops.OpOverloadPacket)
+                overloads = [getattr(function, n) for n in function.overloads()] if packet else []
+                for each in (function, *overloads):
                     if home or each not in _QUALIFIED:
                         FUNCTIONS[each] = meaning
                     if home:

@@ -1,4 +1,4 @@
-"""What a rewrite costs and saves, and who decides whether it is worth it."""
+"""The work that a rewrite costs and saves, and the cost models that decide whether it pays."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Protocol, runtime_checkable
 
 from fxrep.errors import OptionError
 
-# Root sizes at which two plans are compared: inner positions a root of R needs grow at different
-# rates (padding, stride), so a collapse must pay at all of them.
+# Sizes of the result at which works are compared. The inner positions that a result needs grow at
+# different rates with its size (padding, stride), so a rewrite must pay at all of them.
 SIZES = (1, 2, 4, 7, 16, 56, 224)
 TYPICAL = SIZES.index(16)
 
@@ -19,12 +19,12 @@ class Work:
     """The work of some operations, per sample.
 
     Attributes:
-        macs: multiply-accumulates at each of `SIZES` output positions per axis.
+        macs: multiply-accumulates, at each of `SIZES` output positions per axis.
         traffic: elements read and written, likewise.
-        convolutions: convolution and linear layers.
-        operations: operations run.
-        poolings: average poolings among them.
+        convolutions: number of convolution and linear layers.
+        operations: number of operations, layers included.
         parameters: elements of weights, biases and statistics.
+        poolings: number of average poolings among the operations.
     """
 
     macs: tuple[int, ...] = (0,) * len(SIZES)
@@ -55,17 +55,23 @@ class CostModel(Protocol):
 
     @property
     def name(self) -> str:
-        """How reports name it."""
+        """The name of the cost model, for reports."""
 
     def objection(self, before: Work, after: Work) -> str | None:
-        """Why not to rewrite, with both figures, or None to go ahead."""
+        """Why not to rewrite, with both figures, or None to go ahead.
+
+        Args:
+            before: the work of what is there: a region, some paths of it, or one operation.
+            after: the work of what would replace it.
+        """
 
 
 @dataclass(frozen=True)
 class MacsCost:
-    """Never more multiply-accumulates, memory traffic, convolutions or operations, and some less.
+    """Takes a rewrite that has more of nothing, and fewer operations or multiply-accumulates.
 
-    Less of operations or multiply-accumulates, that is: traffic alone is no reason.
+    The works compared are multiply-accumulates, memory traffic, convolutions and operations; less
+    traffic alone is no reason to rewrite.
     """
 
     name: str = "macs"
@@ -79,7 +85,7 @@ class MacsCost:
         for what in ("macs", "traffic"):
             old, new = getattr(before, what), getattr(after, what)
             for size, a, b in zip(SIZES, old, new, strict=True):
-                # At one position launching the operations is what takes time, not their traffic.
+                # At one position the launch of the operations takes the time, not their traffic.
                 if b > a and (what == "macs" or size > 1):
                     label = "MACs" if what == "macs" else "elements moved"
                     return f"{label} {a} -> {b} at output size {size}"
@@ -90,14 +96,14 @@ class MacsCost:
 
 @dataclass(frozen=True)
 class AlwaysCost:
-    """Whenever it is legal and leaves fewer operations: for accelerators that only convolve."""
+    """Takes every rewrite that leaves fewer operations: for accelerators that only convolve."""
 
     name: str = "always"
 
     def objection(self, before: Work, after: Work) -> str | None:
         """See `CostModel`."""
         fewer = after.operations < before.operations
-        # A pooling alone becomes a convolution too, and a padding may take a layer's place.
+        # A convolution may take the place of a pooling alone, and a padding that of a layer.
         other = before.poolings > 0 or after.convolutions < before.convolutions
         if fewer or (other and after.operations == before.operations):
             return None
@@ -107,16 +113,19 @@ class AlwaysCost:
 _MODELS: dict[str, tuple[CostModel, ...]] = {
     "macs": (MacsCost(),),
     "always": (AlwaysCost(),),
-    # What the first takes may still be timed; what only the second takes always is.
+    # A rewrite that the first model takes may be timed; one that only the second takes always is.
     "measure": (MacsCost(), AlwaysCost()),
 }
 
 
 def cost_models(cost: str | CostModel) -> tuple[CostModel, ...]:
-    """The cost models named by `cost`, in the order to ask them, or `cost` itself if it is one.
+    """The cost models to ask, in order.
+
+    Args:
+        cost: a name of cost models, or a cost model.
 
     Raises:
-        OptionError: if it is neither.
+        OptionError: `cost` is neither.
     """
     if isinstance(cost, str) and cost in _MODELS:
         return _MODELS[cost]

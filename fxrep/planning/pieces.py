@@ -1,9 +1,9 @@
-"""From the frontier of a walk to the pieces that could replace what it has passed."""
+"""From the frontier of a walk to the pieces that could replace the nodes passed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -11,7 +11,8 @@ from fxrep.algebra import composition, weights
 from fxrep.algebra.maps import Diagonal, Linear, Map, beside, lifted, places, unavailable, unbanded
 from fxrep.algebra.recipe import Call, Expr
 from fxrep.planning.cost import SIZES, CostModel, Work, total
-from fxrep.planning.walk import SAME_VALUE, Frame, Path, Walk, merged, where
+from fxrep.planning.paths import SAME_VALUE, Path, merged
+from fxrep.planning.walk import Bias, BorderBias, Walk, where
 from fxrep.refusal import Refusal
 
 
@@ -20,10 +21,13 @@ class Piece:
     """One part of a plan: a convolution of `source`, or `source` itself if its map is diagonal.
 
     Attributes:
-        bias: (O,) or () that this layer adds, or None.
-        layers: the convolution and linear layers it is made of.
-        ones: the last input channel of its map is a channel of ones, to be added to the source.
-        rows: the outputs it gives, where the plan concatenates; else None.
+        source: the value that it reads.
+        map: the map from the source to the part of the result.
+        weight: the weight of the map; None if the piece is the source itself.
+        layers: the convolution and linear layers that the piece is made of.
+        bias: (O,) or () that the piece adds, or None.
+        ones: the last input channel of the map is a channel of ones, to be added to the source.
+        rows: the output channels that the piece gives, where the plan concatenates; else None.
     """
 
     source: fx.Node
@@ -35,13 +39,19 @@ class Piece:
     rows: tuple[int, int] | None = None
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Draft:
-    """The pieces of a frontier in the making."""
+    """The pieces of a frontier.
 
-    pieces: list[Piece] = field(default_factory=list)
-    apart: str | None = None
+    Attributes:
+        pieces: in graph order of their sources, or in the order of their rows.
+        concatenates: the pieces are concatenated, not added.
+        apart: why pieces of one source stay apart, if some do.
+    """
+
+    pieces: tuple[Piece, ...]
     concatenates: bool = False
+    apart: str | None = None
 
     @property
     def width(self) -> int:
@@ -68,32 +78,34 @@ def pieces_of(walk: Walk, cost: CostModel) -> Draft | Refusal | None:
         return None
     for paths in walk.frontier.values():
         only = paths[0] if len(paths) == 1 else None
-        if only and only.outside is None and _unavailable(only):
-            return None  # scaled, cropped or padded values that no layer takes up
-    draft = Draft()
+        if only and only.padding is None and _needs_a_layer(only):
+            return None
+    pieces: list[Piece] = []
+    apart: str | None = None
     for source in sorted(walk.frontier):
-        if any(path.outside is not None for path in walk.frontier[source]):
+        if any(path.padding is not None for path in walk.frontier[source]):
             return Refusal("it pads with values that its source does not give for zeros")
-        merged_paths, reason = _cheapest(walk.frontier[source], cost)
-        draft.apart = draft.apart or reason
-        for path in merged_paths:
+        paths, reason = _cheapest(walk.frontier[source], cost)
+        apart = apart or reason
+        for path in paths:
             piece = _piece(walk, source, path)
             if not isinstance(piece, Piece):
                 return piece
-            draft.pieces.append(piece)
-    frames = _visible(walk)
-    return _with_frame(walk, draft, frames) if frames else _with_bias(walk, draft)
+            pieces.append(piece)
+    draft = Draft(tuple(pieces), apart=apart)
+    borders = _visible_borders(walk)
+    return _with_borders(walk, draft, borders) if borders else _with_biases(walk, draft)
 
 
-def _unavailable(path: Path) -> bool:
-    """Whether no layer is left that could compute a path: it computes nothing, or a scale."""
+def _needs_a_layer(path: Path) -> bool:
+    """Whether a path scales, crops or pads, and has no layer that could do so."""
     if isinstance(path.map, Diagonal):
         return path.weight is not None
     return path.weight is None and not places(path.map)
 
 
 def _piece(walk: Walk, source: fx.Node, path: Path) -> Piece | Refusal | None:
-    if _unavailable(path):
+    if _needs_a_layer(path):
         return None
     shape = path.map
     if isinstance(shape, Diagonal):
@@ -103,7 +115,7 @@ def _piece(walk: Walk, source: fx.Node, path: Path) -> Piece | Refusal | None:
         if channels is None:
             return Refusal(f"{where(source)}: not known how many channels it has")
         shape = lifted(shape, channels)
-    elif not path.proven and walk.view.channels.of(source, shape.channel_axis) != shape.inputs:
+    elif not path.channels_checked and not _has_channels(walk, source, shape):
         return Refusal(f"{where(source)}: not known to have {shape.inputs} channels")
     rows = shape.band.rows
     if path.weight is None:
@@ -112,47 +124,64 @@ def _piece(walk: Walk, source: fx.Node, path: Path) -> Piece | Refusal | None:
     return refusal or Piece(source, shape, path.weight, path.layers, rows=rows)
 
 
-def _with_bias(walk: Walk, draft: Draft) -> Draft | Refusal | None:
-    """Give each layer its part of the bias, and decide how the pieces are put together."""
-    pieces = draft.pieces
-    # Of the ways too: what a concatenation takes as it is has no map any more, and outputs whose
-    # weights are zero may have no way at all.
-    maps = [piece.map for piece in pieces]
+def _has_channels(walk: Walk, source: fx.Node, shape: Map) -> bool:
+    """Whether a source is known to have the channels that a map reads."""
+    return walk.view.channels.of(source, shape.channel_axis) == shape.inputs
+
+
+# --- biases ---------------------------------------------------------------------------------------
+
+
+def _with_biases(walk: Walk, draft: Draft) -> Draft | Refusal | None:
+    """The pieces with their biases, added or concatenated."""
+    # The paths count as well as the pieces: the piece of an operand that is concatenated as it is
+    # has no map of the whole, and outputs with zero weights may have lost their piece.
+    maps = [piece.map for piece in draft.pieces]
     maps += [path.map for paths in walk.frontier.values() for path in paths]
-    outputs = {m.outputs for m in maps if isinstance(m, Map) and m.channelwise is not None}
-    if len(outputs) > 1:
+    widths = {m.outputs for m in maps if isinstance(m, Map) and m.channelwise is not None}
+    if len(widths) > 1:
         return Refusal("branches of different channels broadcast against each other")
-    biases = walk.biases
-    if any(piece.rows is not None for piece in pieces) and len(pieces) > 1:
-        if any(piece.rows is None for piece in pieces):
-            return None  # some outputs are a sum
-        ordered = sorted(pieces, key=lambda piece: piece.rows or (0, 0))
-        ends = [0, *((piece.rows or (0, 0))[1] for piece in ordered)]
-        starts = [*((piece.rows or (0, 0))[0] for piece in ordered), *outputs]
-        if ends != starts:
+    if len(draft.pieces) > 1 and any(piece.rows is not None for piece in draft.pieces):
+        return _concatenated(draft, widths.pop(), walk.biases)
+    return _added(draft, walk.biases)
+
+
+def _concatenated(draft: Draft, width: int, biases: Sequence[Bias]) -> Draft | None:
+    """The pieces side by side, each with its part of the biases; None if they leave gaps."""
+    by_rows = {piece.rows: piece for piece in draft.pieces if piece.rows is not None}
+    ordered = sorted(by_rows)
+    ends = [0, *(last for _, last in ordered)]
+    starts = [*(first for first, _ in ordered), width]
+    # A piece without rows, or with those of another, is added to others.
+    if len(ordered) < len(draft.pieces) or ends != starts:
+        return None
+    pieces = []
+    for rows in ordered:
+        piece = by_rows[rows]
+        reaching = [bias.expr for bias in biases if _reaches(bias, *rows)]
+        if reaching and isinstance(piece.map, Diagonal):
             return None
-        draft.pieces = []
-        for piece in ordered:
-            first, last = piece.rows or (0, 0)
-            reached = [b for b in biases if b.rows is None or b.rows[0] < last > first < b.rows[1]]
-            if not reached:
-                draft.pieces.append(piece)
-            elif isinstance(piece.map, Diagonal):
-                return None
-            else:
-                whole = Call(weights.full_bias, (_sum([b.expr for b in reached]), *outputs))
-                part = Call(weights.rows, (whole, first, last))
-                draft.pieces.append(replace(piece, bias=part))
-        draft.concatenates = True
-        return draft
-    # Outputs that read nothing are rows of zeros here.
-    draft.pieces = pieces = [_unbanded(piece) for piece in pieces]
+        if reaching:
+            whole = Call(weights.full_bias, (_sum(reaching), width))
+            piece = replace(piece, bias=Call(weights.rows, (whole, *rows)))
+        pieces.append(piece)
+    return replace(draft, pieces=tuple(pieces), concatenates=True)
+
+
+def _reaches(bias: Bias, first: int, last: int) -> bool:
+    """Whether a bias is added to some of the rows from `first` to `last`."""
+    return bias.rows is None or (bias.rows[0] < last and first < bias.rows[1])
+
+
+def _added(draft: Draft, biases: Sequence[Bias]) -> Draft | None:
+    """The pieces as summands, the first layer of them with the bias; None if there is no layer."""
+    pieces = [_unbanded(piece) for piece in draft.pieces]
     if biases:
         layer = next((i for i, p in enumerate(pieces) if isinstance(p.map, Map)), None)
         if layer is None:
             return None
-        pieces[layer] = replace(pieces[layer], bias=_sum([b.expr for b in biases]))
-    return draft
+        pieces[layer] = replace(pieces[layer], bias=_sum([bias.expr for bias in biases]))
+    return replace(draft, pieces=tuple(pieces))
 
 
 def _sum(exprs: Sequence[Expr]) -> Expr:
@@ -160,52 +189,63 @@ def _sum(exprs: Sequence[Expr]) -> Expr:
 
 
 def _unbanded(piece: Piece) -> Piece:
+    """The piece for a sum, where outputs that read nothing are rows of zeros."""
     if piece.rows is None or not isinstance(piece.map, Map):
         return replace(piece, rows=None)
     return replace(piece, map=unbanded(piece.map), rows=None)
 
 
-def _visible(walk: Walk) -> list[Frame]:
-    """The frames, unless they add up to nothing: a shift before the padding, undone after it."""
-    if len(walk.frames) > 1 and len({(f.node, f.map.axes) for f in walk.frames}) == 1:
-        corrections = [walk.view.value(frame.weight) for frame in walk.frames]
+# --- borders --------------------------------------------------------------------------------------
+
+
+def _visible_borders(walk: Walk) -> list[BorderBias]:
+    """The walk's borders, unless they add up to nothing: a shift undone after the padding."""
+    borders = walk.borders
+    if len(borders) > 1 and len({(border.node, border.map.axes) for border in borders}) == 1:
+        corrections = [walk.view.value(border.weight) for border in borders]
         largest = weights.add_biases(*(w.abs() for w in corrections))
         if bool((weights.add_biases(*corrections).abs() <= SAME_VALUE * largest).all()):
             return []
-    return walk.frames
+    return borders
 
 
-def _with_frame(walk: Walk, draft: Draft, frames: Sequence[Frame]) -> Draft | Refusal | None:
-    """Correct the border by one more input channel: ones, with the biases as its weights."""
+def _with_borders(
+    walk: Walk, draft: Draft, borders: Sequence[BorderBias]
+) -> Draft | Refusal | None:
+    """The draft with one more input channel, of ones, that has the borders' biases as weights."""
     if len(draft.pieces) != 1 or walk.before is not None or walk.after:
         return None
     piece = draft.pieces[0]
     shape = piece.map
-    if any(frame.node is not piece.source for frame in frames) or not isinstance(shape, Map):
+    if any(border.node is not piece.source for border in borders) or not isinstance(shape, Map):
         return None
     if shape.transposed or shape.padding_mode != "zeros" or shape.band.groups > 1:
         return Refusal("its border would need one more input channel for each group")
     inputs = shape.inputs + 1
     maps = (
         beside(unbanded(shape), inputs, 0),
-        *(beside(frame.map, inputs, inputs - 1) for frame in frames),
+        *(beside(border.map, inputs, inputs - 1) for border in borders),
     )
     whole = composition.add(maps)
     if isinstance(whole, Refusal):
         return whole
-    summands = (piece.weight, *(frame.weight for frame in frames))
-    assert isinstance(whole, Map)
-    draft.pieces = [
-        replace(
-            piece, map=whole, weight=Call(weights.add, (whole, maps, *summands)), ones=True,
-            bias=_sum([b.expr for b in walk.biases]) if walk.biases else None, rows=None,
-        )
-    ]  # fmt: skip
-    return draft
+    summands = (piece.weight, *(border.weight for border in borders))
+    corrected = replace(
+        piece,
+        map=whole,
+        weight=Call(weights.add, (whole, maps, *summands)),
+        ones=True,
+        bias=_sum([bias.expr for bias in walk.biases]) if walk.biases else None,
+        rows=None,
+    )
+    return replace(draft, pieces=(corrected,))
+
+
+# --- paths from one source ------------------------------------------------------------------------
 
 
 def _cheapest(paths: Sequence[Path], cost: CostModel) -> tuple[list[Path], str | None]:
-    """The ways from one source, merged where that is legal and worth it, and why not all are."""
+    """The paths from one source, merged where that is legal and pays, and why some stay apart."""
     if len(paths) == 1:
         return list(paths), None
     whole = _together(paths, cost)
@@ -224,7 +264,7 @@ def _cheapest(paths: Sequence[Path], cost: CostModel) -> tuple[list[Path], str |
 
 
 def _together(paths: Sequence[Path], cost: CostModel) -> Path | Refusal:
-    """Several ways as one, or why that is not legal or not worth it."""
+    """Several paths as one path, or why merging them is illegal or does not pay."""
     whole = merged(paths)
     if isinstance(whole, Refusal):
         return whole
@@ -234,7 +274,7 @@ def _together(paths: Sequence[Path], cost: CostModel) -> Path | Refusal:
 
 
 def _weight_work(path: Path) -> Work:
-    """The work of a map per output position; the addition that merging saves counts with it."""
+    """The work of a map per output position, and of the addition of its result."""
     count = _weights(path)
     return Work((count,) * len(SIZES), convolutions=min(count, 1), operations=1)
 

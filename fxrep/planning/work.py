@@ -7,20 +7,17 @@ from dataclasses import replace
 
 from fxrep.algebra.maps import IDENTITY, Diagonal, Linear, Map, points, symmetric
 from fxrep.planning.cost import SIZES, Work
-from fxrep.planning.walk import Seen
-from fxrep.reading.commuting import Mover
-from fxrep.reading.view import Affine
-
-# Operations that give a view of what they read.
-_VIEWS = ("slice", "chunk")
+from fxrep.planning.walk import Passed
+from fxrep.reading.commuting import Commuter
+from fxrep.reading.view import Affine, Operation
 
 
-def positions(outer: Linear, rank: int, crossed: tuple[Mover, ...]) -> tuple[int, ...]:
+def positions(outer: Linear, rank: int, crossed: tuple[Commuter, ...]) -> tuple[int, ...]:
     """Positions of a value that the root needs, at each root size."""
     return tuple(_positions(outer, _below((size,) * rank, crossed)) for size in SIZES)
 
 
-def touched(whole: Linear, rank: int, crossed: tuple[Mover, ...]) -> tuple[int, ...]:
+def touched(whole: Linear, rank: int, crossed: tuple[Commuter, ...]) -> tuple[int, ...]:
     """Positions of an operand that are read: a stride beyond the kernel passes over some."""
     if isinstance(whole, Diagonal) or whole.transposed:
         return positions(whole, rank, crossed)
@@ -34,7 +31,7 @@ def touched(whole: Linear, rank: int, crossed: tuple[Mover, ...]) -> tuple[int, 
     )
 
 
-def _below(sizes: tuple[int, ...], crossed: tuple[Mover, ...]) -> tuple[int, ...]:
+def _below(sizes: tuple[int, ...], crossed: tuple[Commuter, ...]) -> tuple[int, ...]:
     for each in crossed:
         if each.spatial == len(sizes):
             sizes = each.below(sizes)
@@ -50,43 +47,57 @@ def _positions(outer: Linear, sizes: tuple[int, ...]) -> int:
     return math.prod(a.needed(n) for n, a in zip(sizes, axes, strict=True))
 
 
-def of(reading: Affine, seen: Seen, outputs: int, rank: int) -> Work:
-    """The work of one operation on the way to the root."""
-    shape, outer, crossed = reading.terms[0].map, seen.map, seen.crossed
+def of(reading: Affine, passed: Passed, outputs: int, rank: int) -> Work:
+    """The work of one operation that a walk has passed.
+
+    Args:
+        reading: the operation.
+        passed: its place on the way to the root.
+        outputs: channels of the root.
+        rank: spatial axes.
+    """
+    shape, outer, crossed = reading.terms[0].map, passed.map, passed.crossed
     width = outer.inputs if isinstance(outer, Map) and outer.channelwise is not None else outputs
     if isinstance(shape, Map) and reading.is_layer:
         biased = reading.bias is not None
-        return layer(shape, outer, rank, biased, crossed, whole=seen.whole)
-    if reading.kind == "identity":
+        return layer(shape, outer, rank, biased, crossed, operand_map=passed.operand_map)
+    if reading.is_identity:
         return Work()
-    if reading.kind in _VIEWS:
+    if reading.operation is Operation.PART:
         return Work(operations=1)
     if isinstance(shape, Map):
-        return _structure(reading, shape, seen, width, rank)
+        return _structure(reading, shape, passed, width, rank)
     vectors = (reading.bias is not None) + (reading.terms[0].weight is not None)
-    if reading.kind == "batch_norm":
+    if reading.operation is Operation.BATCHNORM:
         vectors = 4
     work = elementwise(len(reading.terms), width, outer, rank, crossed)
     return replace(work, parameters=vectors * width if shape.channels else 0)
 
 
+def of_root(reading: Affine, outputs: int) -> Work:
+    """The work of a pooling or layer whose result is the root, of `outputs` channels."""
+    shape = reading.terms[0].map
+    assert isinstance(shape, Map)
+    return of(reading, Passed(IDENTITY, (), shape), outputs, len(shape.axes))
+
+
 def layer(
-    shape: Map, outer: Linear, rank: int, biased: bool, crossed: tuple[Mover, ...] = (),
-    *, whole: Linear | None = None, ones: bool = False,
+    shape: Map, outer: Linear, rank: int, biased: bool, crossed: tuple[Commuter, ...] = (),
+    *, operand_map: Linear | None = None, ones: bool = False,
 ) -> Work:  # fmt: skip
-    """The work of a convolution or linear layer, the padding it needs before it included.
+    """The work of a convolution or linear layer, including the padding that it needs before it.
 
     Args:
-        shape: what it computes.
+        shape: the map of the layer.
         outer: the map from its result to the root.
         rank: spatial axes.
-        biased: it has a bias.
-        crossed: operations between it and the root that other sizes are counted through.
-        whole: the map from its operand to the root; None if it is the root.
-        ones: its last input is a channel of ones that has to be added first.
+        biased: the layer has a bias.
+        crossed: operations between the layer and the root that change sizes.
+        operand_map: the map from its operand to the root; None if the layer is the root.
+        ones: the last input is a channel of ones that has to be added first.
     """
     written = positions(outer, rank, crossed)
-    read = touched(shape if whole is None else whole, rank, crossed)
+    read = touched(shape if operand_map is None else operand_map, rank, crossed)
     computed = read if shape.transposed else written
     weights = shape.weights
     padded = symmetric(shape)
@@ -104,14 +115,14 @@ def layer(
 
 
 def _circular(shape: Map) -> int:
-    """Operations of circular padding but for one: it is put together side by side."""
+    """Operations of circular padding beyond the first: its sides are concatenated one by one."""
     if shape.padding_mode != "circular" or not shape.padded:
         return 0
     return 4 * len(shape.axes)
 
 
 def elementwise(
-    terms: int, width: int, outer: Linear, rank: int, crossed: tuple[Mover, ...] = ()
+    terms: int, width: int, outer: Linear, rank: int, crossed: tuple[Commuter, ...] = ()
 ) -> Work:
     """The work of a sum or scale."""
     count = positions(outer, rank, crossed)
@@ -122,14 +133,19 @@ def elementwise(
     )
 
 
-def joined(width: int, rank: int, crossed: tuple[Mover, ...] = ()) -> Work:
-    """The work of a concatenation: everything is copied."""
+def copied(width: int, rank: int, crossed: tuple[Commuter, ...] = ()) -> Work:
+    """The work of a copy that another operation makes on its own."""
     count = positions(IDENTITY, rank, crossed)
-    return Work(traffic=tuple(2 * width * n for n in count), operations=1)
+    return Work(traffic=tuple(2 * width * n for n in count))
 
 
-def moved(found: Mover, width: int, rank: int, crossed: tuple[Mover, ...]) -> Work:
-    """The work of an operation that something is moved over, on so many channels."""
+def joined(width: int, rank: int, crossed: tuple[Commuter, ...] = ()) -> Work:
+    """The work of a concatenation, which copies all of its operands."""
+    return replace(copied(width, rank, crossed), operations=1)
+
+
+def moved(found: Commuter, width: int, rank: int, crossed: tuple[Commuter, ...]) -> Work:
+    """The work of an operation that maps are moved over, on `width` channels."""
     above = positions(IDENTITY, rank, crossed)
     below = positions(IDENTITY, rank, (*crossed, found))
     return Work(
@@ -137,13 +153,14 @@ def moved(found: Mover, width: int, rank: int, crossed: tuple[Mover, ...]) -> Wo
     )
 
 
-def _structure(reading: Affine, shape: Map, seen: Seen, width: int, rank: int) -> Work:
+def _structure(reading: Affine, shape: Map, passed: Passed, width: int, rank: int) -> Work:
     """Pooling, padding, concatenation: every element is read and written."""
-    written = positions(seen.map, rank, seen.crossed)
-    read = touched(seen.whole, rank, seen.crossed)
-    inputs = width if reading.kind == "cat" or shape.channelwise is None else shape.inputs
+    written = positions(passed.map, rank, passed.crossed)
+    read = touched(passed.operand_map, rank, passed.crossed)
+    concatenates = reading.operation is Operation.CONCATENATION
+    inputs = width if concatenates or shape.channelwise is None else shape.inputs
     return Work(
         traffic=tuple(inputs * a + width * b for a, b in zip(read, written, strict=True)),
         operations=1 + _circular(shape),
-        poolings=int(reading.kind == "avg_pool"),
+        poolings=int(reading.operation is Operation.POOLING),
     )

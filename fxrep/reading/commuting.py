@@ -1,4 +1,4 @@
-"""Operations that a per-channel map or a 1x1 convolution may be moved over.
+"""Operations that commute with scales of channels, or with 1x1 convolutions.
 
 Given: a spatial operation R that treats every channel alike and gives constant images back as
 they are (every resize, average pooling over real values only), and a pointwise map W.
@@ -24,18 +24,20 @@ Sizes = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Mover:
-    """A call that pointwise maps move over.
+class Commuter:
+    """An operation that commutes with pointwise maps, so that they may be moved over it.
 
     Attributes:
-        node: the call.
-        source: the value it works on.
-        spatial: how many spatial axes it has.
-        shrinks: it gives fewer positions than it reads: run a 1x1 after it.
-        orders: it keeps the order of values only: positive scales, one per channel.
-        spread: channels it reads for each one it gives: per-channel maps only.
-        axes: windows it reads, where it has such.
-        factors: how much larger its result is, per axis, where that is known.
+        node: the call of the operation.
+        source: its operand.
+        spatial: number of spatial axes.
+        shrinks: the result has fewer positions, so that a 1x1 costs less after the operation.
+        orders: the operation keeps the order of values only, as max pooling does. It then commutes
+            with positive scales of channels alone.
+        spread: channels of the operand for each channel of the result, as in a pixel shuffle. If
+            there are several, the operation commutes with maps of single channels alone.
+        axes: its windows, if it has any.
+        factors: the size of the result over that of the operand, per axis, where it is known.
     """
 
     node: fx.Node
@@ -55,22 +57,22 @@ class Mover:
 
     @property
     def mixes(self) -> bool:
-        """Whether a map that mixes channels moves over it."""
+        """Whether the operation commutes with a map that mixes channels."""
         return not self.orders and self.spread == 1
 
     def below(self, sizes: Sizes) -> Sizes:
-        """Positions it reads for so many it gives; at the least, where that is not known."""
+        """Positions of the operand for `sizes` positions of the result; the fewest if not known."""
         if self.axes:
             return tuple(a.needed(n) for a, n in zip(self.axes, sizes, strict=True))
         if self.factors:
             return tuple(math.ceil(n / f) for n, f in zip(sizes, self.factors, strict=True))
-        if self.shrinks:  # a mean over all there is: of more than one, or it is none
+        if self.shrinks:  # a mean over all positions, at least two per axis
             return tuple(2 * n for n in sizes)
         return sizes
 
 
-def mover(view: View, node: fx.Node) -> Mover | None:
-    """The node as something to move over, or None."""
+def commuter(view: View, node: fx.Node) -> Commuter | None:
+    """The node as an operation that commutes with pointwise maps, or None."""
     called = view.calls.of(node)
     reader = None if called is None else _READERS.get(called.op.name)
     if called is None or reader is None or called.arguments is None:
@@ -83,7 +85,7 @@ def mover(view: View, node: fx.Node) -> Mover | None:
 
 def _resize(
     view: View, node: fx.Node, input: Any, scale_factor: Any = None, **_: Any,
-) -> Mover | None:  # fmt: skip
+) -> Commuter | None:  # fmt: skip
     rank, _assumed = view.rank(node)
     if rank is None or rank < 3:
         return None
@@ -91,7 +93,7 @@ def _resize(
         scale_factor if isinstance(scale_factor, (tuple, list)) else (scale_factor,) * (rank - 2)
     )
     known = len(given) == rank - 2 and all(isinstance(f, (int, float)) and f > 0 for f in given)
-    return Mover(node, input, rank - 2, factors=tuple(map(float, given)) if known else ())
+    return Commuter(node, input, rank - 2, factors=tuple(map(float, given)) if known else ())
 
 
 def _overhang(stride: int, ceil_mode: Any) -> int:
@@ -99,11 +101,11 @@ def _overhang(stride: int, ceil_mode: Any) -> int:
     return stride - 1 if ceil_mode else 0
 
 
-def _max_pool(rank: int) -> Callable[..., Mover | None]:
+def _max_pool(rank: int) -> Callable[..., Commuter | None]:
     def read(
         view: View, node: fx.Node, input: Any, kernel_size: Any, stride: Any = None,
         padding: Any = 0, dilation: Any = 1, ceil_mode: Any = False, return_indices: Any = False,
-    ) -> Mover | None:  # fmt: skip
+    ) -> Commuter | None:  # fmt: skip
         kernel, pads = as_tuple(kernel_size, rank), as_tuple(padding, rank)
         strides = kernel if stride is None or stride == [] else as_tuple(stride, rank)
         dilations = as_tuple(dilation, rank)
@@ -111,17 +113,17 @@ def _max_pool(rank: int) -> Callable[..., Mover | None]:
             return None
         columns = zip(kernel, strides, pads, dilations, strict=True)  # type: ignore[arg-type]
         axes = tuple(Axis(k, s, p, p + _overhang(s, ceil_mode), d) for k, s, p, d in columns)
-        return Mover(node, input, rank, orders=True, axes=axes)
+        return Commuter(node, input, rank, orders=True, axes=axes)
 
     return read
 
 
-def _avg_pool(rank: int) -> Callable[..., Mover | None]:
+def _avg_pool(rank: int) -> Callable[..., Commuter | None]:
     def read(
         view: View, node: fx.Node, input: Any, kernel_size: Any, stride: Any = None,
         padding: Any = 0, ceil_mode: Any = False, count_include_pad: Any = True,
         divisor_override: Any = None,
-    ) -> Mover | None:  # fmt: skip
+    ) -> Commuter | None:  # fmt: skip
         kernel, pads = as_tuple(kernel_size, rank), as_tuple(padding, rank)
         strides = kernel if stride is None or stride == [] else as_tuple(stride, rank)
         if kernel is None or pads is None or strides is None:
@@ -133,26 +135,26 @@ def _avg_pool(rank: int) -> Callable[..., Mover | None]:
             return None
         columns = zip(kernel, strides, pads, strict=True)
         axes = tuple(Axis(k, s, p, p + _overhang(s, ceil_mode)) for k, s, p in columns)
-        return Mover(node, input, rank, shrinks=True, axes=axes)
+        return Commuter(node, input, rank, shrinks=True, axes=axes)
 
     return read
 
 
-def _adaptive(rank: int, orders: bool) -> Callable[..., Mover | None]:
+def _adaptive(rank: int, orders: bool) -> Callable[..., Commuter | None]:
     def read(
         view: View, node: fx.Node, input: Any, output_size: Any, return_indices: Any = False
-    ) -> Mover | None:
+    ) -> Commuter | None:
         single = as_tuple(output_size, rank) == (1,) * rank
         if return_indices:
             return None
-        return Mover(node, input, rank, shrinks=single and not orders, orders=orders)
+        return Commuter(node, input, rank, shrinks=single and not orders, orders=orders)
 
     return read
 
 
 def _mean(
     view: View, node: fx.Node, input: Any, dim: Any = None, keepdim: Any = False, dtype: Any = None
-) -> Mover | None:
+) -> Commuter | None:
     """The mean over all positions that keeps them as axes of size one."""
     rank, assumed = view.rank(input) if isinstance(input, fx.Node) else (None, False)
     dims = (dim,) if isinstance(dim, int) else dim
@@ -167,17 +169,17 @@ def _mean(
         return None
     if sorted(d - rank if d >= 0 else d for d in dims) != list(range(2 - rank, 0)) or rank < 3:
         return None
-    return Mover(node, input, rank - 2, shrinks=True)
+    return Commuter(node, input, rank - 2, shrinks=True)
 
 
-def _shuffle(view: View, node: fx.Node, input: Any, upscale_factor: Any) -> Mover | None:
+def _shuffle(view: View, node: fx.Node, input: Any, upscale_factor: Any) -> Commuter | None:
     if not isinstance(upscale_factor, int) or upscale_factor < 1:
         return None
     factors = (float(upscale_factor),) * 2
-    return Mover(node, input, 2, spread=upscale_factor**2, factors=factors)
+    return Commuter(node, input, 2, spread=upscale_factor**2, factors=factors)
 
 
-_READERS: dict[str, Callable[..., Mover | None]] = {
+_READERS: dict[str, Callable[..., Commuter | None]] = {
     "interpolate": _resize,
     "pixel_shuffle": _shuffle,
     "mean": _mean,

@@ -20,7 +20,17 @@ from fxrep.algebra.maps import IDENTITY, Axis, Diagonal, conv_map
 from fxrep.algebra.recipe import Call, Expr
 from fxrep.ops.calls import Held, is_item
 from fxrep.ops.values import size_type
-from fxrep.reading.view import Affine, Constant, Reader, Reading, Term, View, number
+from fxrep.reading.view import (
+    Affine,
+    Constant,
+    Operation,
+    Reader,
+    Reading,
+    Term,
+    Unread,
+    View,
+    number,
+)  # fmt: skip
 from fxrep.refusal import Refusal
 
 
@@ -33,10 +43,6 @@ def _reciprocal(value: Tensor) -> Tensor:
     return value.reciprocal()
 
 
-def _negative(value: Tensor) -> Tensor:
-    return -value
-
-
 def _product(a: Tensor, b: Tensor) -> Tensor:
     return a * b
 
@@ -44,21 +50,47 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 # --- readers: what remains when the spelling is gone ---------------------------------------
 
 
+@dataclass(frozen=True)
+class _Geometry:
+    """The arguments of a convolution besides its tensors; one of rank 0 is a linear layer."""
+
+    rank: int
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+    output_padding: Any = 0
+    transposed: bool = False
+    padding_mode: str = "zeros"
+
+    @property
+    def kind(self) -> str:
+        """The layer in the field's words."""
+        if not self.rank:
+            return "linear"
+        return f"conv_transpose{self.rank}d" if self.transposed else f"conv{self.rank}d"
+
+    def axes(self, kernel: Sequence[int]) -> list[Axis] | None:
+        """The spatial axes of a kernel; None if an argument is not known."""
+        strides = as_tuple(self.stride, self.rank)
+        dilations = as_tuple(self.dilation, self.rank)
+        extra = as_tuple(self.output_padding, self.rank)
+        if strides is None or dilations is None or extra is None or len(kernel) != self.rank:
+            return None
+        if self.padding == "same":
+            totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+            pads = [(total // 2, total - total // 2) for total in totals]
+        else:
+            sizes = as_tuple(0 if self.padding == "valid" else self.padding, self.rank)
+            if sizes is None:
+                return None
+            pads = [(size, size - more) for size, more in zip(sizes, extra, strict=True)]
+        columns = zip(kernel, strides, pads, dilations, strict=True)
+        return [Axis(k, s, low, high, d) for k, s, (low, high), d in columns]
+
+
 def _convolution(
-    view: View,
-    node: fx.Node,
-    source: Any,
-    weight: Constant | None,
-    bias: Constant | None,
-    *,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-    output_padding: Any = 0,
-    transposed: bool = False,
-    padding_mode: str = "zeros",
-    rank: int,
+    source: Any, weight: Constant | None, bias: Constant | None, geometry: _Geometry
 ) -> Reading:
     """``conv(source)``: weight (O, I/g, *k), or (I, O/g, *k) transposed."""
     if not isinstance(source, fx.Node) or weight is None:
@@ -67,35 +99,26 @@ def _convolution(
     assert isinstance(value, Tensor)
     if not value.is_floating_point() or type(value) not in _PLAIN_TENSORS:
         return Refusal(f"its weight is a {type(value).__name__} of dtype {value.dtype}")
-    spatial, kernel = rank, value.shape[2:]
-    axes = []
-    strides, dilations = as_tuple(stride, spatial), as_tuple(dilation, spatial)
-    extra = as_tuple(output_padding, spatial)
-    if strides is None or dilations is None or extra is None or len(kernel) != spatial:
+    axes = geometry.axes(value.shape[2:])
+    if axes is None:
         return None
-    for i, k in enumerate(kernel):
-        if padding == "same":
-            total = dilations[i] * (k - 1)
-            low, high = total // 2, total - total // 2
-        else:
-            sizes = as_tuple(0 if padding == "valid" else padding, spatial)
-            if sizes is None:
-                return None
-            low, high = sizes[i], sizes[i] - extra[i]
-        axes.append(Axis(k, strides[i], low, high, dilations[i]))
+    first, second = value.shape[0], value.shape[1] * geometry.groups
     shape = conv_map(
-        outputs=value.shape[1] * groups if transposed else value.shape[0],
-        inputs=value.shape[0] if transposed else value.shape[1] * groups,
-        groups=groups,
+        outputs=second if geometry.transposed else first,
+        inputs=first if geometry.transposed else second,
+        groups=geometry.groups,
         axes=axes,
-        transposed=transposed,
-        padding_mode=padding_mode,
+        transposed=geometry.transposed,
+        padding_mode=geometry.padding_mode,
     )
-    expr = Call(weights.from_convolution, (weight.expr, groups, transposed))
-    kind = f"conv_transpose{rank}d" if transposed else f"conv{rank}d" if rank else "linear"
-    term = Term(source, shape, expr)
+    expr = Call(weights.from_convolution, (weight.expr, geometry.groups, geometry.transposed))
     return Affine(
-        kind, (term,), None if bias is None else bias.expr, weight=value, owner=weight.owner
+        geometry.kind,
+        (Term(source, shape, expr),),
+        None if bias is None else bias.expr,
+        weight=value,
+        owner=weight.owner,
+        operation=Operation.LAYER,
     )
 
 
@@ -115,7 +138,8 @@ def _batchnorm(
     if not isinstance(source, fx.Node):
         return None
     if mean is None or variance is None:
-        return Refusal("BatchNorm uses batch statistics: it keeps no running ones")
+        reason = "BatchNorm uses batch statistics: it keeps no running ones"
+        return Unread(reason, Operation.BATCHNORM)
     if not isinstance(eps, (int, float)):
         return None
     relies: tuple[fx.Node, ...] = ()
@@ -123,8 +147,9 @@ def _batchnorm(
         # It normalises dimension 1, which is the channels' only at the expected rank.
         rank, assumed = view.rank(source)
         if rank is None:
-            return Refusal(
-                "BatchNorm normalises dimension 1 of a value of unknown rank: pass example_inputs"
+            return Unread(
+                "BatchNorm normalises dimension 1 of a value of unknown rank: pass example_inputs",
+                Operation.BATCHNORM,
             )
         axis, relies = 1 - rank, ((source,) if assumed else ())
     scale = Call(
@@ -133,7 +158,8 @@ def _batchnorm(
     )
     shift = Call(weights.batchnorm_shift, (scale, mean.expr, None if bias is None else bias.expr))
     term = Term(source, Diagonal(mean.shape[0], axis), scale)
-    return Affine(kind, (term,), shift, relies)
+    operation = Operation.BATCHNORM if kind == "batch_norm" else Operation.OTHER
+    return Affine(kind, (term,), shift, relies, operation=operation)
 
 
 def _scaled(view: View, node: fx.Node, a: Any, b: Any, *, divide: bool = False) -> Reading:
@@ -149,8 +175,11 @@ def _scaled(view: View, node: fx.Node, a: Any, b: Any, *, divide: bool = False) 
         return met
     weight = Call(_reciprocal, (met.expr,)) if divide else met.expr
     term = Term(a, met.diagonal, weight)
-    kind = "div" if divide else "mul"
-    return Affine(kind, (term,), None, met.relies, met.promotes, met.diagonal.axis is None)
+    return Affine(
+        "div" if divide else "mul", (term,), None, met.assumes_batched, met.promotes,
+        checks_channels=met.diagonal.axis is None,
+        operation=Operation.OTHER if divide else Operation.PRODUCT,
+    )  # fmt: skip
 
 
 def _sum(view: View, node: fx.Node, a: Any, b: Any, *, sign: int = 1, alpha: Any = 1) -> Reading:
@@ -175,7 +204,10 @@ def _sum(view: View, node: fx.Node, a: Any, b: Any, *, sign: int = 1, alpha: Any
         Term(x, met.diagonal, _times(None, factor)) for x, factor in operands if x in values
     )
     kind = "add" if sign > 0 else "sub"
-    return Affine(kind, terms, bias, met.relies, met.promotes, met.diagonal.axis is None)
+    return Affine(
+        kind, terms, bias, met.assumes_batched, met.promotes,
+        checks_channels=met.diagonal.axis is None,
+    )  # fmt: skip
 
 
 def _is_zero(constant: Constant) -> bool:
@@ -195,7 +227,7 @@ def _times(expr: Expr | None, factor: float) -> Expr | None:
 class _Broadcast:
     diagonal: Diagonal
     expr: Expr | None = None
-    relies: tuple[fx.Node, ...] = ()
+    assumes_batched: tuple[fx.Node, ...] = ()
     promotes: tuple[torch.dtype, ...] = ()
 
 
@@ -242,10 +274,10 @@ def per_channel(view: View, node: fx.Node, value: Any, axis: int) -> Expr | None
 def _identity(view: View, node: fx.Node, input: Any) -> Reading:
     if not isinstance(input, fx.Node):
         return None
-    return Affine("identity", (Term(input, IDENTITY),))
+    return Affine("identity", (Term(input, IDENTITY),), operation=Operation.IDENTITY)
 
 
-# --- from arguments ----------------------------------------------------------------------------
+# --- from arguments ------------------------------------------------------------------------------
 
 
 def _pads_as_it_says(module: nn.modules.conv._ConvNd) -> bool:
@@ -281,7 +313,7 @@ def _read_conv(rank: int, transposed: bool = False) -> Reader:
         constants = view.constant(weight), view.constant(bias)
         if bias is not None and constants[1] is None:
             return None
-        return _convolution(view, node, input, *constants, transposed=transposed, rank=rank, **how)
+        return _convolution(input, *constants, _Geometry(rank, transposed=transposed, **how))
 
     return read
 
@@ -294,12 +326,13 @@ def _read_batchnorm(axis: int | None = None, kind: str = "batch_norm") -> Reader
         weight: Any, bias: Any, training: Any, eps: Any, track_running_stats: Any = True, **_: Any,
     ) -> Reading:  # fmt: skip
         if training is not False:
-            return Refusal("BatchNorm is in training mode")
+            return Unread("BatchNorm is in training mode", Operation.BATCHNORM)
         if not track_running_stats and kind == "instance_norm":
             return None
         scale, shift = view.constant(weight), view.constant(bias)
         if (weight is not None and scale is None) or (bias is not None and shift is None):
-            return Refusal("BatchNorm's weight or bias is computed from the input or written")
+            reason = "BatchNorm's weight or bias is computed from the input or written"
+            return Unread(reason, Operation.BATCHNORM)
         mean, variance = view.constant(running_mean), view.constant(running_var)
         return _batchnorm(
             view, node, input, mean, variance, scale, shift, eps, axis=axis, kind=kind
@@ -376,11 +409,14 @@ def _unflattened(view: View, node: fx.Node, input: Any, other: Any) -> Reading:
                 relies = (*relies, start)
             bias = Call(weights.add_biases, tuple(biases)) if biases else None
             term = Term(start, shape, weight)
-            return Affine("identity", (term,), bias, relies, inside=tuple(inside))
+            return Affine(
+                "identity", (term,), bias, relies, absorbed=tuple(inside),
+                operation=Operation.IDENTITY,
+            )  # fmt: skip
         reading = view.read(value)
         if not isinstance(reading, Affine) or len(reading.terms) > 1:
             return reading if isinstance(reading, Refusal) else None
-        relies = (*relies, *reading.relies)
+        relies = (*relies, *reading.assumes_batched)
         term = reading.terms[0]
         composed = compose(shape, term.map, biased=reading.bias is not None)
         if not isinstance(composed, Diagonal):

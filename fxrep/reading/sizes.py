@@ -34,4 +34,4 @@ def _of_equal_size(view: View, node: fx.Node) -> fx.Node | None:
     (term,) = reading.terms
     if not isinstance(term.map, Diagonal):
         return None
-    return term.operand if reading.proves or term.map.channels is None else None
+    return term.operand if reading.checks_channels or term.map.channels is None else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,22 +31,27 @@ from fxrep.ops.table import Shape
 from fxrep.reading.layers import as_tuple, per_channel
 from fxrep.reading.view import (
     Affine,
+    Operation,
     Reader,
     Reading,
     Term,
+    Unread,
     View,
     number,
 )  # fmt: skip
 from fxrep.refusal import Refusal
 
 
-def _place(view: View, node: fx.Node, dim: int) -> tuple[int, tuple[fx.Node, ...]] | Refusal:
+def _place(
+    view: View, node: fx.Node, dim: int, operation: Operation = Operation.OTHER
+) -> tuple[int, tuple[fx.Node, ...]] | Refusal:
     """A dimension of a value counted from the last, and the values whose rank that assumes."""
     if dim < 0:
         return dim, ()
     rank, assumed = view.rank(node)
     if rank is None:
-        return Refusal(f"dimension {dim} of a value of unknown rank: pass example_inputs", "cat")
+        reason = f"dimension {dim} of a value of unknown rank: pass example_inputs"
+        return Unread(reason, operation)
     return dim - rank, ((node,) if assumed else ())
 
 
@@ -64,20 +69,24 @@ def _read_cat(view: View, node: fx.Node, tensors: Any, dim: Any = 0) -> Reading:
     operands = list(tensors)
     if not all(isinstance(each, fx.Node) for each in operands) or dim == 0:
         return None
-    placed = _place(view, operands[0], dim)
+    placed = _place(view, operands[0], dim, Operation.CONCATENATION)
     if isinstance(placed, Refusal):
         return placed
     axis, relies = placed
     counts = [view.channels.of(each, axis) for each in operands]
     if not all(counts):
-        return Refusal("the channels of what it concatenates are not known", "cat")
+        reason = "the channels of what it concatenates are not known"
+        return Unread(reason, Operation.CONCATENATION)
     sizes = [count for count in counts if count is not None]
     total, first, terms = sum(sizes), 0, []
     for operand, size in zip(operands, sizes, strict=True):
         band = placement_band(first, size, total)
         terms.append(Term(operand, Map(_points(axis), band)))
         first += size
-    return Affine("cat", tuple(terms), relies=relies, proves=False)
+    return Affine(
+        "cat", tuple(terms), assumes_batched=relies, checks_channels=False,
+        operation=Operation.CONCATENATION,
+    )  # fmt: skip
 
 
 def _read_item(view: View, node: fx.Node, input: Any, key: Any) -> Reading:
@@ -90,38 +99,35 @@ def _read_item(view: View, node: fx.Node, input: Any, key: Any) -> Reading:
     if entries.count(Ellipsis) > 1 or not entries:
         return None
     rank, assumed = view.rank(a)
-    if Ellipsis in entries:
-        here = entries.index(Ellipsis)
-        after = len(entries) - here - 1
-        places = [*range(here), *range(-after, 0)]
-        entries = entries[:here] + entries[here + 1 :]
-    else:
-        places = list(range(len(entries)))
-    cuts: dict[int, Any] = {}
-    relies: tuple[fx.Node, ...] = ()
-    for place, entry in zip(places, entries, strict=True):
-        if isinstance(entry, slice) and entry == slice(None):
-            continue
-        if place >= 0:
-            if rank is None:
-                return None
-            place, relies = place - rank, ((a,) if assumed else ())
-        cuts[place] = entry
+    cuts = dict(_cut_dimensions(entries))
     if not cuts:
-        return Affine("identity", (Term(a, IDENTITY),))
+        return Affine("identity", (Term(a, IDENTITY),), operation=Operation.IDENTITY)
     if rank is None:
         return None
+    relies = (a,) if assumed and any(dim >= 0 for dim in cuts) else ()
+    cuts = {dim - rank if dim >= 0 else dim: entry for dim, entry in cuts.items()}
     if set(cuts) == {1 - rank}:
         return _pick(view, a, 1 - rank, cuts[1 - rank], relies)
-    axes = []
-    for place in range(2 - rank, 0):
-        axis = _cut(cuts.pop(place, slice(None)))
-        if axis is None:
-            return None
-        axes.append(axis)
-    if cuts:
+    axes = [_cut(cuts.pop(dim, slice(None))) for dim in range(2 - rank, 0)]
+    known = [axis for axis in axes if axis is not None]
+    if cuts or len(known) < len(axes):
         return None
-    return Affine("slice", (Term(a, channel_map(axes)),), relies=relies, proves=False)
+    return Affine(
+        "slice", (Term(a, channel_map(known)),), assumes_batched=relies, checks_channels=False,
+        operation=Operation.PART,
+    )  # fmt: skip
+
+
+def _cut_dimensions(entries: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    """The entries of an index that are no ``:``, with their dimensions: negative after ``...``."""
+    dims = list(range(len(entries)))
+    if Ellipsis in entries:
+        here = entries.index(Ellipsis)
+        dims[here + 1 :] = range(here + 1 - len(entries), 0)
+    for dim, entry in zip(dims, entries, strict=True):
+        whole = isinstance(entry, slice) and entry == slice(None)
+        if entry is not Ellipsis and not whole:
+            yield dim, entry
 
 
 def _cut(entry: Any) -> Axis | None:
@@ -158,13 +164,18 @@ def _pick(
             return None
         if value.dtype == torch.bool or value.dtype == torch.uint8:
             return None
-        view.look(constant.expr)
+        view.depends_on_content(constant.expr)
         picked = [int(i) % size if -size <= i < size else -1 for i in value.tolist()]
     if not picked or -1 in picked:
         return None
     shape = Map(_points(axis), selection_band(picked, size))
-    kind = "slice" if isinstance(entry, slice) else "index"
-    return Affine(kind, (Term(source, shape),), relies=relies, proves=False)
+    kind, operation = "index", Operation.OTHER
+    if isinstance(entry, slice):
+        kind, operation = "slice", Operation.PART
+    return Affine(
+        kind, (Term(source, shape),), assumes_batched=relies, checks_channels=False,
+        operation=operation,
+    )  # fmt: skip
 
 
 def _read_index_select(view: View, node: fx.Node, input: Any, dim: Any, index: Any) -> Reading:
@@ -214,7 +225,10 @@ def _part(view: View, split: fx.Node, index: int) -> Reading:
         return None
     first = sum(lengths[: index % len(lengths)])
     shape = Map(_points(axis), selection_band(range(first, first + length), size))
-    return Affine("chunk", (Term(source, shape),), relies=relies, proves=False, inside=(split,))
+    return Affine(
+        "chunk", (Term(source, shape),), assumes_batched=relies, checks_channels=False,
+        absorbed=(split,), operation=Operation.PART,
+    )  # fmt: skip
 
 
 # --- padding -------------------------------------------------------------------------------------
@@ -243,7 +257,7 @@ def _read_pad(
     written = [u for u in node.users if u.target is operator.setitem and u.args[0] is node]
     if written and mode == "constant":
         return _written_pad(view, node, input, sizes, rank, sorted(written))
-    return Affine("pad", (Term(input, shape),))
+    return Affine("pad", (Term(input, shape),), operation=Operation.PADDING)
 
 
 def _channel_pad(
@@ -255,7 +269,10 @@ def _channel_pad(
     if count is None or low < 0 or high < 0 or any(size != (0, 0) for size in spatial):
         return None
     shape = Map(_points(-len(sizes)), placement_band(low, count, low + count + high))
-    return Affine("pad", (Term(source, shape),), relies=relies, proves=False)
+    return Affine(
+        "pad", (Term(source, shape),), assumes_batched=relies, checks_channels=False,
+        operation=Operation.PADDING,
+    )  # fmt: skip
 
 
 def _constant_pad(
@@ -266,8 +283,11 @@ def _constant_pad(
         return None
     shape = channel_map([Axis(1, 1, low, high) for low, high in sizes], "constant")
     if shape.padding_mode == "zeros":  # a crop
-        return Affine("pad", (Term(source, shape),))
-    return Affine("pad", (Term(source, shape),), outside=Call(number, (float(value),)))
+        return Affine("pad", (Term(source, shape),), operation=Operation.PADDING)
+    return Affine(
+        "pad", (Term(source, shape),), pad_value=Call(number, (float(value),)),
+        operation=Operation.PADDING,
+    )  # fmt: skip
 
 
 def _written_pad(
@@ -281,16 +301,18 @@ def _written_pad(
     """
     readers = [user for user in node.users if user not in written]
     if not readers or min(readers) < max(written):
-        return Refusal("its padding is written over after others have read it", "pad")
+        return Unread("its padding is written over after others have read it", Operation.PADDING)
     if view.aliasing.writes_between(node, max(readers), [node], dying=set(written)):
-        return Refusal("its padding is written over by more than assignments", "pad")
+        return Unread("its padding is written over by more than assignments", Operation.PADDING)
     values: list[Expr] = []
     sides = set()
     for write in written:
         side = _side(write.args[1], rank)
         value = per_channel(view, node, write.args[2], -1 - len(range(2, rank)))
         if side is None or value is None:
-            return Refusal("its padding is written over, but not with one value per channel", "pad")
+            return Unread(
+                "its padding is written over, but not with one value per channel", Operation.PADDING
+            )
         values.append(value)
         sides.add(side)
     expected = {
@@ -300,15 +322,18 @@ def _written_pad(
         if size[which]
     }
     if sides != expected or any(size < 0 for pair in sizes for size in pair):
-        return Refusal("its padding is written over, but not on exactly the padded sides", "pad")
+        return Unread(
+            "its padding is written over, but not on exactly the padded sides", Operation.PADDING
+        )
     first = view.value(values[0])
     if not all(torch.equal(view.value(v).expand_as(first), first) for v in values[1:]):
-        return Refusal("its padding is written over with different values", "pad")
+        return Unread("its padding is written over with different values", Operation.PADDING)
     shape = channel_map([Axis(1, 1, low, high) for low, high in sizes], "constant")
     _, assumed = view.rank(node)
     return Affine(
-        "pad", (Term(source, shape),), outside=values[0], inside=tuple(written), settled=True,
-        relies=(source,) if assumed else (),
+        "pad", (Term(source, shape),), assumes_batched=(source,) if assumed else (),
+        absorbed=tuple(written), pad_value=values[0], includes_writes=True,
+        operation=Operation.PADDING,
     )  # fmt: skip
 
 
@@ -337,6 +362,13 @@ def _side(key: Any, rank: int) -> tuple[int, int, int] | None:
 # --- average pooling -----------------------------------------------------------------------------
 
 
+def _average(source: fx.Node, axes: Sequence[Axis], weight: Expr) -> Affine:
+    return Affine(
+        "avg_pool", (Term(source, channel_map(axes), weight),), checks_channels=False,
+        operation=Operation.POOLING,
+    )  # fmt: skip
+
+
 def _read_avg_pool(rank: int) -> Callable[..., Reading]:
     def read(
         view: View, node: fx.Node, input: Any, kernel_size: Any, stride: Any = None,
@@ -349,16 +381,16 @@ def _read_avg_pool(rank: int) -> Callable[..., Reading]:
         if not isinstance(input, fx.Node) or kernel is None or strides is None or pads is None:
             return None
         if any(pads) and not count_include_pad and divisor_override is None:
-            return Refusal("average pooling divides by fewer values at the border", "avg_pool")
+            reason = "average pooling divides by fewer values at the border"
+            return Unread(reason, Operation.POOLING)
         if ceil_mode and any(s > 1 for s in strides):
-            return Refusal(
-                "average pooling in ceil mode: its last window depends on the size", "avg_pool"
-            )
+            reason = "average pooling in ceil mode: its last window depends on the size"
+            return Unread(reason, Operation.POOLING)
         if not isinstance(divisor_override or 1, int):
             return None
         axes = [Axis(k, s, p, p) for k, s, p in zip(kernel, strides, pads, strict=True)]
         weight = Call(number, (1 / (divisor_override or math.prod(kernel)),))
-        return Affine("avg_pool", (Term(input, channel_map(axes), weight),), proves=False)
+        return _average(input, axes, weight)
 
     return read
 
@@ -377,7 +409,7 @@ def _read_adaptive_avg_pool(rank: int) -> Callable[..., Reading]:
                 return None
             axes.append(Axis(given // size, given // size))
         weight = Call(number, (1 / math.prod(axis.kernel for axis in axes),))
-        return Affine("avg_pool", (Term(input, channel_map(axes), weight),), proves=False)
+        return _average(input, axes, weight)
 
     return read
 
@@ -395,7 +427,7 @@ def _read_unshuffle(view: View, node: fx.Node, input: Any, downscale_factor: Any
     # It raises unless r divides the size: its windows leave nothing unread.
     shape = Map((Axis(r, r, rest=0), Axis(r, r, rest=0)), band)
     weight = Call(weights.one_hot, (count * r * r, (r, r)))
-    return Affine("pixel_unshuffle", (Term(input, shape, weight),), proves=False)
+    return Affine("pixel_unshuffle", (Term(input, shape, weight),), checks_channels=False)
 
 
 READERS: dict[str, Reader] = {

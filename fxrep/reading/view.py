@@ -1,12 +1,13 @@
-"""What is known of one traced graph, and the answers a node can give.
+"""The facts about one traced graph, and the readings of its nodes.
 
-`View.read` says of a node that it is ``sum_i map_i(operand_i) + bias`` (an `Affine`), why it is
-not although it looks like it (a `Refusal`), or nothing. Who reads which spelling is in
-`fxrep.reading.layers` and `fxrep.reading.structure`.
+`View.read` says that the value of a node is ``sum_i map_i(operand_i) + bias`` (an `Affine`), or why
+it is not although the operation often is affine (a `Refusal`), or nothing. The readers of the
+operations are in `fxrep.reading.layers` and `fxrep.reading.structure`.
 """
 
 from __future__ import annotations
 
+import enum
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxrep.algebra.maps import Linear
+from fxrep.algebra.maps import Diagonal, Linear
 from fxrep.algebra.recipe import Call, Expr, Load, record
 from fxrep.analysis.aliasing import Aliasing
 from fxrep.analysis.channels import Channels
@@ -36,38 +37,82 @@ class Term:
     weight: Expr | None = None
 
 
+class Operation(enum.Enum):
+    """The kinds of operation that decisions tell apart; all others are `OTHER`."""
+
+    OTHER = enum.auto()
+    LAYER = enum.auto()  # a convolution or linear layer
+    BATCHNORM = enum.auto()
+    PRODUCT = enum.auto()  # with a constant, which may be zero
+    IDENTITY = enum.auto()  # gives its operand, at most in another shape or memory
+    CONCATENATION = enum.auto()
+    PART = enum.auto()  # a slice or chunk: a view of some elements of its operand
+    PADDING = enum.auto()
+    POOLING = enum.auto()  # average pooling
+
+
 @dataclass(frozen=True, eq=False)
 class Affine:
     """A node's value as ``sum_i map_i(operand_i) + bias``.
 
     Attributes:
-        kind: the operation in the field's words, as the report shows it.
-        relies: values whose batched rank is assumed and must be guarded if this is used.
+        kind: the operation in the field's words, for the report alone.
+        bias: (C,) or ().
+        assumes_batched: values that must have a batch dimension for the reading to be right; their
+            rank is assumed, and is guarded if the reading is used.
         promotes: dtypes of constants that would promote the result.
-        proves: it raises unless its operand has the channels of its map.
+        checks_channels: the operation raises unless its operand has the channels of its map.
         weight: the weight tensor of a convolution or linear layer.
-        owner: what shares the weight if two layers do.
-        inside: other nodes that are part of this one operation.
-        outside: the value it pads with, (C,) or (), if it is not zero.
-        settled: what is written into it after it was computed is part of the reading.
+        owner: the object that two layers have in common if they share the weight.
+        absorbed: other nodes that are part of this one operation.
+        pad_value: the value that a padding pads with, (C,) or (), if it is not zero.
+        includes_writes: the reading includes writes into the value after it was computed.
+        operation: the operation, as far as decisions depend on it.
     """
 
     kind: str
     terms: tuple[Term, ...]
     bias: Expr | None = None
-    relies: tuple[fx.Node, ...] = ()
+    assumes_batched: tuple[fx.Node, ...] = ()
     promotes: tuple[torch.dtype, ...] = ()
-    proves: bool = True
+    checks_channels: bool = True
     weight: Tensor | None = None
     owner: object = None
-    inside: tuple[fx.Node, ...] = ()
-    outside: Expr | None = None
-    settled: bool = False
+    absorbed: tuple[fx.Node, ...] = ()
+    pad_value: Expr | None = None
+    includes_writes: bool = False
+    operation: Operation = Operation.OTHER
 
     @property
     def is_layer(self) -> bool:
-        """A convolution or linear layer."""
-        return self.weight is not None
+        """Whether the operation is a convolution or linear layer."""
+        return self.operation is Operation.LAYER
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the operation changes no element; it may have absorbed operations that do."""
+        return self.operation is Operation.IDENTITY
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether the reading scales and shifts the channels of one value, and no more."""
+        return len(self.terms) == 1 and isinstance(self.terms[0].map, Diagonal)
+
+    @property
+    def is_map(self) -> bool:
+        """Whether the reading is more than a scale and shift of one value."""
+        return not self.is_diagonal
+
+
+@dataclass(frozen=True)
+class Unread(Refusal):
+    """Why an operation that often is affine is not in this case.
+
+    Attributes:
+        operation: of which kind it is.
+    """
+
+    operation: Operation = Operation.OTHER
 
 
 Reading = Affine | Refusal | None
@@ -80,7 +125,7 @@ class Constant:
 
     value: Tensor | float
     expr: Expr
-    owner: object = None  # what is shared if it is: the tensor, or the module that computes it
+    owner: object = None  # the tensor, or the module that computes it: one for all who share it
 
     @property
     def shape(self) -> torch.Size:
@@ -90,7 +135,7 @@ class Constant:
 
 @dataclass(eq=False)
 class View:
-    """One traced graph and what is known of it."""
+    """One traced graph and the facts about it."""
 
     graph: fx.Graph
     calls: Calls
@@ -106,10 +151,15 @@ class View:
     looked: set[str] = field(default_factory=set)  # tensors whose content decided something
 
     def read(self, node: fx.Node) -> Reading:
-        """What `node` computes, if it is linear in its operands."""
+        """How `node` is computed, if it is affine in its operands."""
         if node not in self.readings:
             self.readings[node] = self._read(node)
         return self.readings[node]
+
+    def affine(self, node: fx.Node) -> Affine | None:
+        """The reading of `node` if it is affine in its operands."""
+        reading = self.read(node)
+        return reading if isinstance(reading, Affine) else None
 
     def forget(self, *nodes: fx.Node) -> None:
         """Read these again: what they are computed from has been replaced.
@@ -185,26 +235,13 @@ class View:
 
     def value(self, expr: Expr) -> Tensor:
         """The value of an expression, in float64, to decide by."""
-        self.look(expr)
+        self.depends_on_content(expr)
         value: Tensor = record(expr).run(lambda path: double(self.originals[path]))
         return value
 
-    def look(self, expr: Expr) -> None:
-        """Note that a decision rests on the content of what an expression reads."""
+    def depends_on_content(self, expr: Expr) -> None:
+        """Note that a decision depends on the content of the tensors that an expression reads."""
         self.looked.update(record(expr).paths)
-
-    def reads(self, node: fx.Node) -> list[Tensor]:
-        """The tensors of the model that this very node reads."""
-        if node.op == "call_module":
-            module = self.submodule(str(node.target))
-            return [*module.parameters(), *module.buffers()]
-        found = []
-        for source in node.all_input_nodes:
-            if source.op == "get_attr":
-                constant = self.constant(source)
-                if constant is not None and isinstance(constant.value, Tensor):
-                    found.append(constant.value)
-        return found
 
     def reads_metadata(self, node: fx.Node) -> bool:
         """Whether a node reads only the shape, dtype or device of its operand."""
@@ -219,7 +256,7 @@ class View:
         return writes_over(self.calls, node)
 
     def rank(self, node: fx.Node) -> tuple[int | None, bool]:
-        """The rank of a value, and whether that is an assumption to be guarded."""
+        """The rank of a value, and whether the rank is an assumption to be guarded."""
         proven = self.ranks.rank(node)
         if proven is not None:
             return proven, False
@@ -244,7 +281,7 @@ class _Computed(nn.Module):
 
 
 def _computed(module: nn.Module, name: str, parts: tuple[str, ...], *tensors: Tensor) -> Tensor:
-    """The same from other parameters; the module is left as it was."""
+    """The tensor that `_Computed` gives for other parameters; leaves the module as it was."""
     given = {f"module.{part}": tensor for part, tensor in zip(parts, tensors, strict=True)}
     computed = _Computed(module, name)
     value = torch.func.functional_call(computed, given, ())

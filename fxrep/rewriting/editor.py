@@ -232,7 +232,7 @@ class Editor:
                 if node in plan.region:
                     reader.replace_input_with(node, _instead(plan, node, values))
         self.view.ranks.rely_leaned()
-        for value in plan.relies:
+        for value in plan.assumes_batched:
             self.view.ranks.rely(value)
         for root, value in zip(plan.roots, values, strict=True):
             self.view.forget(*root.users)

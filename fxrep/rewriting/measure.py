@@ -113,7 +113,7 @@ def _kernel(shape: Map | Diagonal) -> object:
 
 
 @dataclass(eq=False)
-class _Part:
+class _Excerpt:
     """A part of a graph in the making.
 
     Attributes:
@@ -192,7 +192,7 @@ class _Part:
                 except _Unknown:
                     continue
 
-    def finish(self, results: Iterable[Any]) -> _Part:
+    def finish(self, results: Iterable[Any]) -> _Excerpt:
         """End it: the results are kept until then, as they are in the model."""
         last = [node for node in self.graph.nodes if node.op != "placeholder" and not node.users]
         self.graph.output(tuple(dict.fromkeys((*results, *last))))
@@ -205,8 +205,8 @@ class _Part:
         return lambda: module(*inputs)
 
 
-def _old(plan: Plan, view: View, values: Values) -> _Part:
-    part = _Part(view, values)
+def _old(plan: Plan, view: View, values: Values) -> _Excerpt:
+    part = _Excerpt(view, values)
     for source in dict.fromkeys(piece.source for piece in plan.pieces):
         part.value(source)  # both sides take the sources first: their stories then compare
     for node in plan.region:
@@ -216,8 +216,8 @@ def _old(plan: Plan, view: View, values: Values) -> _Part:
     return part.finish(roots)
 
 
-def _new(plan: Plan, view: View, values: Values) -> _Part:
-    part = _Part(view, values)
+def _new(plan: Plan, view: View, values: Values) -> _Excerpt:
+    part = _Excerpt(view, values)
     for source in dict.fromkeys(piece.source for piece in plan.pieces):
         part.value(source)
     modules = {f"new {i}": module for i, module in enumerate(blank(plan, view))}
@@ -258,7 +258,7 @@ def _random(like: Tensor) -> Tensor:
 # --- timing --------------------------------------------------------------------------------------
 
 
-def _timed(old: _Part, new: _Part) -> Timing:
+def _timed(old: _Excerpt, new: _Excerpt) -> Timing:
     settings = (
         torch.get_num_threads(),
         torch.get_float32_matmul_precision(),

@@ -13,7 +13,7 @@ from torch import fx
 from fxrep.algebra.maps import Map, symmetric
 from fxrep.planning.pieces import Piece
 from fxrep.planning.plan import Plan
-from fxrep.reading.commuting import Mover
+from fxrep.reading.commuting import Commuter
 
 # Makes a call: operation and target as in fx, then its arguments.
 Make = Callable[..., Any]
@@ -61,8 +61,8 @@ def replacement(
     return total, [make("call_function", operator.getitem, (split, i)) for i in range(len(sizes))]
 
 
-def _moved(found: Mover, value: Any, make: Make) -> Any:
-    """The call of a mover, on another value."""
+def _moved(found: Commuter, value: Any, make: Make) -> Any:
+    """The call of an operation that commutes, on another value."""
     args, kwargs = fx.map_arg((found.node.args, found.node.kwargs), lambda _: value)
     return make(found.node.op, found.node.target, args, kwargs)
 

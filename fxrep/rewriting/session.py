@@ -271,7 +271,7 @@ class Session:
         part.view.forget(*node.users)
         location = self._where(part, node)
         if not isinstance(value, Tensor):
-            part.view.look(fold.expr)
+            part.view.depends_on_content(fold.expr)
             for user in list(node.users):
                 user.args = fx.map_arg(user.args, lambda n: value if n is node else n)
                 user.kwargs = fx.map_arg(user.kwargs, lambda n: value if n is node else n)

@@ -25,7 +25,7 @@ from fxrep.errors import EquivalenceError
 from fxrep.ops.owner import weight_hooks
 from fxrep.planning.pieces import Piece
 from fxrep.planning.plan import Plan
-from fxrep.reading.commuting import Mover
+from fxrep.reading.commuting import Commuter
 from fxrep.reading.view import View
 from fxrep.refusal import Refusal
 from fxrep.report import Report
@@ -199,7 +199,7 @@ def _size(piece: Piece, axis: int, outputs: int, residue: int) -> int:
     return shape.needed(outputs) + residue % (shape.slack + 1)
 
 
-def _sizes(maps: Sequence[Map], moved: Sequence[Mover]) -> Iterator[tuple[list[int], list[int]]]:
+def _sizes(maps: Sequence[Map], moved: Sequence[Commuter]) -> Iterator[tuple[list[int], list[int]]]:
     """Output sizes and residues per axis: the smallest, and one at which every tap is read.
 
     One position alone never shows the stride, so the larger has two at the least.

@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from support.steps import Net
-from support.strategies import nets
 from torch import Tensor, fx, nn
 
 from fxrep.analysis.channels import Channels
@@ -16,6 +14,8 @@ from fxrep.analysis.ranks import Ranks
 from fxrep.analysis.values import watched
 from fxrep.capture.islands import capture
 from fxrep.ops.calls import Calls
+from support.steps import Net
+from support.strategies import nets
 
 FAMILIES = (
     "resnet18", "repvgg_a0", "fastvit_t8", "repghostnet_050", "levit_128s", "convnext_atto",

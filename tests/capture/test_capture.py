@@ -371,7 +371,7 @@ class MaskedChild(nn.Module):
 def test_islands_fall_back_for_other_arguments() -> None:
     captured, result = round_trip(Masked(), image())
     (program,) = captured.programs
-    assert (program.path, dict(program.specialized)) == ("child", {"mask": None})
+    assert (program.path, dict(program.arguments.specialized)) == ("child", {"mask": None})
     assert program.keep_modules
     assert type(result.child) is MaskedChild and result.child.resolution == 7
 

@@ -106,7 +106,8 @@ def judge(
     target: Any, op: str, args: tuple[Any, ...], kwargs: dict[str, Any], root: nn.Module
 ) -> list[str]:
     """What is said of a call that is not so; its tensors become buffers, whose shapes are known."""
-    graph, tensors = fx.Graph(), []
+    graph = fx.Graph()
+    tensors: list[Tensor] = []
 
     def stored(tensor: Tensor) -> fx.Node:
         name = f"tensor_{len(tensors)}"
@@ -118,7 +119,9 @@ def judge(
     node = graph.create_node(op, target, tuple(given), named)
     before = [tensor.clone() for tensor in tensors]
     with torch.no_grad():
-        again, by_name = fx.map_arg((node.args, node.kwargs), lambda n: getattr(root, n.target))
+        again, by_name = fx.map_arg(
+            (node.args, node.kwargs), lambda n: getattr(root, str(n.target))
+        )
         if op == "call_method":
             result = getattr(again[0], target)(*again[1:], **by_name)
         else:
@@ -246,7 +249,7 @@ def test_what_a_module_does(info: Any, training: bool) -> None:
 @pytest.fixture
 def added() -> Iterator[Callable[[Op], None]]:
     """Adds operators for one test."""
-    tables = (table.FUNCTIONS, table.METHODS, table.CLASSES, table.OPS)
+    tables: tuple[dict[Any, Any], ...] = (table.FUNCTIONS, table.METHODS, table.CLASSES, table.OPS)
     before = [dict(each) for each in tables]
     yield register
     for each, old in zip(tables, before, strict=True):
@@ -270,7 +273,7 @@ class Inception(nn.Module):
 
 
 def calls_of(model: nn.Module, function: Any) -> int:
-    return sum(node.target is function for node in model.graph.nodes)  # type: ignore[union-attr]
+    return sum(node.target is function for node in model.graph.nodes)
 
 
 def test_an_operator_added_from_outside(added: Callable[[Op], None]) -> None:
