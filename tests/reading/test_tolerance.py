@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from support.blocks_linear import Body, conv
 from support.check import check
+from support.models import Body, conv
 
 WIDE = ((2, 64, 5, 5), (1, 64, 4, 7), (3, 64, 2, 2))
 
