@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import fxrep
 from fxrep.errors import SpecializationError
-from fxrep.ops.absent import lacks_operand
 from support.check import randomize
 
 
@@ -227,28 +226,6 @@ def test_islands_run_their_own_forward_for_other_arguments() -> None:
     assert torch.allclose(fast(x), model(x))
     with pytest.raises(TypeError):
         fast.plain(x)  # as the original
-
-
-@pytest.mark.parametrize(
-    "target, args, lacks",
-    [
-        (torch.cat, ([None, 1],), True),
-        (torch.conv2d, (1, 2, None), False),
-        (torch.layer_norm, (1, (3,), None, None), False),
-        (nn.functional.batch_norm, (1, None, None), False),
-        (nn.functional.pad, (None, (1, 1)), True),
-        (nn.functional.interpolate, (1, None, 2), False),
-        ("clamp", (1, None, 2), False),
-        ("norm", (1, 2, None), False),
-        ("add", (1, None), True),
-        ("matmul", (1, None), True),
-        ("sum", (1, None), False),
-        ("no_such_method", (1, None), False),
-        (max, (1, None), False),
-    ],
-)
-def test_none_for_a_tensor(target: Any, args: tuple[Any, ...], lacks: bool) -> None:
-    assert lacks_operand(target, args, {}) is lacks
 
 
 class Used(Body):
