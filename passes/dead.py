@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxrep.ops.table import Shape
+from fxrep.ops.op import Shape
 from fxrep.planning.cost import CostModel
 from fxrep.planning.rule import Drop, Pass
 from fxrep.reading.pointwise import pointwise

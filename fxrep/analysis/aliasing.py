@@ -28,7 +28,7 @@ from torch import fx, nn
 
 from fxrep.ops.calls import Calls
 from fxrep.ops.effects import Effect, effect, only_looks
-from fxrep.ops.table import Memory
+from fxrep.ops.op import Memory
 from fxrep.ops.values import value_type
 
 _Key = tuple[int, ...]

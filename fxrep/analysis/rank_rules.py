@@ -6,13 +6,16 @@ A rule is given a call whose arguments are known by name, and returns facts. It 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import fx
 
 from fxrep.ops.calls import Called
-from fxrep.ops.table import Shape
+from fxrep.ops.op import Shape
+
+if TYPE_CHECKING:
+    from fxrep.analysis.ranks import Ranks
 
 
 class Shifted(NamedTuple):
@@ -63,40 +66,24 @@ class Parts(NamedTuple):
 Fact = Shifted | Exactly | AtLeast | Suggested | Broadcast | Parts
 
 
-class Known(Protocol):
-    """What a rule may ask."""
-
-    def is_number(self, node: object) -> bool:
-        """Whether a value is a number or a size, and no tensor."""
-
-    def size_type(self, node: fx.Node) -> type | None:
-        """Whether a value is one int of a shape or a whole `torch.Size`, if that is certain."""
-
-    def proven(self, node: fx.Node) -> int | None:
-        """The rank of a value as far as the graph has been read."""
-
-    def part(self, node: fx.Node) -> tuple[fx.Node, int] | None:
-        """Of a tuple of tensors: the value they are parts of, and their rank minus its own."""
-
-
-Rule = Callable[[Called, Known], Iterator[Fact]]
+Rule = Callable[[Called, "Ranks"], Iterator[Fact]]
 
 # The ranks of what these modes of interpolation take.
 RESIZES = {"linear": 3, "bilinear": 4, "bicubic": 4, "trilinear": 5}
 
 
-def _keeps(call: Called, known: Known) -> Iterator[Fact]:
+def _keeps(call: Called, ranks: Ranks) -> Iterator[Fact]:
     if call.source is not None:
         yield Shifted(call.node, call.source)
 
 
-def _keeps_rank(call: Called, known: Known) -> Iterator[Fact]:
+def _keeps_rank(call: Called, ranks: Ranks) -> Iterator[Fact]:
     takes_dim = call.arguments is not None and "dim" in call.arguments
     if not takes_dim or call.get("dim") is not None:
-        yield from _keeps(call, known)
+        yield from _keeps(call, ranks)
 
 
-def _layer(call: Called, known: Known) -> Iterator[Fact]:
+def _layer(call: Called, ranks: Ranks) -> Iterator[Fact]:
     spatial, source = call.op.spatial, call.source
     if source is None:
         return
@@ -104,16 +91,16 @@ def _layer(call: Called, known: Known) -> Iterator[Fact]:
         yield Shifted(call.node, source)
         yield AtLeast(source, spatial + 1)
         yield Suggested(source, spatial + 2)
-    elif call.module is not None or _has_rank(call.get("weight"), 2, known):
+    elif call.module is not None or _has_rank(call.get("weight"), 2, ranks):
         yield Shifted(call.node, source)
         yield AtLeast(source, 1)
 
 
-def _has_rank(node: object, rank: int, known: Known) -> bool:
-    return isinstance(node, fx.Node) and known.proven(node) == rank
+def _has_rank(node: object, rank: int, ranks: Ranks) -> bool:
+    return isinstance(node, fx.Node) and ranks.proven(node) == rank
 
 
-def _norm(call: Called, known: Known) -> Iterator[Fact]:
+def _norm(call: Called, ranks: Ranks) -> Iterator[Fact]:
     if call.source is not None:
         yield Shifted(call.node, call.source)
         yield AtLeast(call.source, 2)
@@ -121,7 +108,7 @@ def _norm(call: Called, known: Known) -> Iterator[Fact]:
             yield Exactly(call.source, call.op.spatial + 2)
 
 
-def _spatial(call: Called, known: Known) -> Iterator[Fact]:
+def _spatial(call: Called, ranks: Ranks) -> Iterator[Fact]:
     """Pooling and the like: with or without a batch axis."""
     if call.source is None or call.get("return_indices") not in (None, False):
         return
@@ -129,7 +116,7 @@ def _spatial(call: Called, known: Known) -> Iterator[Fact]:
     yield AtLeast(call.source, call.op.spatial + 1)
 
 
-def _resize(call: Called, known: Known) -> Iterator[Fact]:
+def _resize(call: Called, ranks: Ranks) -> Iterator[Fact]:
     if call.source is None:
         return
     yield Shifted(call.node, call.source)
@@ -137,26 +124,26 @@ def _resize(call: Called, known: Known) -> Iterator[Fact]:
     yield AtLeast(call.source, 3) if rank is None else Exactly(call.source, rank)
 
 
-def _pixels(call: Called, known: Known) -> Iterator[Fact]:
+def _pixels(call: Called, ranks: Ranks) -> Iterator[Fact]:
     if call.source is not None:
         yield Shifted(call.node, call.source)
         yield AtLeast(call.source, 3)
 
 
-def _broadcasts(call: Called, known: Known) -> Iterator[Fact]:
+def _broadcasts(call: Called, ranks: Ranks) -> Iterator[Fact]:
     yield Broadcast(call.node, call.node.all_input_nodes)
 
 
-def _matmul(call: Called, known: Known) -> Iterator[Fact]:
+def _matmul(call: Called, ranks: Ranks) -> Iterator[Fact]:
     yield Broadcast(call.node, call.node.all_input_nodes, least=2)
 
 
-def _batched_matmul(call: Called, known: Known) -> Iterator[Fact]:
+def _batched_matmul(call: Called, ranks: Ranks) -> Iterator[Fact]:
     for each in (call.node, *call.node.all_input_nodes):
         yield Exactly(each, 3)
 
 
-def _flatten(call: Called, known: Known) -> Iterator[Fact]:
+def _flatten(call: Called, ranks: Ranks) -> Iterator[Fact]:
     source, start, end = call.source, call.get("start_dim"), call.get("end_dim")
     if source is None or not isinstance(start, int) or not isinstance(end, int):
         return
@@ -169,19 +156,19 @@ def _flatten(call: Called, known: Known) -> Iterator[Fact]:
         yield Shifted(call.node, source, start - end)
 
 
-def _unflatten(call: Called, known: Known) -> Iterator[Fact]:
+def _unflatten(call: Called, ranks: Ranks) -> Iterator[Fact]:
     sizes = call.get("sizes")
     if call.source is not None and isinstance(sizes, (tuple, list)):
         yield Shifted(call.node, call.source, len(sizes) - 1)
 
 
-def _sizes(call: Called, known: Known) -> Iterator[Fact]:
+def _sizes(call: Called, ranks: Ranks) -> Iterator[Fact]:
     sizes = call.get("size")
     sizes = (sizes,) if isinstance(sizes, fx.Node) else sizes
     if not isinstance(sizes, (tuple, list)) or not sizes:
         return
     if len(sizes) == 1 and isinstance(sizes[0], fx.Node):
-        kind = known.size_type(sizes[0])
+        kind = ranks.size_type(sizes[0])
         if kind is int:
             yield Exactly(call.node, 1)
         elif kind is torch.Size:  # x.view(y.shape)
@@ -196,7 +183,7 @@ def _of_whole_shape(size: fx.Node) -> list[fx.Node]:
     return size.all_input_nodes if whole else []
 
 
-def _permute(call: Called, known: Known) -> Iterator[Fact]:
+def _permute(call: Called, ranks: Ranks) -> Iterator[Fact]:
     dims = call.get("dims")
     if isinstance(dims, (tuple, list)) and all(isinstance(dim, int) for dim in dims):
         for each in (call.node, call.source):
@@ -204,14 +191,14 @@ def _permute(call: Called, known: Known) -> Iterator[Fact]:
                 yield Exactly(each, len(dims))
 
 
-def _like(call: Called, known: Known) -> Iterator[Fact]:
+def _like(call: Called, ranks: Ranks) -> Iterator[Fact]:
     other = call.get("other")
     if isinstance(other, fx.Node):
         yield Shifted(call.node, other)
 
 
 def _shifts(change: int) -> Rule:
-    def rule(call: Called, known: Known) -> Iterator[Fact]:
+    def rule(call: Called, ranks: Ranks) -> Iterator[Fact]:
         if call.source is not None:
             yield Shifted(call.node, call.source, change)
 
@@ -219,10 +206,10 @@ def _shifts(change: int) -> Rule:
 
 
 def _joins(change: int) -> Rule:
-    def rule(call: Called, known: Known) -> Iterator[Fact]:
+    def rule(call: Called, ranks: Ranks) -> Iterator[Fact]:
         tensors = call.get("tensors")
         if isinstance(tensors, fx.Node):
-            part = known.part(tensors)
+            part = ranks.part(tensors)
             if part is not None:
                 yield Shifted(call.node, part[0], part[1] + change)
             return
@@ -234,14 +221,14 @@ def _joins(change: int) -> Rule:
 
 
 def _parts(change: int) -> Rule:
-    def rule(call: Called, known: Known) -> Iterator[Fact]:
+    def rule(call: Called, ranks: Ranks) -> Iterator[Fact]:
         if call.source is not None:
             yield Parts(call.node, call.source, change)
 
     return rule
 
 
-def _transpose(call: Called, known: Known) -> Iterator[Fact]:
+def _transpose(call: Called, ranks: Ranks) -> Iterator[Fact]:
     if call.source is None:
         return
     yield Shifted(call.node, call.source)
@@ -250,7 +237,7 @@ def _transpose(call: Called, known: Known) -> Iterator[Fact]:
             yield AtLeast(call.source, dim + 1 if dim >= 0 else -dim)
 
 
-def _reduce(call: Called, known: Known) -> Iterator[Fact]:
+def _reduce(call: Called, ranks: Ranks) -> Iterator[Fact]:
     source, dims, keep = call.source, call.get("dim"), call.get("keepdim")
     if source is None:
         return
@@ -265,7 +252,7 @@ def _reduce(call: Called, known: Known) -> Iterator[Fact]:
             yield Shifted(call.node, source, -len(dims))
 
 
-def _einsum(call: Called, known: Known) -> Iterator[Fact]:
+def _einsum(call: Called, ranks: Ranks) -> Iterator[Fact]:
     equation, operands = call.get("equation"), call.get("operands")
     if not isinstance(equation, str) or "." in equation or "->" not in equation:
         return

@@ -34,7 +34,7 @@ from fxrep.analysis.rank_rules import (
     Suggested,
 )
 from fxrep.ops.calls import Called, Calls, is_function_of, is_item
-from fxrep.ops.table import Result, Shape
+from fxrep.ops.op import Result, Shape
 from fxrep.ops.values import size_type
 
 # Passes over what broadcasts; each settles chains of any length in graph order.

@@ -10,14 +10,17 @@ import itertools
 import operator
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import fx
 
 from fxrep.analysis.rank_rules import RESIZES
 from fxrep.ops.calls import Called
-from fxrep.ops.table import Shape
+from fxrep.ops.op import Shape
+
+if TYPE_CHECKING:
+    from fxrep.analysis.channels import Channels
 
 # The most operands of a concatenation looked at for its own size, and for that of a part.
 _MOST_ASKED = 128
@@ -51,29 +54,7 @@ class Said(NamedTuple):
 NOTHING = Said()
 
 
-class Known(Protocol):
-    """What a rule may ask."""
-
-    def rank(self, node: fx.Node) -> int | None:
-        """The rank of a value if it is known."""
-
-    def shape(self, value: object) -> torch.Size | None:
-        """The shape of a tensor of the model, if that is what an argument is."""
-
-    def negative(self, axis: object, node: fx.Node | None) -> int | None:
-        """An axis of a value, counted from the last."""
-
-    def reaches(self, node: fx.Node, axis: int) -> bool:
-        """Whether a value may have the axis."""
-
-    def of_item(self, tensors: fx.Node, index: int, axis: int) -> Said:
-        """What is said of one of the tensors that a chunk or split gives."""
-
-    def is_tensor(self, node: fx.Node) -> bool:
-        """Whether a value is certainly a tensor."""
-
-
-Rule = Callable[[Called, int, Known], Said]
+Rule = Callable[[Called, int, "Channels"], Said]
 
 
 def _ints(value: object) -> tuple[int, ...]:
@@ -106,7 +87,7 @@ def _keep(call: Called, axis: int, there: Convert = same, back: Convert | None =
     return Said((Proof(there, ((source, axis),)),), source, proofs)
 
 
-def _keeps(call: Called, axis: int, known: Known) -> Said:
+def _keeps(call: Called, axis: int, channels: Channels) -> Said:
     return _keep(call, axis)
 
 
@@ -119,12 +100,12 @@ def _fixed(call: Called, inputs: int, outputs: int) -> Said:
     return Said((fact(outputs),), call.source, (fact(inputs),))
 
 
-def _layer(call: Called, axis: int, known: Known) -> Said:
+def _layer(call: Called, axis: int, channels: Channels) -> Said:
     """A convolution; of no spatial axes, a linear layer."""
     spatial = call.op.spatial
     if axis != -spatial - 1:
         return _keep_before(spatial + 1, call, axis)
-    weight, groups = known.shape(call.get("weight")), call.get("groups") if spatial else 1
+    weight, groups = channels.shape(call.get("weight")), call.get("groups") if spatial else 1
     if weight is None or len(weight) != spatial + 2 or not isinstance(groups, int):
         return NOTHING
     outputs, inputs = weight[0], weight[1] * groups
@@ -133,15 +114,15 @@ def _layer(call: Called, axis: int, known: Known) -> Said:
     return _fixed(call, inputs, outputs)
 
 
-def _norm(call: Called, axis: int, known: Known) -> Said:
+def _norm(call: Called, axis: int, channels: Channels) -> Said:
     """BatchNorm, GroupNorm: it is their vectors, if any, that ask for as many channels."""
-    channel = -call.op.spatial - 1 if call.op.spatial else known.negative(1, call.source)
+    channel = -call.op.spatial - 1 if call.op.spatial else channels.negative(1, call.source)
     if axis != channel:
         return _keep(call, axis)
     vectors = [call.get("weight"), call.get("bias")]
     if call.module is None or call.get("training") is False or _tracks(call):
         vectors.append(call.get("running_mean"))
-    shapes = map(known.shape, vectors)
+    shapes = map(channels.shape, vectors)
     count = next((shape[0] for shape in shapes if shape is not None and len(shape) == 1), None)
     return _keep(call, axis) if count is None else _fixed(call, count, count)
 
@@ -151,19 +132,19 @@ def _tracks(call: Called) -> bool:
     return bool(getattr(call.module, "track_running_stats", False))
 
 
-def _instance_norm(call: Called, axis: int, known: Known) -> Said:
+def _instance_norm(call: Called, axis: int, channels: Channels) -> Said:
     """Without a weight of its own it only warns of other channels."""
     affine = call.get("affine") and axis == -call.op.spatial - 1
     count = call.get("num_features") if affine else None
     return _keep(call, axis) if count is None else _fixed(call, count, count)
 
 
-def _layer_norm(call: Called, axis: int, known: Known) -> Said:
+def _layer_norm(call: Called, axis: int, channels: Channels) -> Said:
     sizes = _ints(call.get("normalized_shape"))
     return _fixed(call, sizes[axis], sizes[axis]) if -axis <= len(sizes) else _keep(call, axis)
 
 
-def _pad(call: Called, axis: int, known: Known) -> Said:
+def _pad(call: Called, axis: int, channels: Channels) -> Said:
     pads = _ints(call.get("pad"))
     if not pads:
         return NOTHING
@@ -171,11 +152,11 @@ def _pad(call: Called, axis: int, known: Known) -> Said:
     return _keep(call, axis, partial(operator.add, total), partial(operator.add, -total))
 
 
-def _pool(call: Called, axis: int, known: Known) -> Said:
+def _pool(call: Called, axis: int, channels: Channels) -> Said:
     return _keep_before(call.op.spatial, call, axis)
 
 
-def _resize(call: Called, axis: int, known: Known) -> Said:
+def _resize(call: Called, axis: int, channels: Channels) -> Said:
     """Axis 1 is the channels' even here: what has no batch axis is not taken."""
     for sizes in (call.get("size"), call.get("scale_factor")):
         if isinstance(sizes, (tuple, list)):
@@ -183,11 +164,11 @@ def _resize(call: Called, axis: int, known: Known) -> Said:
     mode = call.get("mode")
     rank = RESIZES.get(mode) if isinstance(mode, str) else None
     if rank is None and call.source is not None:
-        rank = known.rank(call.source)
+        rank = channels.rank(call.source)
     return NOTHING if rank is None else _keep_before(rank - 2, call, axis)
 
 
-def _pixels(call: Called, axis: int, known: Known) -> Said:
+def _pixels(call: Called, axis: int, channels: Channels) -> Said:
     unshuffle = call.op.shape is Shape.PIXEL_UNSHUFFLE
     factor = call.get("downscale_factor" if unshuffle else "upscale_factor")
     if axis != -3 or not isinstance(factor, int) or factor < 1:
@@ -196,7 +177,7 @@ def _pixels(call: Called, axis: int, known: Known) -> Said:
     return _keep(call, axis, more, fewer) if unshuffle else _keep(call, axis, fewer, more)
 
 
-def _broadcast(call: Called, axis: int, known: Known) -> Said:
+def _broadcast(call: Called, axis: int, channels: Channels) -> Said:
     """An operand without the axis counts as 1."""
     operands = call.node.all_input_nodes
     arguments = (*call.node.args, *call.node.kwargs.values())
@@ -204,13 +185,13 @@ def _broadcast(call: Called, axis: int, known: Known) -> Said:
         return NOTHING
     if call.in_place and call.source is not None and len(operands) > 1:
         # ``a += b``: a keeps its shape if it is a tensor, but may be a number.
-        certain = call.node.op == "call_method" or known.is_tensor(call.source)
+        certain = call.node.op == "call_method" or channels.is_tensor(call.source)
         return _keep(call, axis, back=same if certain else None)
     if len(operands) == 1:
         (only,) = operands
         back = Proof(same, ((call.node, axis),))
         return Said((Proof(same, ((only, axis),)),), only, (back,))
-    sizes = tuple((each, axis) for each in operands if known.reaches(each, axis))
+    sizes = tuple((each, axis) for each in operands if channels.reaches(each, axis))
     return Said((Proof(_widest, sizes),)) if sizes else NOTHING
 
 
@@ -222,9 +203,9 @@ def _widest(*sizes: int) -> int | None:
     return None if len(wide) > 1 else max(wide, default=1)
 
 
-def _cat(call: Called, axis: int, known: Known) -> Said:
+def _cat(call: Called, axis: int, channels: Channels) -> Said:
     parts = call.get("tensors")
-    dim = known.negative(call.get("dim"), call.node)
+    dim = channels.negative(call.get("dim"), call.node)
     if dim is None or not isinstance(parts, (tuple, list)) or len(parts) > _MOST_ASKED:
         return NOTHING
     sizes = tuple((part, axis) for part in parts if isinstance(part, fx.Node))
@@ -236,20 +217,20 @@ def _cat(call: Called, axis: int, known: Known) -> Said:
     return Said(tuple(Proof(lambda found: found or None, (size,)) for size in sizes))
 
 
-def joined(call: Called | None, axis: int, known: Known) -> tuple[fx.Node, ...]:
+def joined(call: Called | None, axis: int, channels: Channels) -> tuple[fx.Node, ...]:
     """The values that are concatenated along an axis; none for anything else."""
     if call is None or call.op.shape is not Shape.CAT:
         return ()
     parts = call.get("tensors")
-    dim = known.negative(call.get("dim"), call.node)
+    dim = channels.negative(call.get("dim"), call.node)
     if dim != axis or not isinstance(parts, (tuple, list)) or len(parts) > _MOST_PARTS:
         return ()
     return tuple(parts) if all(isinstance(part, fx.Node) for part in parts) else ()
 
 
-def _parts(call: Called, axis: int, known: Known) -> Said:
+def _parts(call: Called, axis: int, channels: Channels) -> Said:
     """What chunk or split takes apart: its size is the sum of all the parts' sizes."""
-    dim, how = known.negative(call.get("dim"), call.source), call.get("sections")
+    dim, how = channels.negative(call.get("dim"), call.source), call.get("sections")
     items = {user.args[1]: user for user in call.node.users if user.target is operator.getitem}
     if dim is None or call.source is None or not items:
         return NOTHING
@@ -265,11 +246,11 @@ def _parts(call: Called, axis: int, known: Known) -> Said:
     return Said((), call.source, (Proof(lambda *found: sum(found), parts),))
 
 
-def part(call: Called | None, index: int, axis: int, known: Known) -> Said:
+def part(call: Called | None, index: int, axis: int, channels: Channels) -> Said:
     """One of the values that a chunk or split gives."""
     if call is None or call.op.shape is not Shape.PARTS:
         return NOTHING
-    dim, how = known.negative(call.get("dim"), call.source), call.get("sections")
+    dim, how = channels.negative(call.get("dim"), call.source), call.get("sections")
     if dim is None or not (isinstance(how, int) or _ints(how)):
         return NOTHING
     cut = partial(_split, call.op.name, how, index)
@@ -284,11 +265,11 @@ def _split(name: str, how: Any, index: int, size: int) -> int | None:
         return None
 
 
-def _item(call: Called, axis: int, known: Known) -> Said:
+def _item(call: Called, axis: int, channels: Channels) -> Said:
     """``x[:, a:b]``, or one of the values that chunk or split gives."""
     key: Any = call.get("key")
     if isinstance(key, int) and call.source is not None:
-        return known.of_item(call.source, key, axis)
+        return channels.of_item(call.source, key, axis)
     entries = key if isinstance(key, tuple) else (key,)
     if not all(isinstance(entry, slice) or entry is Ellipsis for entry in entries):
         return NOTHING
@@ -296,7 +277,7 @@ def _item(call: Called, axis: int, known: Known) -> Said:
     for i, entry in enumerate(entries):
         if entry is not Ellipsis and entry != slice(None):
             place = i - len(entries) if Ellipsis in entries[:i] else i
-            cuts[known.negative(place, call.source)] = entry
+            cuts[channels.negative(place, call.source)] = entry
     if axis not in cuts and None not in cuts:
         return _keep(call, axis)
     cut = cuts.get(axis)
@@ -311,8 +292,8 @@ def _item(call: Called, axis: int, known: Known) -> Said:
     return _keep(call, axis, lambda size: len(range(size)[cut]), back)
 
 
-def _transpose(call: Called, axis: int, known: Known) -> Said:
-    a, b = (known.negative(call.get(name), call.source) for name in ("dim0", "dim1"))
+def _transpose(call: Called, axis: int, channels: Channels) -> Said:
+    a, b = (channels.negative(call.get(name), call.source) for name in ("dim0", "dim1"))
     if a is None or b is None or call.source is None:
         return NOTHING
     if axis not in (a, b):
@@ -320,7 +301,7 @@ def _transpose(call: Called, axis: int, known: Known) -> Said:
     return Said((Proof(same, ((call.source, b if axis == a else a),)),))
 
 
-def _permute(call: Called, axis: int, known: Known) -> Said:
+def _permute(call: Called, axis: int, channels: Channels) -> Said:
     dims = _ints(call.get("dims"))
     if call.source is None or -axis > len(dims):
         return NOTHING

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
-from fxrep.ops.table import FUNCTIONS
+from fxrep.ops.spellings import FUNCTIONS
 from fxrep.words import words
 
 _Call = tuple[str, Any, tuple[Any, ...], dict[str, Any]]

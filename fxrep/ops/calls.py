@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxrep.ops.op import Op, Reads
 from fxrep.ops.owner import known_class
-from fxrep.ops.table import ATTRIBUTES, CLASSES, FUNCTIONS, METHODS, Op, Reads
+from fxrep.ops.spellings import CLASSES, FUNCTIONS, METHODS
+from fxrep.ops.table import ATTRIBUTES
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import torch
 from torch import fx, nn
 
 from fxrep.ops.calls import Called, Calls, is_function_of, is_torch
+from fxrep.ops.op import Memory, Reads
 from fxrep.ops.owner import owner
-from fxrep.ops.table import Memory, Reads
 from fxrep.words import words
 
 

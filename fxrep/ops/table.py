@@ -1,308 +1,17 @@
-"""What torch's operators are: one entry for each, whatever way it is spelt.
+"""The operators of torch: one entry for each, whatever way it is spelt.
 
-An entry names the functions, methods, operators and classes of torch.nn that are one operator, its
-parameters, what it does to shapes and memory, and what it returns. In-place forms (``add_`` and
-``+=``) and Python's own methods (``__radd__``) follow. An operator that is not here is one nobody
-looks into: `register` adds one from outside.
-
-Given::
-
-    register(elementwise("erfinv"))
-
-Result: the rank and the channels of ``torch.erfinv(x)`` are those of x, its memory is its own, it
-moves over chunk and concatenation like relu, and nobody misses it where nobody reads it.
+An entry says under which names an operator is called, what its parameters are, what it does to
+shapes and memory, and what it returns (`fxrep.ops.op`). In-place forms (``add_`` and ``+=``) and
+Python's own methods (``__radd__``) follow. An operator that is not here is one nobody looks into;
+`fxrep.ops.spellings.register` adds one from outside.
 """
 
 from __future__ import annotations
 
-import ast
-import functools
-import operator
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum, auto
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
-
-class Shape(Enum):
-    """What an operator does to shapes. The rules are in `fxrep.analysis`."""
-
-    UNKNOWN = auto()
-    KEEPS = auto()  # the shape of the first operand
-    KEEPS_RANK = auto()  # its rank only; nothing where `dim` is None
-    BROADCASTS = auto()  # the common shape of all operands
-    LAYER = auto()  # convolution and linear: channels from the weight
-    TRANSPOSED_LAYER = auto()
-    POOL = auto()  # the axes before the spatial ones stay
-    NORM = auto()  # keeps the shape, and raises unless its vectors fit the channels
-    INSTANCE_NORM = auto()
-    LAYER_NORM = auto()
-    PAD = auto()
-    RESIZE = auto()
-    PIXEL_SHUFFLE = auto()
-    PIXEL_UNSHUFFLE = auto()
-    CAT = auto()
-    STACK = auto()
-    PARTS = auto()  # a tuple of tensors along an axis
-    UNBIND = auto()
-    ITEM = auto()
-    TRANSPOSE = auto()
-    PERMUTE = auto()
-    FLATTEN = auto()
-    UNFLATTEN = auto()
-    SIZES = auto()  # one given size for each axis of the result
-    LIKE = auto()  # the shape of the second operand
-    UNSQUEEZE = auto()
-    SELECT = auto()
-    REDUCE = auto()
-    MATMUL = auto()  # all axes but the last two broadcast
-    BATCHED_MATMUL = auto()  # all axes but the last two broadcast
-    EINSUM = auto()
-    EMBEDDING = auto()
-
-
-class Memory(Enum):
-    """What an operator does to memory."""
-
-    FRESH = auto()  # the result has memory of its own
-    VIEW = auto()  # the result may be the first operand, or a view of it
-    DROPOUT = auto()  # like a view; out of training `inplace` means nothing
-    UPDATES = auto()  # fresh; it may write statistics or tables that it is given
-    WRITES = auto()  # it writes its first operand, which is the result
-    UNKNOWN = auto()  # the result may share memory with every operand
-
-
-class Result(Enum):
-    """What an operator returns."""
-
-    TENSOR = auto()
-    SIZE = auto()  # an int or a torch.Size, taken from a shape
-    NUMBER = auto()  # any other number of Python
-    PARTS = auto()  # a tuple of tensors
-    OTHER = auto()
-
-
-class Reads(Enum):
-    """What an operator reads of its operands."""
-
-    VALUES = auto()
-    SIZES = auto()
-    KIND = auto()  # rank, dtype, device: the same for every value of a linear region
-    LAYOUT = auto()  # strides
-
-
-REQUIRED = object()
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One parameter: its names, the first of which counts, and its default."""
-
-    names: tuple[str, ...]
-    default: Any = REQUIRED
-
-
-@dataclass(frozen=True, eq=False)
-class Op:
-    """One operator.
-
-    Attributes:
-        names: its spellings. A name with a capital is a class of torch.nn; one with a dot is that
-            function only (``F.unfold`` is no method, ``torch.ops.mylib.swish`` one of your own);
-            any other is a function of torch, of torch.nn.functional and a method, where there is
-            such.
-        parameters: as in a `def`. Other names of one stand behind a bar (``dim|axis=0``), those of
-            a module are its attributes; ``*size`` takes a sequence or its items; ``...`` at the
-            end takes whatever else is given.
-        spatial: how many spatial axes it has.
-        elementwise: it does the same to each element of one tensor, whatever the others are.
-    """
-
-    names: str
-    parameters: str = "input, ..."
-    shape: Shape = Shape.UNKNOWN
-    memory: Memory = Memory.FRESH
-    result: Result = Result.TENSOR
-    reads: Reads = Reads.VALUES
-    spatial: int = 0
-    elementwise: bool = False
-
-    @functools.cached_property
-    def name(self) -> str:
-        """The name that stands for it, without a home."""
-        return self.names.split()[0].rpartition(".")[2]
-
-    @functools.cached_property
-    def signature(self) -> Signature:
-        """Its parameters, read."""
-        return Signature.of(self.parameters)
-
-
-@dataclass(frozen=True, eq=False)
-class Signature:
-    """The parameters of an operator.
-
-    Attributes:
-        parameters: in order.
-        variadic: the last of `parameters` takes all positions that are left.
-        open: arguments without a parameter are not an error.
-    """
-
-    parameters: tuple[Parameter, ...]
-    variadic: bool
-    open: bool
-
-    @staticmethod
-    def of(text: str) -> Signature:
-        """Read ``input, dim|axis=0, *size, ...``; no default holds a comma."""
-        found, variadic, is_open = [], False, False
-        for part in (part.strip() for part in text.split(",")):
-            if part == "...":
-                is_open = True
-                continue
-            name, _, default = part.partition("=")
-            variadic = variadic or name.startswith("*")
-            value = ast.literal_eval(default) if default else () if name[0] == "*" else REQUIRED
-            found.append(Parameter(tuple(name.lstrip("*").split("|")), value))
-        return Signature(tuple(found), variadic, is_open)
-
-    @functools.cached_property
-    def by_name(self) -> dict[str, str]:
-        """The name that counts, by each name."""
-        return {name: p.names[0] for p in self.parameters for name in p.names}
-
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-        """The arguments of a call by name, defaults filled in; None where they do not fit.
-
-        Those are forms of other overloads, and what an operator here does not take: `out=`.
-        """
-        parameters = self.parameters
-        if self.variadic and len(args) >= len(parameters):
-            rest = args[len(parameters) - 1 :]
-            single = len(rest) == 1 and isinstance(rest[0], (tuple, list))
-            args = (*args[: len(parameters) - 1], rest[0] if single else rest)
-        if len(args) > len(parameters) and not self.open:
-            return None
-        found = {p.names[0]: value for p, value in zip(parameters, args, strict=False)}
-        for key, value in kwargs.items():
-            name = self.by_name.get(key)
-            if (name is None and not self.open) or name in found:
-                return None
-            found[key if name is None else name] = value
-        for p in parameters:
-            if p.names[0] not in found:
-                if p.default is REQUIRED:
-                    return None
-                found[p.names[0]] = p.default
-        return found
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """An operator by one of its names."""
-
-    op: Op
-    in_place: bool = False
-
-
-FUNCTIONS: dict[Any, Spelling] = {}
-METHODS: dict[str, Spelling] = {}
-CLASSES: dict[type[nn.Module], Op] = {}
-ATTRIBUTES: dict[str, Op] = {}
-OPS: dict[str, Op] = {}  # by the names of functions and methods
-
-_HOMES = {"torch": torch, "F": F, "torch._C._nn": torch._C._nn, "torch.Tensor": torch.Tensor}
-_ALL_HOMES = {**_HOMES, "operator": operator}
-
-# Python's operators, by the name of the operator of torch that they call.
-_OPERATORS = {
-    "add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "floordiv": "floor_divide",
-    "mod": "remainder", "pow": "pow", "matmul": "matmul", "neg": "neg", "pos": "positive",
-    "abs": "abs", "invert": "bitwise_not", "and_": "bitwise_and", "or_": "bitwise_or",
-    "xor": "bitwise_xor", "lshift": "bitwise_left_shift", "rshift": "bitwise_right_shift",
-    "eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge",
-    "getitem": "getitem", "setitem": "setitem", "delitem": "delitem",
-}  # fmt: skip
-
-
-def register(op: Op) -> None:
-    """Add an operator to the table; what its names meant before is forgotten.
-
-    Raises:
-        ValueError: none of its names is a function or method of torch, or a class of torch.nn.
-    """
-    if not _enter(op):
-        raise ValueError(f"op.names={op.names!r}: torch has no function, method or module of these")
-
-
-def _enter(op: Op) -> int:
-    """Enter an operator under its names; how many things of torch they are."""
-    found = 0
-    for name in op.names.split():
-        kind = getattr(nn, name, None) if name[0].isupper() else None
-        if kind is not None:
-            CLASSES[kind] = op
-            found += 1
-        else:
-            found += _enter_call(op, name)
-    return found
-
-
-def _enter_call(op: Op, name: str) -> int:
-    home, _, last = name.rpartition(".")
-    spelling, in_place = Spelling(op), Spelling(op, in_place=True)
-    found = 0
-    for where in (_home(home),) if home else _HOMES.values():
-        for spelt, meaning in ((last, spelling), (f"{last}_", in_place)):
-            function = getattr(where, spelt, None)
-            if callable(function) and not isinstance(function, type):
-                found += 1
-                packet = isinstance(function, torch._ops.OpOverloadPacket)
-                overloads = [getattr(function, n) for n in function.overloads()] if packet else []
-                for each in (function, *overloads):
-                    if home or each not in _QUALIFIED:
-                        FUNCTIONS[each] = meaning
-                    if home:
-                        _QUALIFIED.add(each)
-    if not home or last not in OPS:
-        OPS[last] = op
-    if not home:
-        for spelt, meaning in ((last, spelling), (f"{last}_", in_place)):
-            if hasattr(torch.Tensor, spelt):
-                METHODS[spelt] = meaning
-    return found
-
-
-def _home(name: str) -> Any:
-    """Where a function lives: ``F``, ``torch.special``, ``torch.ops.mylib``; None if nowhere."""
-    found = _ALL_HOMES.get(name)
-    if found is not None:
-        return found
-    for part in name.removeprefix("torch.").split("."):
-        found = getattr(torch if found is None else found, part, None)
-    return found
-
-
-# Functions that an entry names with their home: entries without one leave them alone.
-_QUALIFIED: set[Any] = set()
-
-
-def _enter_operators() -> None:
-    """Python's operators, their in-place forms, and the methods behind both."""
-    for name, meaning in _OPERATORS.items():
-        op, plain = OPS[meaning], name.rstrip("_")
-        writes = op.memory is Memory.WRITES
-        FUNCTIONS[getattr(operator, name)] = Spelling(op, in_place=writes)
-        METHODS[f"__{plain}__"] = Spelling(op, in_place=writes)
-        if hasattr(operator, f"i{plain}") and not writes:
-            FUNCTIONS[getattr(operator, f"i{plain}")] = Spelling(op, in_place=True)
-            METHODS[f"__i{plain}__"] = Spelling(op, in_place=True)
-    for name in ("add", "mul"):  # of these the order of operands does not matter
-        METHODS[f"__r{name}__"] = Spelling(OPS[name])
+from fxrep.ops.op import Memory, Op, Reads, Result, Shape
 
 
 def elementwise(names: str, parameters: str = "input, ...") -> Op:
@@ -319,8 +28,6 @@ def _each(names: str, parameters: str = "input, ...", *how: Any, **more: Any) ->
     """Operators that differ in their names only; other spellings of one stand behind a colon."""
     return [Op(word.replace(":", " "), parameters, *how, **more) for word in names.split()]
 
-
-# --- the table -----------------------------------------------------------------------------------
 
 _ELEMENTWISE = (
     "abs:absolute neg:negative exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal "
@@ -521,16 +228,6 @@ _COPIES = [
     *_each("item is_tensor", result=Result.NUMBER),
     *_each("tolist _assert", result=Result.OTHER),
     *_each("operator.setitem operator.delitem", memory=Memory.WRITES, result=Result.OTHER),
-    *_each("binary_cross_entropy:BCELoss binary_cross_entropy_with_logits:BCEWithLogitsLoss "
-           "cosine_embedding_loss:CosineEmbeddingLoss cross_entropy:CrossEntropyLoss "
-           "ctc_loss:CTCLoss gaussian_nll_loss:GaussianNLLLoss "
-           "hinge_embedding_loss:HingeEmbeddingLoss huber_loss:HuberLoss kl_div:KLDivLoss "
-           "l1_loss:L1Loss margin_ranking_loss:MarginRankingLoss mse_loss:MSELoss "
-           "multi_margin_loss:MultiMarginLoss multilabel_margin_loss:MultiLabelMarginLoss "
-           "multilabel_soft_margin_loss:MultiLabelSoftMarginLoss nll_loss:NLLLoss:NLLLoss2d "
-           "poisson_nll_loss:PoissonNLLLoss smooth_l1_loss:SmoothL1Loss "
-           "soft_margin_loss:SoftMarginLoss triplet_margin_loss:TripletMarginLoss "
-           "triplet_margin_with_distance_loss:TripletMarginWithDistanceLoss"),
     *_each("AdaptiveLogSoftmaxWithLoss RNN LSTM GRU LSTMCell", result=Result.OTHER),
     *_each("RNNCell GRUCell"),
 ]  # fmt: skip
@@ -544,30 +241,26 @@ _METADATA = [
     *_each("stride is_contiguous", result=Result.NUMBER, reads=Reads.LAYOUT),
 ]  # fmt: skip
 
-for _op in (*_LAYERS, *_POOLS, *_ARITHMETIC, *_STRUCTURE, *_COPIES, *_METADATA):
-    _enter(_op)
+TABLE = (*_LAYERS, *_POOLS, *_ARITHMETIC, *_STRUCTURE, *_COPIES, *_METADATA)
 
-_enter_operators()
-
-ATTRIBUTES.update(
-    {
-        "shape": Op("shape", result=Result.SIZE, reads=Reads.SIZES),
-        "ndim": Op("ndim", result=Result.SIZE, reads=Reads.KIND),
-        "nbytes": Op("nbytes", result=Result.NUMBER, reads=Reads.SIZES),
-        **{
-            name: Op(name, result=Result.OTHER, reads=Reads.KIND)
-            for name in (
-                "dtype", "device", "layout", "is_cuda", "requires_grad", "is_sparse",
-                "is_quantized", "itemsize",
-            )
-        },
-        **{
-            name: Op(name, "input, name", Shape.KEEPS, Memory.VIEW)
-            for name in ("data", "real", "imag")
-        },
-        **{
-            name: Op(name, "input, name", Shape.KEEPS_RANK, Memory.VIEW)
-            for name in ("T", "mT", "H", "mH")
-        },
-    }
-)  # fmt: skip
+# Attributes of a tensor.
+ATTRIBUTES: dict[str, Op] = {
+    "shape": Op("shape", result=Result.SIZE, reads=Reads.SIZES),
+    "ndim": Op("ndim", result=Result.SIZE, reads=Reads.KIND),
+    "nbytes": Op("nbytes", result=Result.NUMBER, reads=Reads.SIZES),
+    **{
+        name: Op(name, result=Result.OTHER, reads=Reads.KIND)
+        for name in (
+            "dtype", "device", "layout", "is_cuda", "requires_grad", "is_sparse",
+            "is_quantized", "itemsize",
+        )
+    },
+    **{
+        name: Op(name, "input, name", Shape.KEEPS, Memory.VIEW)
+        for name in ("data", "real", "imag")
+    },
+    **{
+        name: Op(name, "input, name", Shape.KEEPS_RANK, Memory.VIEW)
+        for name in ("T", "mT", "H", "mH")
+    },
+}  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fxrep.ops.calls import Calls, is_function_of, is_item, is_torch, schemas
-from fxrep.ops.table import Result, Shape
+from fxrep.ops.op import Result, Shape
 from fxrep.words import words
 
 

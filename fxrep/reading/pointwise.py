@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxrep.ops.table import Shape
+from fxrep.ops.op import Shape
 from fxrep.reading.view import View
 
 

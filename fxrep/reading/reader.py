@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from fxrep.ops.owner import foreign_hooks, torch_class
-from fxrep.ops.table import CLASSES
+from fxrep.ops.spellings import CLASSES
 from fxrep.reading import layers, structure
 from fxrep.reading.view import Reading, View
 from fxrep.refusal import Refusal

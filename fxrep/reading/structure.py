@@ -27,7 +27,7 @@ from fxrep.algebra.maps import (
     selection_band,
 )
 from fxrep.algebra.recipe import Call, Expr
-from fxrep.ops.table import Shape
+from fxrep.ops.op import Shape
 from fxrep.reading.layers import as_tuple, per_channel
 from fxrep.reading.view import (
     Affine,

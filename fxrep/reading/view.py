@@ -23,8 +23,8 @@ from fxrep.analysis.channels import Channels
 from fxrep.analysis.ranks import Ranks
 from fxrep.ops.calls import Calls, Held
 from fxrep.ops.effects import writes_over
+from fxrep.ops.op import Reads
 from fxrep.ops.owner import weight_hooks
-from fxrep.ops.table import Reads
 from fxrep.refusal import Refusal
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from fxrep.ops.calls import Calls
 from fxrep.ops.effects import effect
-from fxrep.ops.table import FUNCTIONS, METHODS, OPS
+from fxrep.ops.spellings import FUNCTIONS, METHODS, OPS
 
 _ARGUMENTS: tuple[tuple[Any, ...], ...] = (
     (), (1,), (0,), (1.0,), (-1,), (0, 0), (1, 1), (1, 0), ([0, 0],), ((0, 0, 0, 0),),

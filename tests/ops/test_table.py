@@ -21,10 +21,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import fxrep
 from fxrep.analysis.channels import Channels
 from fxrep.analysis.ranks import Ranks
-from fxrep.ops import table
 from fxrep.ops.calls import Calls
 from fxrep.ops.effects import effect
-from fxrep.ops.table import FUNCTIONS, METHODS, OPS, Memory, Op, Reads, Shape, elementwise, register
+from fxrep.ops.op import REQUIRED, Memory, Op, Reads, Shape
+from fxrep.ops.spellings import CLASSES, FUNCTIONS, METHODS, OPS, register
+from fxrep.ops.table import elementwise
 from fxrep.ops.values import value_type
 from fxrep.words import words
 
@@ -94,7 +95,7 @@ def test_parameters_are_those_of_the_function_in_python(name: str) -> None:
     given = inspect.signature(function).parameters
     for parameter in FUNCTIONS[function].op.signature.parameters:
         known = [given[each] for each in parameter.names if each in given]
-        if known and parameter.default is not table.REQUIRED and parameter.default != ():
+        if known and parameter.default is not REQUIRED and parameter.default != ():
             default = known[0].default
             assert default is inspect.Parameter.empty or default == parameter.default
 
@@ -216,7 +217,7 @@ NOT_RUN: set[str] = set()
 KINDS = [
     info
     for info in modules.module_db
-    if info.module_cls in table.CLASSES and "Fractional" not in info.name
+    if info.module_cls in CLASSES and "Fractional" not in info.name
 ]
 
 
@@ -249,7 +250,12 @@ def test_what_a_module_does(info: Any, training: bool) -> None:
 @pytest.fixture
 def added() -> Iterator[Callable[[Op], None]]:
     """Adds operators for one test."""
-    tables: tuple[dict[Any, Any], ...] = (table.FUNCTIONS, table.METHODS, table.CLASSES, table.OPS)
+    tables: tuple[dict[Any, Any], ...] = (
+        spellings.FUNCTIONS,
+        spellings.METHODS,
+        CLASSES,
+        spellings.OPS,
+    )
     before = [dict(each) for each in tables]
     yield register
     for each, old in zip(tables, before, strict=True):

@@ -1,0 +1,182 @@
+"""What there is to say of an operator of torch: the words of the table."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+
+class Shape(Enum):
+    """What an operator does to shapes. The rules are in `fxrep.analysis`."""
+
+    UNKNOWN = auto()
+    KEEPS = auto()  # the shape of the first operand
+    KEEPS_RANK = auto()  # its rank only; nothing where `dim` is None
+    BROADCASTS = auto()  # the common shape of all operands
+    LAYER = auto()  # convolution and linear: channels from the weight
+    TRANSPOSED_LAYER = auto()
+    POOL = auto()  # the axes before the spatial ones stay
+    NORM = auto()  # keeps the shape, and raises unless its vectors fit the channels
+    INSTANCE_NORM = auto()
+    LAYER_NORM = auto()
+    PAD = auto()
+    RESIZE = auto()
+    PIXEL_SHUFFLE = auto()
+    PIXEL_UNSHUFFLE = auto()
+    CAT = auto()
+    STACK = auto()
+    PARTS = auto()  # a tuple of tensors along an axis
+    UNBIND = auto()
+    ITEM = auto()
+    TRANSPOSE = auto()
+    PERMUTE = auto()
+    FLATTEN = auto()
+    UNFLATTEN = auto()
+    SIZES = auto()  # one given size for each axis of the result
+    LIKE = auto()  # the shape of the second operand
+    UNSQUEEZE = auto()
+    SELECT = auto()
+    REDUCE = auto()
+    MATMUL = auto()  # all axes but the last two broadcast
+    BATCHED_MATMUL = auto()  # all axes but the last two broadcast
+    EINSUM = auto()
+    EMBEDDING = auto()
+
+
+class Memory(Enum):
+    """What an operator does to memory."""
+
+    FRESH = auto()  # the result has memory of its own
+    VIEW = auto()  # the result may be the first operand, or a view of it
+    DROPOUT = auto()  # like a view; out of training `inplace` means nothing
+    UPDATES = auto()  # fresh; it may write statistics or tables that it is given
+    WRITES = auto()  # it writes its first operand, which is the result
+    UNKNOWN = auto()  # the result may share memory with every operand
+
+
+class Result(Enum):
+    """What an operator returns."""
+
+    TENSOR = auto()
+    SIZE = auto()  # an int or a torch.Size, taken from a shape
+    NUMBER = auto()  # any other number of Python
+    PARTS = auto()  # a tuple of tensors
+    OTHER = auto()
+
+
+class Reads(Enum):
+    """What an operator reads of its operands."""
+
+    VALUES = auto()
+    SIZES = auto()
+    KIND = auto()  # rank, dtype, device: the same for every value of a linear region
+    LAYOUT = auto()  # strides
+
+
+REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter: its names, the first of which counts, and its default."""
+
+    names: tuple[str, ...]
+    default: Any = REQUIRED
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One operator.
+
+    Attributes:
+        names: its spellings. A name with a capital is a class of torch.nn; one with a dot is that
+            function only (``F.unfold`` is no method, ``torch.ops.mylib.swish`` one of your own);
+            any other is a function of torch, of torch.nn.functional and a method, where there is
+            such.
+        parameters: as in a `def`. Other names of one stand behind a bar (``dim|axis=0``), those of
+            a module are its attributes; ``*size`` takes a sequence or its items; ``...`` at the
+            end takes whatever else is given.
+        spatial: how many spatial axes it has.
+        elementwise: it does the same to each element of one tensor, whatever the others are.
+    """
+
+    names: str
+    parameters: str = "input, ..."
+    shape: Shape = Shape.UNKNOWN
+    memory: Memory = Memory.FRESH
+    result: Result = Result.TENSOR
+    reads: Reads = Reads.VALUES
+    spatial: int = 0
+    elementwise: bool = False
+
+    @functools.cached_property
+    def name(self) -> str:
+        """The name that stands for it, without a home."""
+        return self.names.split()[0].rpartition(".")[2]
+
+    @functools.cached_property
+    def signature(self) -> Signature:
+        """Its parameters, read."""
+        return Signature.of(self.parameters)
+
+
+@dataclass(frozen=True, eq=False)
+class Signature:
+    """The parameters of an operator.
+
+    Attributes:
+        parameters: in order.
+        variadic: the last of `parameters` takes all positions that are left.
+        open: arguments without a parameter are not an error.
+    """
+
+    parameters: tuple[Parameter, ...]
+    variadic: bool
+    open: bool
+
+    @staticmethod
+    def of(text: str) -> Signature:
+        """Read ``input, dim|axis=0, *size, ...``; no default holds a comma."""
+        found, variadic, is_open = [], False, False
+        for part in (part.strip() for part in text.split(",")):
+            if part == "...":
+                is_open = True
+                continue
+            name, _, default = part.partition("=")
+            variadic = variadic or name.startswith("*")
+            value = ast.literal_eval(default) if default else () if name[0] == "*" else REQUIRED
+            found.append(Parameter(tuple(name.lstrip("*").split("|")), value))
+        return Signature(tuple(found), variadic, is_open)
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, str]:
+        """The name that counts, by each name."""
+        return {name: p.names[0] for p in self.parameters for name in p.names}
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """The arguments of a call by name, defaults filled in; None where they do not fit.
+
+        Those are forms of other overloads, and what an operator here does not take: `out=`.
+        """
+        parameters = self.parameters
+        if self.variadic and len(args) >= len(parameters):
+            rest = args[len(parameters) - 1 :]
+            single = len(rest) == 1 and isinstance(rest[0], (tuple, list))
+            args = (*args[: len(parameters) - 1], rest[0] if single else rest)
+        if len(args) > len(parameters) and not self.open:
+            return None
+        found = {p.names[0]: value for p, value in zip(parameters, args, strict=False)}
+        for key, value in kwargs.items():
+            name = self.by_name.get(key)
+            if (name is None and not self.open) or name in found:
+                return None
+            found[key if name is None else name] = value
+        for p in parameters:
+            if p.names[0] not in found:
+                if p.default is REQUIRED:
+                    return None
+                found[p.names[0]] = p.default
+        return found

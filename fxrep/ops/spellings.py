@@ -1,0 +1,131 @@
+"""Which operator a function, a method or a class of torch.nn is.
+
+Given::
+
+    register(elementwise("i0"))
+
+Result: the rank and the channels of ``torch.i0(x)`` are those of x, its memory is its own, it moves
+over chunk and concatenation like relu, and nobody misses it where nobody reads it.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxrep.ops.op import Memory, Op
+from fxrep.ops.table import TABLE
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """An operator by one of its names."""
+
+    op: Op
+    in_place: bool = False
+
+
+FUNCTIONS: dict[Any, Spelling] = {}
+METHODS: dict[str, Spelling] = {}
+CLASSES: dict[type[nn.Module], Op] = {}
+OPS: dict[str, Op] = {}  # by the names of functions
+
+_HOMES = {"torch": torch, "F": F, "torch._C._nn": torch._C._nn, "torch.Tensor": torch.Tensor}
+_ALL_HOMES = {**_HOMES, "operator": operator}
+
+# Python's operators, by the name of the operator of torch that they call.
+_OPERATORS = {
+    "add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "floordiv": "floor_divide",
+    "mod": "remainder", "pow": "pow", "matmul": "matmul", "neg": "neg", "pos": "positive",
+    "abs": "abs", "invert": "bitwise_not", "and_": "bitwise_and", "or_": "bitwise_or",
+    "xor": "bitwise_xor", "lshift": "bitwise_left_shift", "rshift": "bitwise_right_shift",
+    "eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge",
+    "getitem": "getitem", "setitem": "setitem", "delitem": "delitem",
+}  # fmt: skip
+
+
+def register(op: Op) -> None:
+    """Add an operator to the table; what its names meant before is forgotten.
+
+    Raises:
+        ValueError: none of its names is a function or method of torch, or a class of torch.nn.
+    """
+    if not _enter(op):
+        raise ValueError(f"op.names={op.names!r}: torch has no function, method or module of these")
+
+
+def _enter(op: Op) -> int:
+    """Enter an operator under its names; how many things of torch they are."""
+    found = 0
+    for name in op.names.split():
+        kind = getattr(nn, name, None) if name[0].isupper() else None
+        if kind is not None:
+            CLASSES[kind] = op
+            found += 1
+        else:
+            found += _enter_call(op, name)
+    return found
+
+
+def _enter_call(op: Op, name: str) -> int:
+    home, _, last = name.rpartition(".")
+    spelling, in_place = Spelling(op), Spelling(op, in_place=True)
+    found = 0
+    for where in (_home(home),) if home else _HOMES.values():
+        for spelt, meaning in ((last, spelling), (f"{last}_", in_place)):
+            function = getattr(where, spelt, None)
+            if callable(function) and not isinstance(function, type):
+                found += 1
+                packet = isinstance(function, torch._ops.OpOverloadPacket)
+                overloads = [getattr(function, n) for n in function.overloads()] if packet else []
+                for each in (function, *overloads):
+                    if home or each not in _QUALIFIED:
+                        FUNCTIONS[each] = meaning
+                    if home:
+                        _QUALIFIED.add(each)
+    if not home or last not in OPS:
+        OPS[last] = op
+    if not home:
+        for spelt, meaning in ((last, spelling), (f"{last}_", in_place)):
+            if hasattr(torch.Tensor, spelt):
+                METHODS[spelt] = meaning
+    return found
+
+
+def _home(name: str) -> Any:
+    """Where a function lives: ``F``, ``torch.special``, ``torch.ops.mylib``; None if nowhere."""
+    found = _ALL_HOMES.get(name)
+    if found is not None:
+        return found
+    for part in name.removeprefix("torch.").split("."):
+        found = getattr(torch if found is None else found, part, None)
+    return found
+
+
+# Functions that an entry names with their home: entries without one leave them alone.
+_QUALIFIED: set[Any] = set()
+
+
+def _enter_operators() -> None:
+    """Python's operators, their in-place forms, and the methods behind both."""
+    for name, meaning in _OPERATORS.items():
+        op, plain = OPS[meaning], name.rstrip("_")
+        writes = op.memory is Memory.WRITES
+        FUNCTIONS[getattr(operator, name)] = Spelling(op, in_place=writes)
+        METHODS[f"__{plain}__"] = Spelling(op, in_place=writes)
+        if hasattr(operator, f"i{plain}") and not writes:
+            FUNCTIONS[getattr(operator, f"i{plain}")] = Spelling(op, in_place=True)
+            METHODS[f"__i{plain}__"] = Spelling(op, in_place=True)
+    for name in ("add", "mul"):  # of these the order of operands does not matter
+        METHODS[f"__r{name}__"] = Spelling(OPS[name])
+
+
+for _op in TABLE:
+    _enter(_op)
+
+_enter_operators()
