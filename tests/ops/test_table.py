@@ -251,10 +251,10 @@ def test_what_a_module_does(info: Any, training: bool) -> None:
 def added() -> Iterator[Callable[[Op], None]]:
     """Adds operators for one test."""
     tables: tuple[dict[Any, Any], ...] = (
-        spellings.FUNCTIONS,
-        spellings.METHODS,
+        FUNCTIONS,
+        METHODS,
         CLASSES,
-        spellings.OPS,
+        OPS,
     )
     before = [dict(each) for each in tables]
     yield register
