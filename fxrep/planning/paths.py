@@ -73,7 +73,6 @@ def extended(
 ) -> Path:
     """A path to `node` made longer by the term `index` of its reading, composed to `shape`."""
     term = reading.terms[index]
-    here = frozenset({node})
     concatenates = reading.operation is Operation.CONCATENATION
     path = Path(
         shape,
@@ -81,8 +80,8 @@ def extended(
         outer.root_terms or frozenset({index}),
         _checks_channels(reading, outer),
         outer.zero or _is_zero(view, reading, term),
-        outer.layers | here if reading.is_layer else outer.layers,
-        outer.concatenations | here if concatenates else outer.concatenations,
+        outer.layers | {node} if reading.is_layer else outer.layers,
+        outer.concatenations | {node} if concatenates else outer.concatenations,
         _extended_padding(outer.padding, reading, term),
     )
     return _with_zero_padding(view, path)

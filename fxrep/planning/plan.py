@@ -18,7 +18,7 @@ from fxrep.planning.cost import TYPICAL, CostModel, Work, total
 from fxrep.planning.pieces import Draft, Piece, pieces_of
 from fxrep.planning.walk import Walk, unread, where
 from fxrep.reading.commuting import Commuter
-from fxrep.reading.view import Affine, Operation, View
+from fxrep.reading.view import Operation, View
 from fxrep.refusal import Refusal
 
 
@@ -117,10 +117,7 @@ def plan_of(walk: Walk, cost: CostModel, *, alone: bool = False) -> Plan | Refus
     refusal = _unsafe(walk, draft, region, expanded)
     if refusal is not None:
         return refusal
-    readings = [reading for node in region if (reading := walk.view.affine(node)) is not None]
-    if sum(reading.is_map for reading in readings) < walk.maps:
-        return None
-    if not alone and _operations(walk, region) < 2 and not _is_pooling(readings):
+    if not _is_enough(walk, region, alone):
         return None
     passed = [reading for node in expanded if (reading := walk.view.affine(node)) is not None]
     rank = -draft.axis - 1
@@ -148,10 +145,11 @@ def _is_candidate(walk: Walk, draft: Draft) -> bool:
     ranks = {len(piece.map.axes) for piece in pieces if isinstance(piece.map, Map)}
     if len(ranks) > 1:
         return False
-    if len(pieces) > 1 and (walk.needs_one_source or walk.before or _is_separable(walk)):
-        return False
     # Without a layer there is nothing to move, and at most values to put together again.
-    return bool(ranks) or (walk.before is None and _is_copy(walk, draft))
+    if not ranks and (walk.before is not None or not _is_copy(walk, draft)):
+        return False
+    one_source = walk.needs_one_source or walk.before is not None
+    return len(pieces) == 1 or not (one_source or _is_separable(walk))
 
 
 def _is_copy(walk: Walk, draft: Draft) -> bool:
@@ -172,10 +170,24 @@ def _is_separable(walk: Walk) -> bool:
     reading = walk.view.affine(walk.root)
     if reading is None or len(reading.terms) < 2 or reading.bias is not None:
         return False
-    return all(
-        len(frozenset[int]().union(*(path.root_terms for path in paths))) < 2
-        for paths in walk.frontier.values()
-    )
+    for paths in walk.frontier.values():
+        terms = paths[0].root_terms
+        if len(terms) > 1 or any(path.root_terms != terms for path in paths):
+            return False
+    return True
+
+
+def _is_enough(walk: Walk, region: Sequence[fx.Node], alone: bool) -> bool:
+    """Whether enough operations die: some maps, where the walk asks for them, and several in all.
+
+    A pooling alone is enough, too: a convolution may do the same.
+    """
+    readings = [reading for node in region if (reading := walk.view.affine(node)) is not None]
+    if walk.maps and sum(reading.is_map for reading in readings) < walk.maps:
+        return False
+    if alone or _operations(walk, region) > 1:
+        return True
+    return [reading.operation for reading in readings] == [Operation.POOLING]
 
 
 def _operations(walk: Walk, region: Sequence[fx.Node]) -> int:
@@ -183,11 +195,6 @@ def _operations(walk: Walk, region: Sequence[fx.Node]) -> int:
     moved = {each.node for each in walk.crossed}
     readings = [(node, walk.view.affine(node)) for node in region]
     return sum(node in moved if r is None else not r.is_identity for node, r in readings)
-
-
-def _is_pooling(readings: Sequence[Affine]) -> bool:
-    """Whether the only operation is a pooling, which a convolution may do instead."""
-    return [reading.operation for reading in readings] == [Operation.POOLING]
 
 
 def dying(walk: Walk) -> tuple[fx.Node, ...]:
@@ -261,17 +268,18 @@ def promotion(view: View, nodes: Sequence[fx.Node]) -> Refusal | None:
 def _saved(walk: Walk, region: Sequence[fx.Node], draft: Draft, rank: int) -> Work:
     """The work of the nodes that die."""
     moved = {each.node: each for each in walk.crossed}
+    outputs = draft.width
     for node in region:
         if node in walk.works:
             continue
         passed, reading = walk.expanded[node], walk.view.affine(node)
         if node in moved:
-            width = draft.width
+            width = outputs
             if walk.before is None and isinstance(passed.map, Map):
                 width = passed.map.inputs
             walk.works[node] = work.moved(moved[node], width, rank, passed.crossed)
         elif reading is not None:
-            walk.works[node] = work.of(reading, passed, draft.width, rank)
+            walk.works[node] = work.of(reading, passed, outputs, rank)
     return total([walk.works[node] for node in region if node in walk.works])
 
 
