@@ -110,7 +110,7 @@ class Aliasing:
         dying: Container[fx.Node] | None = None,
         first: fx.Node | None = None,
     ) -> bool:
-        for group in self._groups(node):
+        for group in self._groups(node) if self._writes else ():
             writes = self._writes.get(group)
             if not writes:
                 continue

@@ -109,6 +109,7 @@ class Calls:
         self.module = module
         self._modules: dict[str, nn.Module] = {}
         self._found: dict[fx.Node, tuple[Any, Any, Any, Called | None]] = {}
+        self.effects: dict[fx.Node, tuple[Any, Any, Any]] = {}  # of `fxrep.ops.effects`, by node
 
     def of(self, node: fx.Node) -> Called | None:
         """The call that a node is, if its operator is known."""
