@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from blocks import BLOCKS, Block
-from blocks_chains import CHAIN_BLOCKS
-from blocks_concat import CHEAPER, CONCAT_BLOCKS
-from blocks_linear import LINEAR_BLOCKS
-from check import randomize
 from torch import fx, nn
 
 import fxrep
 from fxrep.reading.view import Affine, Operation, Reading, Unread, View
+from support.blocks import BLOCKS, Block
+from support.blocks_chains import CHAIN_BLOCKS
+from support.blocks_concat import CHEAPER, CONCAT_BLOCKS
+from support.blocks_linear import LINEAR_BLOCKS
+from support.check import randomize
 
 ALL = (*BLOCKS, *LINEAR_BLOCKS, *CHAIN_BLOCKS, *CONCAT_BLOCKS, *(block for block, _ in CHEAPER))
 
