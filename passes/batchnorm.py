@@ -93,4 +93,4 @@ def _is_near(reading: Affine) -> bool:
     return _is_diagonal(reading) or reading.is_layer
 
 
-BATCHNORM = Pass("batchnorm", propose)
+BATCHNORM = Pass("batchnorm", propose, reports_layers=False)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fxrep
 from fxrep.algebra import composition, weights
 from fxrep.planning import walk
-from fxrep.rewriting import editor, session
+from fxrep.rewriting import layers, session
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -281,4 +281,4 @@ def test_one_size_is_refused() -> None:
 
 def test_the_walk_and_the_editor_are_what_the_faults_patch() -> None:
     """The planted faults reach the library through these names; a rename must show here."""
-    assert walk.composition is composition and session.build is editor.build
+    assert walk.composition is composition and session.build is layers.build

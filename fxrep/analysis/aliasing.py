@@ -49,6 +49,7 @@ class Aliasing:
     _irreplaceable: frozenset[fx.Node]
     _stale: frozenset[fx.Node]
     _written_attributes: frozenset[fx.Node]
+    _joined: dict[fx.Node, list[int]] = field(default_factory=dict)
 
     def pure(self, node: fx.Node) -> bool:
         """Whether `node` may be read as an out-of-place operation."""
@@ -122,10 +123,15 @@ class Aliasing:
                     return True
         return False
 
+    def same(self, new: fx.Node, old: fx.Node) -> None:
+        """Say that `new` takes the place of `old`: a write to one of them writes the other."""
+        if new in self._group:  # a node that was not analysed counts as its readers do
+            self._joined.setdefault(new, []).extend(self._groups(old))
+
     def _groups(self, node: fx.Node) -> list[int]:
         known = self._group.get(node)
         if known is not None:
-            return [known]
+            return [known, *self._joined.get(node, ())]
         found = []
         for user in node.users:
             group = self._group.get(user)
@@ -134,24 +140,13 @@ class Aliasing:
         return found
 
 
-def rename_written(graph: fx.Graph, module: nn.Module) -> None:
-    """Let those who read a value after an operation wrote it read the operation's result.
-
-    ``y.add_(a); return y`` becomes ``z = y.add_(a); return z``: both are one tensor, and what y was
-    before is no longer in the way.
-    """
-    modules = dict(module.named_modules(remove_duplicate=False))
-    for node in graph.nodes:
-        effect = _effect(node, modules.__getitem__)
-        written = effect.writes
-        if len(written) != 1 or effect.aliases != written or effect.reshapes or effect.outside:
-            continue
-        source = written[0]
-        if not _returns_it(node) or not _is_tensor(source):
-            continue
-        for user in list(source.users):
-            if user is not node and node < user:
-                user.replace_input_with(source, node)
+def written_operand(node: fx.Node, module: nn.Module) -> fx.Node | None:
+    """The tensor that a node writes and then gives back as its result, if that is all it does."""
+    effect = _effect(node, module.get_submodule)
+    written = effect.writes
+    if len(written) != 1 or effect.aliases != written or effect.reshapes or effect.outside:
+        return None
+    return written[0] if _returns_it(node) and _is_tensor(written[0]) else None
 
 
 def _returns_it(node: fx.Node) -> bool:

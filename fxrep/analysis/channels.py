@@ -36,6 +36,7 @@ _MOST_ASKED = 128
 _MOST_USERS = 32
 _MOST_STEPS = 8
 _MOST_PARTS = 16
+_MOST_AXES = 5
 
 _Size = tuple[fx.Node, int]  # of a value, at an axis
 _Convert = Callable[..., int | None]
@@ -106,6 +107,12 @@ class Channels:
                         asked.add(premise)
                         queue.append(premise)
         return self._known.get(goal)
+
+    def same(self, new: fx.Node, old: fx.Node) -> None:
+        """Say that `new` has the sizes of `old`, whose place it takes."""
+        for axis in range(-_MOST_AXES, 0):
+            if (old, axis) in self._known:
+                self._known.setdefault((new, axis), self._known[old, axis])
 
     def _conclude(self, size: _Size, rule: _Rule, waiting: dict[_Size, list[_Waiting]]) -> None:
         """Apply a rule if its premises are known, and then whatever waited for its result."""

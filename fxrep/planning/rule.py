@@ -52,10 +52,13 @@ class Pass:
     Attributes:
         name: how reports and ``optimize(passes=...)`` name it.
         propose: answers for one node of a graph; it never changes the graph.
+        reports_layers: whether the report says of a layer why this pass declined it. The reasons
+            of a pass that folds BatchNorms are reported at the BatchNorm that stays instead.
     """
 
     name: str
     propose: Callable[[View, fx.Node, CostModel], Answer]
+    reports_layers: bool = True
 
 
 # How many scales and shifts after an operation are looked through: a BatchNorm, some coefficients.

@@ -101,6 +101,7 @@ class View:
     derived: dict[str, Expr] = field(default_factory=dict)
     originals: dict[str, Tensor] = field(default_factory=dict)
     readings: dict[fx.Node, Reading] = field(default_factory=dict)
+    parts: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)  # in whose readings they are
     constants: dict[fx.Node, bool] = field(default_factory=dict)
     submodules: dict[str, nn.Module] = field(default_factory=dict)
     trained: set[int] = field(default_factory=set)  # ids of constants made from trained parameters
@@ -109,17 +110,35 @@ class View:
     def read(self, node: fx.Node) -> Reading:
         """What `node` computes, if it is linear in its operands."""
         if node not in self.readings:
-            self.readings[node] = self._read(node)
+            reading = self.readings[node] = self._read(node)
+            for part in reading.inside if isinstance(reading, Affine) else ():
+                self.parts.setdefault(part, set()).add(node)
         return self.readings[node]
 
-    def forget(self, *nodes: fx.Node) -> None:
-        """Read these again: what they are computed from has been replaced.
+    # The editor calls the next three: a view follows every change of its graph.
 
-        With them what they may be part of: a padding whose border they write, a chunk of theirs.
-        """
+    def invalidate(self, *nodes: fx.Node) -> None:
+        """Read these nodes anew, and those that have one of them inside their reading."""
         for node in nodes:
-            for each in (node, *node.all_input_nodes, *node.users):
+            for each in (node, *self.parts.pop(node, ())):
                 self.readings.pop(each, None)
+        # Whether a value is constant is inherited by its readers.
+        doubtful = [node for node in nodes if node in self.constants]
+        for node in doubtful:  # grows while it is read
+            if self.constants.pop(node, None) is not None:
+                doubtful.extend(node.users)
+
+    def same(self, new: fx.Node, old: fx.Node) -> None:
+        """Let `new`, an equal value, have the facts of `old`, which it takes the place of."""
+        self.aliasing.same(new, old)
+        self.ranks.same(new, old)
+        self.channels.same(new, old)
+
+    def installed(self, path: str) -> None:
+        """Look up the module at `path` anew, and take its tensors for what they are."""
+        self.submodules.pop(path, None)
+        for name in ("weight", "bias"):
+            self.derived.pop(f"{path}.{name}", None)
 
     def _read(self, node: fx.Node) -> Reading:
         reading = self.reader(self, node)
