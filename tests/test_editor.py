@@ -70,6 +70,19 @@ def test_facts_go_over_to_the_value_that_takes_the_place_of_another() -> None:
     assert part.view.channels.of(new, -3) == 8
 
 
+def test_facts_go_over_to_an_earlier_value() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        unknown = torch.special.erfcx(x)
+        return unknown, m.b(m.norm(x))
+
+    part = part_of(forward, b=conv(), norm=nn.BatchNorm2d(8))
+    value, norm = node_of(part, torch.special.erfcx), node_of(part, "norm")
+    fill(part)
+    assert part.view.rank(value) == (None, True)
+    part.editor.replace(norm, value)
+    assert part.view.rank(value) == (4, False) and part.view.channels.of(value, -3) == 8
+
+
 def test_a_reading_with_a_changed_part_inside_is_read_anew() -> None:
     """``shift(scale(x.flatten(0, -2))).view_as(x)`` is read as a whole."""
 

@@ -78,7 +78,32 @@ class Aliasing:
 
         Such a value must not become a stored tensor: the write would change it for good.
         """
-        return self._any_write(node, node._sort_key, None)
+        return self.written_since(node, node)
+
+    def written_since(self, node: fx.Node, since: fx.Node) -> bool:
+        """Whether `node`, or what may share its memory, is written after the node `since`."""
+        return self._any_write(node, since._sort_key, None)
+
+    def acts(self, node: fx.Node) -> bool:
+        """Whether a node may write memory, or run code that is not torch's."""
+        effect = _effect(node, self._module.get_submodule)
+        return bool(effect.writes) or effect.outside
+
+    def owns_memory(self, node: fx.Node) -> bool:
+        """Whether a value has memory of its own when it is made, which nobody else knows."""
+        effect = _effect(node, self._module.get_submodule)
+        return not effect.touched and not effect.outside
+
+    def returned(self, node: fx.Node) -> bool:
+        """Whether the graph returns a value, or another one that may share its memory."""
+        ahead = [node]
+        for each in ahead:  # grows while it is read
+            for user in each.users:
+                if user.op == "output":
+                    return True
+                if each in _effect(user, self._module.get_submodule).aliases and user not in ahead:
+                    ahead.append(user)
+        return False
 
     def writes_attribute(self, node: fx.Node) -> bool:
         """Whether the model writes the parameter or buffer that a `get_attr` node reads."""

@@ -75,6 +75,15 @@ def kinds(plan: Plan, view: View) -> tuple[str, ...]:
     return tuple(found)
 
 
+def kind_of(part: Part, node: fx.Node) -> str:
+    """The operation of a node: in the field's words, or else by the name that torch gives it."""
+    reading = part.view.read(node)
+    if isinstance(reading, Affine) and reading.kind != "identity":
+        return reading.kind
+    target = node.meta.get("owner") or node.target
+    return str(getattr(target, "__name__", target))
+
+
 def new_kinds(plan: Plan, layers: Sequence[Layer]) -> tuple[str, ...]:
     """The operations that take their place."""
     found = ["pad" for layer in layers for _ in pads(layer.piece)]

@@ -15,6 +15,7 @@ from fxrep.analysis.channels import Channels
 from fxrep.analysis.ranks import Ranks
 from fxrep.analysis.values import Values
 from fxrep.capture.islands import Program
+from fxrep.errors import PassError
 from fxrep.planning.plan import Plan
 from fxrep.planning.walk import where
 from fxrep.reading.reader import read
@@ -159,6 +160,28 @@ class Part:
         """Make the graph refuse inputs of other ranks than those that its rewrites assume."""
         for node, rank in self.view.ranks.guards():
             self.editor.guard(node, rank)
+
+    def lint(self) -> None:
+        """Make sure that the graph is well formed and that its targets exist.
+
+        Raises:
+            PassError: it is not, as a pass must have changed it by itself.
+        """
+        graph, module = self.program.graph, self.program.module
+        try:
+            graph.lint()
+            for node in graph.nodes:
+                if node.op == "call_module":
+                    module.get_submodule(str(node.target))
+                elif node.op == "get_attr":
+                    owner, _, name = str(node.target).rpartition(".")
+                    getattr(module.get_submodule(owner), name)
+        except Exception as error:
+            name = self.program.path or "the model"
+            raise PassError(
+                f"the graph of {name} is broken ({type(error).__name__}: {error}): a pass changed "
+                "it by itself; passes= finds which one"
+            ) from error
 
 
 def _remembered(function: Callable[[str], Tensor]) -> Lookup:

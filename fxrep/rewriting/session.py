@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from torch import Tensor, fx
 
 from fxrep.analysis.values import Examples, watched
 from fxrep.capture.islands import Capture
+from fxrep.errors import FxrepError, PassError
 from fxrep.planning.cost import CostModel
 from fxrep.planning.plan import Plan
-from fxrep.planning.rule import Drop, Fold, Joint, Pass
+from fxrep.planning.rule import Answer, Drop, Fold, Joint, Pass, Same
 from fxrep.planning.walk import where
 from fxrep.refusal import Refusal
 from fxrep.report import Report, Rewrite, Skip
-from fxrep.rewriting import measure, notes
+from fxrep.rewriting import measure, notes, sharing
 from fxrep.rewriting import validate as validation
 from fxrep.rewriting.layers import Layer, build
 from fxrep.rewriting.measure import Timing
@@ -84,7 +86,8 @@ class Session:
             changed = [rule.name for rule in self.settings.passes if self.sweep(rule, part, cost)]
             if not changed:
                 return turn > 0
-        raise AssertionError(f"the passes {changed} keep rewriting each other's result")
+        names = ", ".join(changed)
+        raise PassError(f"the passes {names} keep rewriting each other's result: leave one out")
 
     def sweep(self, rule: Pass, part: Part, cost: CostModel) -> bool:
         """Ask a pass about every node, from the outputs to the inputs; whether the graph changed.
@@ -98,10 +101,17 @@ class Session:
             node = waiting.pop()
             if node._erased:
                 continue
-            answer = rule.propose(part.view, node, cost)
-            refusal = self.carry_out(rule, part, answer)
+            try:
+                answer = rule.propose(part.view, node, cost)
+                refusal = self.carry_out(rule, part, node, answer)
+            except FxrepError:
+                raise
+            except Exception as error:
+                raise _failure(rule, part, node, f"{type(error).__name__}: {error}") from error
             changed = changed or not (answer is None or refusal)
-            if refusal is not None and not part.is_identity(node):
+            # The plans that end at an identity end at its operand too, whose note is enough.
+            quiet = part.is_identity(node) and not isinstance(answer, Same)
+            if refusal is not None and not quiet:
                 part.notes[node][rule.name] = Skip(rule.name, part.where(node), refusal.reason)
             else:
                 part.notes.get(node, {}).pop(rule.name, None)
@@ -110,8 +120,18 @@ class Session:
 
     # --- the answers of a pass -------------------------------------------------------------------
 
-    def carry_out(self, rule: Pass, part: Part, answer: object) -> Refusal | None:
-        """Do as a pass answered; returns why not, if that was refused by the pass or here."""
+    def carry_out(self, rule: Pass, part: Part, node: fx.Node, answer: object) -> Refusal | None:
+        """Do as a pass answered for a node.
+
+        Returns:
+            Why not, if the pass or the driver refused.
+
+        Raises:
+            PassError: the answer cannot be carried out.
+        """
+        about = answer.node if isinstance(answer, Fold | Joint | Drop | Same) else node
+        if about._erased or about.graph is not part.program.graph:
+            raise _failure(rule, part, node, f"{about.name} is no node of this graph")
         match answer:
             case None:
                 return None
@@ -125,6 +145,11 @@ class Session:
                 self.fold(rule, part, answer)
             case Drop():
                 self.drop(rule, part, answer)
+            case Same():
+                return self.try_same(rule, part, answer)
+            case _:
+                what = f"its answer {answer!r} is none of {ANSWERS}"
+                raise _failure(rule, part, node, what)
         return None
 
     def try_plan(self, rule: Pass, part: Part, plan: Plan) -> Refusal | None:
@@ -172,9 +197,27 @@ class Session:
 
     def drop(self, rule: Pass, part: Part, drop: Drop) -> None:
         """Erase a node without readers."""
+        if drop.node.users or drop.node.op in ("placeholder", "output"):
+            readers = ", ".join(user.name for user in drop.node.users) or "the caller"
+            raise _failure(rule, part, drop.node, f"it cannot be dropped: {readers} reads it")
         location = part.where(drop.node)
         part.editor.erase(drop.node)
         self.rewrites.append(notes.removed(rule, location, drop.kind))
+
+    def try_same(self, rule: Pass, part: Part, same: Same) -> Refusal | None:
+        """Let the readers of a node read an earlier, equal value."""
+        node, value = same.node, same.value
+        if value._erased or value.graph is not node.graph or not value < node:
+            what = f"the value {value.name} that is to be read instead is no earlier node"
+            raise _failure(rule, part, node, what)
+        refusal = sharing.refusal(part.view, same)
+        if refusal is not None:
+            return refusal
+        location, kind = part.where(node), notes.kind_of(part, node)
+        part.editor.replace(node, value)
+        part.editor.erase(node)
+        self.rewrites.append(notes.removed(rule, location, kind))
+        return None
 
     # --- from a plan to its layers ---------------------------------------------------------------
 
@@ -213,9 +256,14 @@ class Session:
     # --- the end ---------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Guard the assumptions made, and remove the modules that nothing calls any more."""
+        """Guard the assumptions made, and remove the modules that nothing calls any more.
+
+        Raises:
+            PassError: a graph is broken.
+        """
         for part in self.parts:
             part.guard()
+            part.lint()
         prune(self.captured, {p.program.path: p.editor.names.retired for p in self.parts})
 
     def report(self) -> Report:
@@ -226,6 +274,14 @@ class Session:
         for part in self.parts:
             skipped += notes.skips(part, self.settings.passes)
         return Report(tuple(rewrites), tuple(dict.fromkeys(skipped)))
+
+
+ANSWERS = ", ".join(getattr(each, "__name__", "None") for each in get_args(Answer))
+
+
+def _failure(rule: Pass, part: Part, node: fx.Node, what: str) -> PassError:
+    place = part.where(node)
+    return PassError(f"pass {rule.name!r} failed at node {place!r} ({node.format_node()}): {what}")
 
 
 def _stands(plan: Plan) -> bool:
