@@ -7,6 +7,7 @@ from fxrep.errors import FxrepError as FxrepError
 from fxrep.errors import InputError as InputError
 from fxrep.errors import ModelError as ModelError
 from fxrep.errors import OptionError as OptionError
+from fxrep.errors import PassError as PassError
 from fxrep.errors import ReportError as ReportError
 from fxrep.errors import SpecializationError as SpecializationError
 from fxrep.passes import default_passes as default_passes
@@ -19,6 +20,7 @@ from fxrep.planning.rule import Drop as Drop
 from fxrep.planning.rule import Fold as Fold
 from fxrep.planning.rule import Joint as Joint
 from fxrep.planning.rule import Pass as Pass
+from fxrep.planning.rule import Same as Same
 from fxrep.refusal import Refusal as Refusal
 from fxrep.registry import refresh as refresh
 from fxrep.report import Report as Report

@@ -26,6 +26,13 @@ class OptionError(FxrepError):
     """An option such as ``passes=`` or ``cost=`` has a value fxrep does not know."""
 
 
+class PassError(FxrepError):
+    """A pass raised, gave an answer that cannot be carried out, or left a broken graph.
+
+    The message names the pass and the node; the exception of the pass is the ``__cause__``.
+    """
+
+
 class EquivalenceError(FxrepError):
     """The optimized model as a whole gives other results than the original on the inputs given."""
 

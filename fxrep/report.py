@@ -10,7 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-_PLACES_SHOWN = 12  # of one skip reason; `Report.skipped` always holds them all
+_PLACES_SHOWN = 12  # of one reason, or one operation removed; the fields of `Report` hold all
 
 
 @dataclass(frozen=True)
@@ -154,23 +154,28 @@ class Report:
 
 
 def _rewrite_table(name: str, rewrites: Sequence[Rewrite]) -> str:
-    rows: list[tuple[str, ...]] = [
-        (
-            rewrite.where or "(root)",
-            f"{_counts(Counter(rewrite.before))} -> {_counts(Counter(rewrite.after)) or 'nothing'}",
-            _change(rewrite.macs_before, rewrite.macs_after),
-            _change(rewrite.parameters_before, rewrite.parameters_after),
-            "-" if rewrite.error is None else f"{rewrite.error:.1e}",
-        )
-        for rewrite in rewrites
-    ]
+    timed = any(rewrite.seconds_before is not None for rewrite in rewrites)
+    places: dict[tuple[object, ...], list[str]] = {}
+    for number, rewrite in enumerate(rewrites):
+        # A row for each; but operations that are just gone share a row, as there may be hundreds.
+        own = number if rewrite.after else None
+        cells = (*_cells(rewrite), *([_times(rewrite)] if timed else ()))
+        places.setdefault((own, *cells), []).append(rewrite.where or "(root)")
+    rows = [(_places(where), *cells) for (_, *cells), where in places.items()]
     headers = ["where", "operations", "MACs per position", "parameters", "error"]
-    if any(rewrite.seconds_before is not None for rewrite in rewrites):
-        headers.append("time in ms")
-        rows = [(*row, _times(rewrite)) for row, rewrite in zip(rows, rewrites, strict=True)]
+    headers += ["time in ms"] if timed else []
     align = ["left", "left", *["right"] * (len(headers) - 2)]
     table = tabulate(rows, headers, tablefmt="simple", disable_numparse=True, colalign=align)
     return f"{name}: {len(rewrites):,} rewritten\n{table}"
+
+
+def _cells(rewrite: Rewrite) -> tuple[str, ...]:
+    return (
+        f"{_counts(rewrite.before)} -> {_counts(rewrite.after) or 'nothing'}",
+        _change(rewrite.macs_before, rewrite.macs_after),
+        _change(rewrite.parameters_before, rewrite.parameters_after),
+        "-" if rewrite.error is None else f"{rewrite.error:.1e}",
+    )
 
 
 def _times(rewrite: Rewrite) -> str:
@@ -186,16 +191,20 @@ def _skip_table(skipped: Sequence[Skip]) -> str:
         places.setdefault((skip.pass_name, skip.reason), []).append(skip.where or "(root)")
     rows = []
     for (pass_name, reason), where in places.items():
-        shown = list(where[:_PLACES_SHOWN])
-        if len(where) > _PLACES_SHOWN:
-            shown.append(f"... and {len(where) - _PLACES_SHOWN} more")
-        # One cell of several lines: the reason is said once, however many places share it.
-        rows.append((pass_name, "\n".join(shown), reason))
+        rows.append((pass_name, _places(where), reason))
     table = tabulate(
         rows, ("pass", "where", "reason"), tablefmt="simple", disable_numparse=True,
         maxcolwidths=[None, None, 72],
     )  # fmt: skip
     return f"skipped: {len(skipped):,}\n{table}"
+
+
+def _places(where: Sequence[str]) -> str:
+    """One cell of several lines, so that what the places share is said once."""
+    shown = list(where[:_PLACES_SHOWN])
+    if len(where) > _PLACES_SHOWN:
+        shown.append(f"... and {len(where) - _PLACES_SHOWN} more")
+    return "\n".join(shown)
 
 
 def _counts(count: Iterable[str] | dict[str, int]) -> str:

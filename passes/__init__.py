@@ -9,12 +9,14 @@ from fxrep.passes.commute import COMMUTE
 from fxrep.passes.concat import CONCAT
 from fxrep.passes.constants import CONSTANTS
 from fxrep.passes.dead import DEAD
+from fxrep.passes.noops import NO_OPS
 from fxrep.passes.siblings import SIBLINGS
 from fxrep.planning.rule import Pass
 
 default_passes: tuple[Pass, ...] = (
     CONSTANTS,  # first: weights that the graph computes become weights the others can read
     DEAD,  # what nobody reads is in the way of what others read
+    NO_OPS,  # before the passes that look at who reads a value: not every one looks through these
     COMMUTE,  # before a 1x1 and its pooling become one convolution, which costs as much as before
     BRANCHES,  # before batchnorm: a whole block at once, its BatchNorms inside, rounds once
     CONCAT,  # likewise for what ends in a concatenation
@@ -31,6 +33,7 @@ __all__ = [
     "CONCAT",
     "CONSTANTS",
     "DEAD",
+    "NO_OPS",
     "SIBLINGS",
     "default_passes",
 ]

@@ -87,4 +87,4 @@ def _is_scale(reading: Affine) -> bool:
     return absorbs or not reading.is_identity
 
 
-BATCHNORM = Pass("batchnorm", propose)
+BATCHNORM = Pass("batchnorm", propose, reports_layers=False)

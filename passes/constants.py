@@ -58,13 +58,19 @@ def propose(view: View, node: fx.Node, cost: CostModel) -> Fold | Refusal | None
 
 
 def _is_constant(view: View, node: fx.Node) -> bool:
-    """Whether a call reads constants only; decided once for every node, in graph order."""
-    if node not in view.constants:
-        # The first question settles the whole graph; later ones are about single new nodes.
-        for each in view.graph.nodes if not view.constants else (node,):
+    """Whether a call reads constants only; decided once for every node, its operands first."""
+    ahead = [node]
+    while ahead:
+        each = ahead[-1]
+        sources = [] if each in view.constants else each.all_input_nodes
+        unknown = [source for source in sources if source not in view.constants]
+        if unknown:
+            ahead += unknown
+            continue
+        ahead.pop()
+        if each not in view.constants:
             view.constants[each] = _is_pure(view, each) and all(
-                _reads_stored(view, source) or view.constants.get(source, False)
-                for source in each.all_input_nodes
+                _reads_stored(view, source) or view.constants[source] for source in sources
             )
     return view.constants[node]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fxrep
 from fxrep.algebra import composition, weights
 from fxrep.planning import steps
-from fxrep.rewriting import editor, session
+from fxrep.rewriting import layers, session
 from support.blocks import RepVGG
 from support.check import check
 from support.models import conv_bn
@@ -283,4 +283,4 @@ def test_one_size_is_refused() -> None:
 def test_the_walk_and_the_editor_are_what_the_faults_patch() -> None:
     """The planted faults reach the library through these names; a rename must show here."""
     assert vars(steps)["composition"] is composition
-    assert vars(session)["build"] is editor.build
+    assert vars(session)["build"] is layers.build

@@ -17,7 +17,7 @@ import fxrep
 ROOT = Path(__file__).parent.parent
 PUBLIC = {
     "optimize", "report", "refresh", "Report", "Rewrite", "Skip", "default_passes", "FxrepError",
-    "Pass", "Plan", "Fold", "Joint", "Drop", "Refusal", "CostModel", "Work",
+    "Pass", "Plan", "Fold", "Joint", "Drop", "Same", "Refusal", "CostModel", "Work", "PassError",
 }  # fmt: skip
 
 

@@ -48,6 +48,7 @@ class Aliasing:
     _irreplaceable: frozenset[fx.Node]
     _stale: frozenset[fx.Node]
     _written_attributes: frozenset[fx.Node]
+    _joined: dict[fx.Node, list[int]] = field(default_factory=dict)
 
     def pure(self, node: fx.Node) -> bool:
         """Whether `node` may be read as an out-of-place operation."""
@@ -78,7 +79,32 @@ class Aliasing:
 
         Such a value must not become a stored tensor: the write would change it for good.
         """
-        return self._any_write(node, node._sort_key, None)
+        return self.written_since(node, node)
+
+    def written_since(self, node: fx.Node, since: fx.Node) -> bool:
+        """Whether `node`, or what may share its memory, is written after the node `since`."""
+        return self._any_write(node, since._sort_key, None)
+
+    def acts(self, node: fx.Node) -> bool:
+        """Whether a node may write memory, or run code that is not torch's."""
+        does = effect(self._calls, node)
+        return bool(does.writes) or does.outside
+
+    def owns_memory(self, node: fx.Node) -> bool:
+        """Whether a value has memory of its own when it is made, which nobody else knows."""
+        does = effect(self._calls, node)
+        return not does.touched and not does.outside
+
+    def returned(self, node: fx.Node) -> bool:
+        """Whether the graph returns a value, or another one that may share its memory."""
+        ahead = [node]
+        for each in ahead:  # grows while it is read
+            for user in each.users:
+                if user.op == "output":
+                    return True
+                if each in effect(self._calls, user).aliases and user not in ahead:
+                    ahead.append(user)
+        return False
 
     def writes_attribute(self, node: fx.Node) -> bool:
         """Whether the model writes the parameter or buffer that a `get_attr` node reads."""
@@ -123,10 +149,15 @@ class Aliasing:
                     return True
         return False
 
+    def same(self, new: fx.Node, old: fx.Node) -> None:
+        """Say that `new` takes the place of `old`: a write to one of them writes the other."""
+        if new in self._group:  # a node that was not analysed counts as its readers do
+            self._joined.setdefault(new, []).extend(self._groups(old))
+
     def _groups(self, node: fx.Node) -> list[int]:
         known = self._group.get(node)
         if known is not None:
-            return [known]
+            return [known, *self._joined.get(node, ())]
         found = []
         for user in node.users:
             group = self._group.get(user)
@@ -135,23 +166,13 @@ class Aliasing:
         return found
 
 
-def rename_written(graph: fx.Graph, calls: Calls) -> None:
-    """Let those who read a value after an operation wrote it read the operation's result.
-
-    ``y.add_(a); return y`` becomes ``z = y.add_(a); return z``: both are one tensor, and what y was
-    before is no longer in the way.
-    """
-    for node in graph.nodes:
-        found = effect(calls, node)
-        written = found.writes
-        if len(written) != 1 or found.aliases != written or found.reshapes or found.outside:
-            continue
-        source = written[0]
-        if not _returns_it(calls, node) or not _is_tensor(calls, source):
-            continue
-        for user in list(source.users):
-            if user is not node and node < user:
-                user.replace_input_with(source, node)
+def written_operand(node: fx.Node, calls: Calls) -> fx.Node | None:
+    """The tensor that a node writes and then gives back as its result, if that is all it does."""
+    found = effect(calls, node)
+    written = found.writes
+    if len(written) != 1 or found.aliases != written or found.reshapes or found.outside:
+        return None
+    return written[0] if _returns_it(calls, node) and _is_tensor(calls, written[0]) else None
 
 
 def _returns_it(calls: Calls, node: fx.Node) -> bool:

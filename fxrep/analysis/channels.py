@@ -35,6 +35,7 @@ from fxrep.ops.values import value_type
 _MOST_ASKED = 128
 _MOST_USERS = 32
 _MOST_STEPS = 8
+_MOST_AXES = 5
 
 _Waiting = tuple[Size, Proof]
 
@@ -79,6 +80,12 @@ class Channels:
                         asked.add(premise)
                         queue.append(premise)
         return self._known.get(goal)
+
+    def same(self, new: fx.Node, old: fx.Node) -> None:
+        """Say that `new` has the sizes of `old`, whose place it takes."""
+        for axis in range(-_MOST_AXES, 0):
+            if (old, axis) in self._known:
+                self._known.setdefault((new, axis), self._known[old, axis])
 
     def _conclude(self, size: Size, proof: Proof, waiting: dict[Size, list[_Waiting]]) -> None:
         """Apply a proof if its premises are known, and then whatever waited for its result."""

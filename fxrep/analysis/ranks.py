@@ -124,8 +124,14 @@ class Ranks:
         return list(first.values())
 
     def same(self, new: fx.Node, old: fx.Node) -> None:
-        """Say that a node which the analysis has not seen has the rank of one that it has."""
-        if new in self._index or old not in self._index:
+        """Say that `new`, which may not have been analysed, has the rank of `old`."""
+        if old not in self._index:
+            return
+        if new in self._index:
+            known = self._known(old)
+            root, offset = self._find(self._index[new])
+            if known is not None:
+                self._values.setdefault(root, (known[0] - offset, known[1]))
             return
         root, offset = self._find(self._index[old])
         self._index[new] = len(self._parent)

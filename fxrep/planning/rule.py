@@ -41,7 +41,26 @@ class Drop:
     kind: str
 
 
-Answer = Plan | Fold | Joint | Drop | Refusal | None
+@dataclass(frozen=True, eq=False)
+class Same:
+    """``node`` computes the value of ``value``, an earlier node: its readers may read that.
+
+    Equal means equal elements, shape, dtype and device, and nothing else that `node` does. The
+    driver makes sure that nobody can tell the two apart by their memory, and refuses where an
+    operation in place or an output would show it. Strides are the pass's own business.
+
+    Attributes:
+        node: the node that goes.
+        value: the node that is read instead.
+        itself: `node` gives that very tensor, not a copy: then they cannot be told apart.
+    """
+
+    node: fx.Node
+    value: fx.Node
+    itself: bool = False
+
+
+Answer = Plan | Fold | Joint | Drop | Same | Refusal | None
 """A replacement, why there is none although the structure is there, or nothing of the kind."""
 
 
@@ -52,10 +71,13 @@ class Pass:
     Attributes:
         name: how reports and ``optimize(passes=...)`` name it.
         propose: answers for one node of a graph; it never changes the graph.
+        reports_layers: whether the report says of a layer why this pass declined it. The reasons
+            of a pass that folds BatchNorms are reported at the BatchNorm that stays instead.
     """
 
     name: str
     propose: Callable[[View, fx.Node, CostModel], Answer]
+    reports_layers: bool = True
 
 
 # How many scales and shifts after an operation are looked through: a BatchNorm, some coefficients.

@@ -146,6 +146,7 @@ class View:
     derived: dict[str, Expr] = field(default_factory=dict)
     originals: dict[str, Tensor] = field(default_factory=dict)
     readings: dict[fx.Node, Reading] = field(default_factory=dict)
+    parts: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)  # in whose readings they are
     constants: dict[fx.Node, bool] = field(default_factory=dict)
     trained: set[int] = field(default_factory=set)  # ids of constants made from trained parameters
     looked: set[str] = field(default_factory=set)  # tensors whose content decided something
@@ -153,7 +154,9 @@ class View:
     def read(self, node: fx.Node) -> Reading:
         """How `node` is computed, if it is affine in its operands."""
         if node not in self.readings:
-            self.readings[node] = self._read(node)
+            reading = self.readings[node] = self._read(node)
+            for part in reading.absorbed if isinstance(reading, Affine) else ():
+                self.parts.setdefault(part, set()).add(node)
         return self.readings[node]
 
     def affine(self, node: fx.Node) -> Affine | None:
@@ -161,14 +164,30 @@ class View:
         reading = self.read(node)
         return reading if isinstance(reading, Affine) else None
 
-    def forget(self, *nodes: fx.Node) -> None:
-        """Read these again: what they are computed from has been replaced.
+    # The editor calls the next three: a view follows every change of its graph.
 
-        With them what they may be part of: a padding whose border they write, a chunk of theirs.
-        """
+    def invalidate(self, *nodes: fx.Node) -> None:
+        """Read these nodes anew, and those that have one of them inside their reading."""
         for node in nodes:
-            for each in (node, *node.all_input_nodes, *node.users):
+            for each in (node, *self.parts.pop(node, ())):
                 self.readings.pop(each, None)
+        # Whether a value is constant is inherited by its readers.
+        doubtful = [node for node in nodes if node in self.constants]
+        for node in doubtful:  # grows while it is read
+            if self.constants.pop(node, None) is not None:
+                doubtful.extend(node.users)
+
+    def same(self, new: fx.Node, old: fx.Node) -> None:
+        """Let `new`, an equal value, have the facts of `old`, which it takes the place of."""
+        self.aliasing.same(new, old)
+        self.ranks.same(new, old)
+        self.channels.same(new, old)
+
+    def installed(self, path: str) -> None:
+        """Look up the module at `path` anew, and take its tensors for what they are."""
+        self.calls.forget(path)
+        for name in ("weight", "bias"):
+            self.derived.pop(f"{path}.{name}", None)
 
     def _read(self, node: fx.Node) -> Reading:
         reading = self.reader(self, node)

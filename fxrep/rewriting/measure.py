@@ -23,7 +23,7 @@ from fxrep.planning.cost import MacsCost
 from fxrep.planning.plan import Plan
 from fxrep.reading.view import Affine, View
 from fxrep.refusal import Refusal
-from fxrep.rewriting.editor import blank
+from fxrep.rewriting.layers import blank
 from fxrep.rewriting.replacement import pads, replacement
 
 # Rounds in turns, so that drift hits both sides alike: short ones, for a busy machine takes the

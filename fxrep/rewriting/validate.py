@@ -29,7 +29,7 @@ from fxrep.reading.commuting import Commuter
 from fxrep.reading.view import View
 from fxrep.refusal import Refusal
 from fxrep.report import Report
-from fxrep.rewriting.editor import Layer, Lookup
+from fxrep.rewriting.layers import Layer, Lookup
 from fxrep.rewriting.replacement import replacement
 
 # Both sides are float64 and only the order of summation differs.

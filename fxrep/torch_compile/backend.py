@@ -78,9 +78,10 @@ def compile_graph(
         return Folded(gm, example_inputs, inner, settings, chosen.freezing)
     except Unfoldable as refusal:
         reason = str(refusal)
-    except RestartAnalysis:  # dynamo is to trace anew, with a number fixed
-        raise
     except Exception as error:  # the inner compiler may do better with the graph as it is
+        for each in (error, error.__cause__):
+            if isinstance(each, RestartAnalysis):  # dynamo is to trace anew, with a number fixed
+                raise each from None
         log.warning("rewriting failed: %s: %s", type(error).__name__, error, exc_info=True)
         reason = f"rewriting failed: {type(error).__name__}: {error}"
     return Untouched(inner(gm, example_inputs), weights, reason)

@@ -30,7 +30,7 @@ from fxrep.capture.islands import Capture, Program
 from fxrep.capture.signature import Arguments
 from fxrep.reading.view import View, double
 from fxrep.report import Report
-from fxrep.rewriting.editor import rounding
+from fxrep.rewriting.layers import rounding
 from fxrep.rewriting.session import Settings, rewrite
 from fxrep.torch_compile.dynamo import Unfoldable, copied, normalizes, register
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fxrep
 from fxrep.algebra.maps import Axis, conv_map
-from fxrep.rewriting import editor, session, validate
+from fxrep.rewriting import layers, session, validate
 from fxrep.rewriting.validate import relative_error
 from support.blocks import BLOCKS
 from support.check import assert_equal
@@ -56,7 +56,7 @@ def test_a_wrong_number_in_the_geometry_is_seen(
     """Each number of the fused layer's shape changed by one: refused, unless nothing changes."""
     conv = nn.Conv1d(2, 2, kernel, stride, padding, dilation, bias=False)
     model = nn.Sequential(conv, nn.BatchNorm1d(2)).eval()
-    build = editor.build
+    build = layers.build
     for mutant in _mutants(Axis(kernel, stride, padding, padding, dilation)):
         if kernel == 1 and mutant.dilation != dilation:
             continue  # one tap has every dilation

@@ -1,0 +1,129 @@
+"""Where the layers that fxrep makes are registered: at the paths of the layers they replace."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+from fxrep.algebra.maps import Map
+from fxrep.planning.pieces import Piece
+from fxrep.planning.plan import Plan
+from fxrep.reading.view import scope
+from fxrep.rewriting.layers import Layer
+
+
+@dataclass(eq=False)
+class Names:
+    """The paths of modules and tensors that a graph uses, or has used.
+
+    Attributes:
+        module: to which the targets of the graph refer.
+        keep_modules: Python code may still reach into the module: nothing in it is replaced.
+        uses: how many nodes use each path, or one below it.
+        retired: the paths that erased nodes called or read.
+    """
+
+    module: nn.Module
+    keep_modules: bool = False
+    uses: Counter[str] = field(default_factory=Counter)
+    retired: list[str] = field(default_factory=list)
+
+    def made(self, node: fx.Node) -> None:
+        """Count a new node."""
+        self._count(node, 1)
+
+    def erased(self, node: fx.Node) -> None:
+        """Count a node no more."""
+        self._count(node, -1)
+        if node.op in ("call_module", "get_attr"):
+            self.retired.append(str(node.target))
+
+    def _count(self, node: fx.Node, by: int) -> None:
+        if node.op in ("call_module", "get_attr"):
+            for path in _prefixes(str(node.target)):
+                self.uses[path] += by
+
+    def place(self, plans: Sequence[Plan], layers: Sequence[Layer]) -> list[str]:
+        """Free paths for new layers.
+
+        Args:
+            plans: equal plans that share the layers.
+            layers: the new layers.
+
+        Returns:
+            For each layer the path of the only layer that it replaces, or one in the block that
+            the layers it replaces have in common.
+        """
+        region = {node for plan in plans for node in plan.region}
+        reads = {source for node in region for source in node.all_input_nodes}
+        unread = {node for node in reads if node.op == "get_attr" and region.issuperset(node.users)}
+        dying = Counter[str]()
+        for node in region | unread:
+            if node.op in ("call_module", "get_attr"):
+                dying.update(_prefixes(str(node.target)))
+        paths: list[str] = []
+        for layer in layers:
+            wanted = path = self._wanted(plans[0], layer.piece)
+            number = 0
+            while path in paths or self._taken(path, dying):
+                number += 1
+                path = f"{wanted}_{number}"
+            paths.append(path)
+        return paths
+
+    def _wanted(self, plan: Plan, piece: Piece) -> str:
+        """The path a new layer would have if it were free."""
+        assert isinstance(piece.map, Map)
+        word = "conv" if piece.map.axes else "linear"
+        nodes = sorted(piece.layers)
+        called = [str(node.target) for node in nodes if node.op == "call_module"]
+        if self.keep_modules and called:
+            # Below the old layer: a new child of a Sequential would run when code iterates it.
+            return f"{called[0]}.{word}"
+        if len(nodes) == 1 and called:
+            return called[0]
+        if len(plan.pieces) == 1 or not nodes:
+            nodes = list(plan.expanded)
+        common = _owner(nodes[0])
+        for node in nodes[1:]:
+            same = [a == b for a, b in zip(common, _owner(node), strict=False)]
+            common = common[: same.index(False) if False in same else len(same)]
+        return ".".join([*common, word])
+
+    def _taken(self, path: str, dying: Counter[str]) -> bool:
+        """Whether a path has another user than the nodes that die."""
+        if self.uses[path] > dying[path]:
+            return True
+        owner, _, name = path.rpartition(".")
+        try:
+            parent = self.module.get_submodule(owner)
+        except AttributeError:
+            return True
+        if not hasattr(parent, name):
+            return False
+        # A path that only erased nodes have used is free for the layer that replaces them.
+        return self.keep_modules or not (dying[path] or path in self.retired)
+
+
+def names_of(graph: fx.Graph, module: nn.Module, keep_modules: bool) -> Names:
+    """The names that a graph uses as it stands."""
+    names = Names(module, keep_modules)
+    for node in graph.nodes:
+        names.made(node)
+    return names
+
+
+def _prefixes(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+
+
+def _owner(node: fx.Node) -> list[str]:
+    """The module a node belongs to, as the parts of its path."""
+    if node.op == "call_module":
+        return str(node.target).split(".")[:-1]
+    path = scope(node)
+    return path.split(".") if path else []
