@@ -11,7 +11,7 @@ Values whose ranks differ by a known constant form one class (union-find with of
 known once one of its members is: by a module or function that accepts one rank only, an explicit
 shape, an assertion in the model. What broadcasts takes the largest rank of its operands. Where
 nothing proves a rank, convolutions are assumed to see batches; a rewrite that uses the assumption
-says so (`rely`), and the rewritten graph asserts it.
+says so (`use_assumption`), and the rewritten graph asserts it.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Ranks:
         self._numbers: set[fx.Node] = set()
         self._masks: dict[fx.Node, bool] = {}
         self._lists: dict[fx.Node, tuple[fx.Node, int]] = {}
-        self._relied: set[int] = set()
-        self._leaned: set[int] = set()
+        self._used: set[int] = set()
+        self._deferred: set[int] = set()
         for node in self._nodes:
             self._read(node)
         for node, rank in (known or {}).items():
@@ -96,30 +96,33 @@ class Ranks:
         known = self._known(node)
         return None if known is None else known[0]
 
-    def rely(self, node: fx.Node) -> None:
+    def use_assumption(self, node: fx.Node) -> None:
         """Note that a rewrite is right only if `assumed(node)` is."""
         known = self._known(node)
         if known is not None:
-            self._relied |= known[1]
+            self._used |= known[1]
 
-    def lean(self, node: fx.Node) -> int | None:
-        """`assumed(node)`, for a conclusion that a rewrite may use later: see `rely_leaned`."""
+    def assume_for_later(self, node: fx.Node) -> int | None:
+        """`assumed(node)`, for a conclusion that a rewrite may use later.
+
+        See `use_deferred_assumptions`.
+        """
         known = self._known(node)
         if known is not None:
-            self._leaned |= known[1]
+            self._deferred |= known[1]
         return None if known is None else known[0]
 
-    def rely_leaned(self) -> None:
-        """Note that a rewrite may rest on what was concluded by leaning on an assumption."""
-        self._relied |= self._leaned
+    def use_deferred_assumptions(self) -> None:
+        """Note that a rewrite may rest on conclusions drawn with `assume_for_later`."""
+        self._used |= self._deferred
 
     def guards(self) -> list[tuple[fx.Node, int]]:
-        """The earliest value of each class relied on, with the rank to assert."""
+        """The earliest value of each class whose assumption was used, with the rank to assert."""
         first: dict[int, tuple[fx.Node, int]] = {}
-        for node in self._graph.nodes if self._relied else ():
+        for node in self._graph.nodes if self._used else ():
             if node in self._index and node.op != "get_attr":
                 root, offset = self._find(self._index[node])
-                if root in self._relied:
+                if root in self._used:
                     first.setdefault(root, (node, self._values[root][0] + offset))
         return list(first.values())
 

@@ -67,7 +67,9 @@ class Part:
         graph, calls = self.program.graph, self.calls
         memory = aliasing.analyse(graph, calls)
         ranks = Ranks(graph, calls, self.values.ranks, self.program.ranks)
-        view = View(graph, calls, read, memory, ranks, Channels(graph, calls, ranks.lean))
+        view = View(
+            graph, calls, read, memory, ranks, Channels(graph, calls, ranks.assume_for_later)
+        )
         self.editor.listeners.append(view)
         return view
 
@@ -143,9 +145,9 @@ class Part:
                 if expr is not None:
                     view.derived[f"{target}.{name}"] = expr
         for plan in plans:
-            view.ranks.rely_leaned()
+            view.ranks.use_deferred_assumptions()
             for value in plan.assumes_batched:
-                view.ranks.rely(value)
+                view.ranks.use_assumption(value)
             self.made.append(self.editor.carry_out(plan, targets))
         return targets
 

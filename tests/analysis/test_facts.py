@@ -31,7 +31,7 @@ def contradictions(model: nn.Module, inputs: Any) -> list[str]:
     for program in captured.programs:
         calls, values = Calls(program.module), examples.values(program)
         ranks = Ranks(program.graph, calls, known=program.ranks)
-        channels = Channels(program.graph, calls, ranks.lean)
+        channels = Channels(program.graph, calls, ranks.assume_for_later)
         for node, value in values.env.items():
             if isinstance(value, Tensor):
                 found += wrong(ranks, channels, node, value)

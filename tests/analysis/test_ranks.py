@@ -167,21 +167,21 @@ def test_ranks(
 def test_a_guard_names_the_earliest_value_of_each_class() -> None:
     ranks, first, last = known(lambda s, x: F.relu(s.conv(x)).unsqueeze(1))
     assert ranks.guards() == []
-    ranks.rely(last)
+    ranks.use_assumption(last)
     assert ranks.assumed(last) == 5
     assert ranks.guards() == [(first, 4)]
 
 
 def test_what_is_proven_needs_no_guard() -> None:
     ranks, _, last = known(lambda s, x: s.bn(s.conv(x)))
-    ranks.rely(last)
+    ranks.use_assumption(last)
     assert ranks.guards() == []
 
 
 def test_a_broadcast_relies_on_all_its_operands() -> None:
     ranks, first, last = known(lambda s, x: s.conv(x) + s.conv(x.squeeze()))
     assert (ranks.rank(last), ranks.assumed(last)) == (None, 4)
-    ranks.rely(last)
+    ranks.use_assumption(last)
     assert [rank for _, rank in ranks.guards()] == [4, 4]
     assert ranks.guards()[0][0] is first
 
@@ -191,7 +191,7 @@ def test_an_example_comes_before_the_assumption() -> None:
     x, conv = list(program.graph.nodes)[:2]
     ranks = Ranks(program.graph, Calls(program.module), {x: 3})
     assert (ranks.rank(conv), ranks.assumed(conv)) == (None, 3)
-    ranks.rely(conv)
+    ranks.use_assumption(conv)
     assert ranks.guards() == [(x, 3)]
 
 
@@ -205,7 +205,7 @@ def test_new_nodes_join_the_class_of_what_they_replace() -> None:
     ranks.same(new, wider)
     assert ranks.assumed(new) == 5
     assert ranks.assumed(other) is None
-    ranks.rely(new)
+    ranks.use_assumption(new)
     graph.erase_node(other)
     assert ranks.guards() == [(x, 4)]
 
@@ -274,7 +274,7 @@ def test_a_rank_is_what_the_value_has_when_it_runs(steps: list[str], rank: int) 
     program = capture(Net(forward).eval()).programs[0]
     ranks = Ranks(program.graph, Calls(program.module))
     nodes = list(program.graph.nodes)
-    ranks.rely(nodes[-1].args[0])
+    ranks.use_assumption(nodes[-1].args[0])
     run = Observed(program.module, program.graph)
     try:
         run.run(torch.ones((4,) * rank))
