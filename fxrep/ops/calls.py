@@ -98,6 +98,18 @@ class Called:
         return self.first if isinstance(self.first, fx.Node) else None
 
 
+class _Known:
+    """The call that a node is with these arguments, and what `fxrep.ops.effects` says of it."""
+
+    __slots__ = ("args", "called", "effect", "kwargs")
+
+    def __init__(self, args: Any, kwargs: Any, called: Called | None) -> None:
+        self.args = args
+        self.kwargs = kwargs
+        self.called = called
+        self.effect: Any = None
+
+
 class Calls:
     """The calls of one graph, which may be rewritten meanwhile.
 
@@ -108,17 +120,18 @@ class Calls:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._modules: dict[str, nn.Module] = {}
-        self._found: dict[fx.Node, tuple[Any, Any, Any, Called | None]] = {}
-        self.effects: dict[fx.Node, tuple[Any, Any, Any]] = {}  # of `fxrep.ops.effects`, by node
+        self._known: dict[fx.Node, _Known] = {}
 
     def of(self, node: fx.Node) -> Called | None:
         """The call that a node is, if its operator is known."""
-        found = self._found.get(node)
-        if found and found[0] is node.target and found[1] is node.args and found[2] is node.kwargs:
-            return found[3]
-        called = self._read(node)
-        self._found[node] = node.target, node.args, node.kwargs, called
-        return called
+        return self.known(node).called
+
+    def known(self, node: fx.Node) -> _Known:
+        """What is known of a node as it stands."""
+        found = self._known.get(node)
+        if found is None or found.args is not node.args or found.kwargs is not node.kwargs:
+            found = self._known[node] = _Known(node.args, node.kwargs, self._read(node))
+        return found
 
     def _read(self, node: fx.Node) -> Called | None:
         if node.op == "call_module":

@@ -52,10 +52,10 @@ _OUTSIDE = Effect(outside=True)
 
 def effect(calls: Calls, node: fx.Node) -> Effect:
     """What a node does to memory."""
-    known = calls.effects.get(node)
-    if known is None or known[0] is not node.args or known[1] is not node.kwargs:
-        known = calls.effects[node] = node.args, node.kwargs, _effect(calls, node)
-    found: Effect = known[2]
+    known = calls.known(node)
+    if known.effect is None:
+        known.effect = _effect(calls, node)
+    found: Effect = known.effect
     return found
 
 
