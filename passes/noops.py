@@ -18,6 +18,9 @@ A scale by a stored tensor of ones is not looked at: it folds like any other.
 
 from __future__ import annotations
 
+import operator
+
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
@@ -33,11 +36,14 @@ _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.Featur
 _DROPOUTS = frozenset({F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout})
 
 # What leaves a floating-point value as it is, and whether the number may come first.
-_NEUTRAL: dict[str, tuple[float, bool]] = {
+_NEUTRAL: dict[object, tuple[int, bool]] = {
+    **dict.fromkeys((operator.mul, torch.mul, torch.multiply), (1, True)),
     **dict.fromkeys(("mul", "multiply", "__mul__", "__rmul__"), (1, True)),
-    **dict.fromkeys(("add", "__add__", "__radd__"), (0, True)),
+    **dict.fromkeys((operator.add, torch.add, "add", "__add__", "__radd__"), (0, True)),
+    **dict.fromkeys((operator.sub, torch.sub, torch.subtract), (0, False)),
     **dict.fromkeys(("sub", "subtract", "__sub__"), (0, False)),
-    **dict.fromkeys(("div", "divide", "true_divide", "truediv", "__truediv__"), (1, False)),
+    **dict.fromkeys((operator.truediv, torch.div, torch.divide, torch.true_divide), (1, False)),
+    **dict.fromkeys(("div", "divide", "true_divide", "__truediv__"), (1, False)),
 }
 
 # How many values above an operand are looked at.
@@ -73,16 +79,12 @@ def _unchanged(view: View, node: fx.Node) -> fx.Node | None:
 
 def _computed_with_neutral(node: fx.Node) -> fx.Node | None:
     """The value that a node multiplies by 1, divides by 1, adds 0 to or subtracts 0 from."""
-    if node.op not in ("call_function", "call_method"):
-        return None
-    home = getattr(node.target, "__module__", None) or "torch"
-    name = str(getattr(node.target, "__name__", node.target))
-    if name not in _NEUTRAL or home.partition(".")[0] not in ("torch", "_operator"):
+    if node.target not in _NEUTRAL or node.op not in ("call_function", "call_method"):
         return None
     bound = arguments("input, other", node)
     if bound is None:
         return None
-    neutral, commutes = _NEUTRAL[name]
+    neutral, commutes = _NEUTRAL[node.target]
     value, number = bound["input"], bound["other"]
     if commutes and isinstance(number, fx.Node):
         value, number = number, value
@@ -124,7 +126,8 @@ def _is_contiguous(view: View, node: fx.Node) -> bool:
 
 
 def _makes_contiguous(node: fx.Node) -> bool:
-    return node.target == "contiguous" and len(node.args) == 1 and not node.kwargs
+    plain = len(node.args) == 1 and not node.kwargs
+    return node.op == "call_method" and node.target == "contiguous" and plain
 
 
 NO_OPS = Pass("no-ops", propose)

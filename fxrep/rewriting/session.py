@@ -103,15 +103,14 @@ class Session:
                 continue
             try:
                 answer = rule.propose(part.view, node, cost)
-                refusal = self.carry_out(rule, part, node, answer)
+                refusal = None if answer is None else self.carry_out(rule, part, node, answer)
             except FxrepError:
                 raise
             except Exception as error:
                 raise _failure(rule, part, node, f"{type(error).__name__}: {error}") from error
             changed = changed or not (answer is None or refusal)
             # The plans that end at an identity end at its operand too, whose note is enough.
-            quiet = part.is_identity(node) and not isinstance(answer, Same)
-            if refusal is not None and not quiet:
+            if refusal is not None and (isinstance(answer, Same) or not part.is_identity(node)):
                 part.notes[node][rule.name] = Skip(rule.name, part.where(node), refusal.reason)
             else:
                 part.notes.get(node, {}).pop(rule.name, None)
@@ -133,8 +132,6 @@ class Session:
         if about._erased or about.graph is not part.program.graph:
             raise _failure(rule, part, node, f"{about.name} is no node of this graph")
         match answer:
-            case None:
-                return None
             case Refusal():
                 return answer
             case Plan():
