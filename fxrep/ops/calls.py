@@ -78,8 +78,18 @@ class Called:
                 return Held(module, str(self.node.target), name) if is_tensor else value
         return default
 
+    def __getitem__(self, name: str) -> Any:
+        """An argument by the name that the operator's entry in the table has for it.
+
+        Raises:
+            KeyError: the entry has no such parameter, or the arguments do not fit.
+        """
+        if self.arguments is None or name not in self.arguments:
+            raise KeyError(f"{name!r} is no argument of {self.op.name} ({self.op.parameters})")
+        return self.arguments[name]
+
     def get(self, name: str) -> Any:
-        """An argument by the name that counts; None also where the arguments do not fit."""
+        """An argument by name; None where there is none, or the arguments do not fit."""
         return None if self.arguments is None else self.arguments.get(name)
 
     @property

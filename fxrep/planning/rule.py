@@ -18,7 +18,13 @@ from fxrep.refusal import Refusal
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """``node`` depends on the model's tensors alone and has this value."""
+    """``node`` depends on the model's tensors alone and has this value.
+
+    Attributes:
+        node: the last of a constant expression.
+        value: a tensor, a number or a size.
+        expr: how the value is computed from the model's tensors.
+    """
 
     node: fx.Node
     value: Any
@@ -27,7 +33,12 @@ class Fold:
 
 @dataclass(frozen=True, eq=False)
 class Joint:
-    """Plans that pay only together, after which nobody reads `node` any more."""
+    """Plans that pay only together, after which nobody reads `node` any more.
+
+    Attributes:
+        node: goes when the plans are carried out.
+        plans: all are carried out, or none.
+    """
 
     node: fx.Node
     plans: tuple[Plan, ...]
@@ -35,7 +46,12 @@ class Joint:
 
 @dataclass(frozen=True, eq=False)
 class Drop:
-    """Nobody reads `node`, and it does nothing else."""
+    """Nobody reads `node`, and `node` does nothing but to compute its value.
+
+    Attributes:
+        node: goes.
+        kind: the operation, as the report names it.
+    """
 
     node: fx.Node
     kind: str
@@ -45,14 +61,14 @@ class Drop:
 class Same:
     """``node`` computes the value of ``value``, an earlier node: its readers may read that.
 
-    Equal means equal elements, shape, dtype and device, and nothing else that `node` does. The
-    driver makes sure that nobody can tell the two apart by their memory, and refuses where an
-    operation in place or an output would show it. Strides are the pass's own business.
+    Equal means equal elements, shape, dtype and device; and `node` does nothing else. The driver
+    looks at memory: it refuses where a write in place or an output would show that two values
+    became one. The pass looks at strides, where a reader could fail on those of `value`.
 
     Attributes:
-        node: the node that goes.
-        value: the node that is read instead.
-        itself: `node` gives that very tensor, not a copy: then they cannot be told apart.
+        node: goes.
+        value: is read instead.
+        itself: `node` gives that very tensor and not a copy, so that an output cannot show it.
     """
 
     node: fx.Node
@@ -61,7 +77,7 @@ class Same:
 
 
 Answer = Plan | Fold | Joint | Drop | Same | Refusal | None
-"""A replacement, why there is none although the structure is there, or nothing of the kind."""
+"""A rewrite; why there is none, although the structure is there; or None: no such structure."""
 
 
 @dataclass(frozen=True)

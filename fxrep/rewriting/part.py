@@ -25,6 +25,7 @@ from fxrep.report import Skip
 from fxrep.rewriting.editor import Editor
 from fxrep.rewriting.layers import Layer, Lookup
 from fxrep.rewriting.naming import names_of
+from fxrep.rewriting.waiting import Waiting
 
 
 @dataclass(eq=False)
@@ -34,8 +35,7 @@ class Part:
     Attributes:
         program: its graph is changed by the editor alone.
         values: the values of the graph, as far as example inputs tell.
-        waiting: plans for layers that are called more than once, by what they compute, until there
-            is an equal plan for every call.
+        waiting: plans for layers that are called more than once.
         notes: why a node stayed as it is, by the name of the pass that declined it.
         made: values that took the place of others and that no pass has seen yet.
         weight_users: the nodes that use a layer's weight, by the identity of the weight's owner: a
@@ -45,7 +45,7 @@ class Part:
 
     program: Program
     values: Values
-    waiting: dict[object, list[Plan]] = field(default_factory=lambda: defaultdict(list))
+    waiting: Waiting = field(default_factory=Waiting)
     notes: dict[fx.Node, dict[str, Skip]] = field(default_factory=lambda: defaultdict(dict))
     made: list[fx.Node] = field(default_factory=list)
     weight_users: dict[int, set[fx.Node]] = field(default_factory=lambda: defaultdict(set))
@@ -57,7 +57,7 @@ class Part:
 
     @cached_property
     def editor(self) -> Editor:
-        """Through which the graph is changed."""
+        """The only way to change the graph."""
         graph, module = self.program.graph, self.program.module
         return Editor(graph, module, names_of(graph, module, self.program.keep_modules))
 
@@ -108,11 +108,11 @@ class Part:
         return shared
 
     def originals(self) -> Lookup:
-        """Gives the user's tensors in float64, by path."""
+        """The user's tensors in float64, by path."""
         return _remembered(lambda path: double(self.view.originals[path]))
 
     def exact(self) -> Lookup:
-        """Gives all tensors in float64, by path: those that fxrep made are computed anew."""
+        """All tensors in float64, by path: those that fxrep made are computed anew, not widened."""
         return _remembered(self._exact)
 
     def _exact(self, path: str) -> Tensor:

@@ -95,27 +95,26 @@ class Session:
         The largest region is met first that way.
         """
         changed = False
-        part.waiting.clear()
-        waiting = list(part.program.graph.nodes)
-        while waiting:
-            node = waiting.pop()
+        part.waiting.groups.clear()
+        ahead = list(part.program.graph.nodes)
+        while ahead:
+            node = ahead.pop()
             if node._erased:
                 continue
             try:
                 answer = rule.propose(part.view, node, cost)
-                refusal = self.carry_out(rule, part, node, answer)
+                refusal = None if answer is None else self.carry_out(rule, part, node, answer)
             except FxrepError:
                 raise
             except Exception as error:
                 raise _failure(rule, part, node, f"{type(error).__name__}: {error}") from error
             changed = changed or not (answer is None or refusal)
             # The plans that end at an identity end at its operand too, whose note is enough.
-            quiet = part.is_identity(node) and not isinstance(answer, Same)
-            if refusal is not None and not quiet:
+            if refusal is not None and (isinstance(answer, Same) or not part.is_identity(node)):
                 part.notes[node][rule.name] = Skip(rule.name, part.where(node), refusal.reason)
             else:
                 part.notes.get(node, {}).pop(rule.name, None)
-            waiting += part.take_made()  # the values that took a node's place
+            ahead += part.take_made()  # the values that took a node's place
         return changed
 
     # --- the answers of a pass -------------------------------------------------------------------
@@ -133,8 +132,6 @@ class Session:
         if about._erased or about.graph is not part.program.graph:
             raise _failure(rule, part, node, f"{about.name} is no node of this graph")
         match answer:
-            case None:
-                return None
             case Refusal():
                 return answer
             case Plan():
@@ -154,21 +151,8 @@ class Session:
 
     def try_plan(self, rule: Pass, part: Part, plan: Plan) -> Refusal | None:
         """Carry out a plan; a plan for a layer called more than once waits for its equals."""
-        plans = [plan]
-        shared = part.shared(plan)
-        if shared:
-            key = _signature(plan)
-            # A rewrite in between may have taken a waiting plan apart: the next round plans anew.
-            plans = [*filter(_stands, part.waiting[key]), plan]
-            part.waiting[key] = plans
-            covered = {node for each in plans for node in each.region}
-            if any(user not in covered for users in shared.values() for user in users):
-                node, users = next(iter(shared.items()))
-                return Refusal(
-                    f"{where(node)}: called {len(users)} times, in different surroundings"
-                )
-            part.waiting.pop(key)
-        return self.commit(rule, part, plans)
+        plans = part.waiting.gather(plan, part.shared(plan))
+        return plans if isinstance(plans, Refusal) else self.commit(rule, part, plans)
 
     def try_joint(self, rule: Pass, part: Part, joint: Joint) -> Refusal | None:
         """Carry out plans that pay together: all or none."""
@@ -207,6 +191,8 @@ class Session:
     def try_same(self, rule: Pass, part: Part, same: Same) -> Refusal | None:
         """Let the readers of a node read an earlier, equal value."""
         node, value = same.node, same.value
+        if node.op == "output":
+            raise _failure(rule, part, node, "the output of a graph has no equal")
         if value._erased or value.graph is not node.graph or not value < node:
             what = f"the value {value.name} that is to be read instead is no earlier node"
             raise _failure(rule, part, node, what)
@@ -282,24 +268,3 @@ ANSWERS = ", ".join(getattr(each, "__name__", "None") for each in get_args(Answe
 def _failure(rule: Pass, part: Part, node: fx.Node, what: str) -> PassError:
     place = part.where(node)
     return PassError(f"pass {rule.name!r} failed at node {place!r} ({node.format_node()}): {what}")
-
-
-def _stands(plan: Plan) -> bool:
-    """Whether a plan's nodes are all still in the graph."""
-    nodes = (*plan.expanded, *(piece.source for piece in plan.pieces))
-    return not any(node._erased for node in nodes)
-
-
-def _signature(plan: Plan) -> object:
-    """Equal for two plans that compute the same from different values."""
-    index: dict[fx.Node, object] = {node: i for i, node in enumerate(plan.expanded)}
-    for piece in plan.pieces:
-        index.setdefault(piece.source, f"source {len(index)}")
-
-    def name(node: fx.Node) -> object:
-        return index.get(node, str(node.target))
-
-    def arguments(node: fx.Node) -> str:
-        return str(fx.map_arg((node.args, node.kwargs), lambda n: str(name(n))))
-
-    return tuple((node.op, str(node.target), arguments(node)) for node in plan.expanded)

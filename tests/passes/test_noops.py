@@ -185,6 +185,9 @@ STAYS: dict[str, tuple[Forward, str]] = {
     "another memory format": (
         lambda m, x: m.a(x).contiguous(memory_format=torch.channels_last).relu(), "",
     ),
+    "modules of such names": (
+        lambda m, x: m.contiguous(m.mul(m.linear(x.transpose(1, 3)))).relu(), "",
+    ),
     "a dropout that trains": (lambda m, x: F.dropout(m.a(x), 0.0, True).relu(), ""),
     "a module that trains": (lambda m, x: m.trains(m.a(x)).relu(), ""),
     "a hooked module": (lambda m, x: m.hooked(m.a(x)).relu(), ""),
@@ -197,6 +200,7 @@ def test_stays(name: str) -> None:
     forward, reason = STAYS[name]
     more: dict[str, Any] = {
         "trains": nn.Dropout(0.0), "hooked": _hooked(nn.Identity()), "doubling": Doubling(),
+        "contiguous": nn.Tanh(), "mul": nn.Tanh(),
     }  # fmt: skip
     model = model_of(forward, **more)
     _training(more["trains"])

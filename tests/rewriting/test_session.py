@@ -65,6 +65,9 @@ WRONG: dict[str, tuple[str, Any, str]] = {
         "relu", lambda v, n: Same(n, next(iter(n.users))), "tanh that is to be read instead is no",
     ),
     "itself": ("relu", lambda v, n: Same(n, n), "relu that is to be read instead is no earlier"),
+    "the output": (
+        "relu", lambda v, n: Same(v.graph.find_nodes(op="output")[0], n), "of a graph has no equal",
+    ),
     "a value of another graph": (
         "relu", lambda v, n: Same(n, _other_graph(v, n)), "is no earlier node",
     ),
@@ -77,7 +80,7 @@ def test_an_error_names_the_pass_and_the_node(name: str) -> None:
     with pytest.raises(PassError, match="pass 'mine' failed at node '") as caught:
         fxrep.optimize(relu_of_conv(), passes=[at(target, answer)])
     assert message in str(caught.value)
-    assert f"target={target}" in str(caught.value) or "graph" in message or "input" in name
+    assert f"target={target}" in str(caught.value) or "graph" in message or "put" in name
     assert isinstance(caught.value, FxrepError)
 
 
