@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import Any
 
@@ -148,6 +149,21 @@ def test_torch_compile_says_what_a_pass_did_and_runs_the_model_as_it_is(caplog: 
     with torch.no_grad(), caplog.at_level(logging.WARNING, logger="fxrep"):
         assert torch.equal(compiled(x), model(x))
     assert "PassError: pass 'mine' failed at node 'relu'" in caplog.text
+
+
+def test_dynamo_may_trace_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever size a pass asked for: dynamo's wish passes as it is."""
+    backend = importlib.import_module("fxrep.torch_compile.backend")
+    exc = importlib.import_module("torch._dynamo.exc")
+
+    def fails(*_: Any) -> None:
+        raise PassError("pass 'mine' failed") from exc.RestartAnalysis()
+
+    monkeypatch.setattr(backend, "static_inputs", lambda gm, inputs: {0: None})
+    monkeypatch.setattr(backend, "Folded", fails)
+    graph = fx.symbolic_trace(nn.Identity())
+    with torch.no_grad(), pytest.raises(exc.RestartAnalysis):
+        backend.compile_graph(graph, [torch.ones(1)], options={"inner": "eager"})
 
 
 # --- Same ----------------------------------------------------------------------------------------
