@@ -10,6 +10,9 @@ from fxrep.errors import OptionError as OptionError
 from fxrep.errors import PassError as PassError
 from fxrep.errors import ReportError as ReportError
 from fxrep.errors import SpecializationError as SpecializationError
+from fxrep.ops.op import Op as Op
+from fxrep.ops.spellings import register as register
+from fxrep.ops.table import elementwise as elementwise
 from fxrep.passes import default_passes as default_passes
 from fxrep.pipeline import optimize as optimize
 from fxrep.pipeline import report as report

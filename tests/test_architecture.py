@@ -23,7 +23,7 @@ TOP = len(FLOORS)
 # And of the floors below, these only.
 ONLY = {
     "algebra": {"refusal"},
-    "ops": {"words"},
+    "ops": {"errors", "words"},
     "capture": {"errors", "report", "words", "ops"},
     "passes": {"algebra", "analysis", "reading", "planning", "refusal", "ops", "words"},
 }

@@ -95,6 +95,18 @@ class Aliasing:
         does = effect(self._calls, node)
         return not does.touched and not does.outside
 
+    def is_dense(self, node: fx.Node) -> bool:
+        """Whether a value, or the value that it was written over, has memory of its own."""
+        while self.gives_back(node, *node.all_input_nodes[:1]):
+            node = node.all_input_nodes[0]
+        return self.owns_memory(node)
+
+    def gives_back(self, node: fx.Node, *operand: fx.Node) -> bool:
+        """Whether a node writes an operand, and that only, and returns it."""
+        does = effect(self._calls, node)
+        only = does.writes == does.aliases == operand
+        return bool(operand) and only and not does.outside and not does.reshapes
+
     def returned(self, node: fx.Node) -> bool:
         """Whether the graph returns a value, or another one that may share its memory."""
         ahead = [node]

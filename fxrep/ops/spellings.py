@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxrep.errors import OptionError
 from fxrep.ops.op import Memory, Op
 from fxrep.ops.table import TABLE
 
@@ -52,11 +53,25 @@ _OPERATORS = {
 def register(op: Op) -> None:
     """Add an operator to the table; what its names meant before is forgotten.
 
+    Args:
+        op: ``elementwise("i0")``, ``elementwise("torch.ops.mylib.swish")``, or any other `Op`.
+
     Raises:
-        ValueError: none of its names is a function or method of torch, or a class of torch.nn.
+        OptionError: none of its names is a function or method of torch or a class of torch.nn, or
+            its parameters cannot be read.
     """
+    try:
+        op.signature  # noqa: B018
+    except (IndexError, SyntaxError, ValueError) as error:
+        raise OptionError(
+            f"op.parameters={op.parameters!r} cannot be read ({error}): write them as in a def, "
+            "such as 'input, alpha=1, ...'"
+        ) from error
     if not _enter(op):
-        raise ValueError(f"op.names={op.names!r}: torch has no function, method or module of these")
+        raise OptionError(
+            f"op.names={op.names!r}: torch has no function, method or module of these names; an "
+            "operator of a library is 'torch.ops.library.name'"
+        )
 
 
 def _enter(op: Op) -> int:

@@ -110,6 +110,32 @@ class AlwaysCost:
         return f"operations {before.operations} -> {after.operations}"
 
 
+@dataclass(frozen=True)
+class _Checked:
+    """A cost model of the user's, whose answers are looked at."""
+
+    model: CostModel
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.model.name
+
+    def objection(self, before: Work, after: Work) -> str | None:
+        """The model's objection.
+
+        Raises:
+            OptionError: it is neither a reason nor None.
+        """
+        answer = self.model.objection(before, after)
+        if answer is None or isinstance(answer, str):
+            return answer
+        raise OptionError(
+            f"cost: the objection of {self.name!r} is {answer!r}: it must be a reason (str) not to "
+            "rewrite, or None to go ahead"
+        )
+
+
 _MODELS: dict[str, tuple[CostModel, ...]] = {
     "macs": (MacsCost(),),
     "always": (AlwaysCost(),),
@@ -130,7 +156,7 @@ def cost_models(cost: str | CostModel) -> tuple[CostModel, ...]:
     if isinstance(cost, str) and cost in _MODELS:
         return _MODELS[cost]
     if not isinstance(cost, (str, type)) and isinstance(cost, CostModel):
-        return (cost,)
+        return (_Checked(cost),)
     names = ", ".join(repr(name) for name in _MODELS)
     raise OptionError(
         f"cost={cost!r} is no cost model: pass one of {names}, or an object with `name` and "

@@ -49,6 +49,8 @@ def is_contiguous(view: View, node: fx.Node) -> bool:
 def makes_contiguous(view: View, node: fx.Node) -> bool:
     """Whether a node is ``x.contiguous()``."""
     called = view.calls.of(node)
-    return called is not None and called.op.name == "contiguous" and (
-        called.get("memory_format") in (None, torch.contiguous_format)
+    return (
+        called is not None
+        and called.op.name == "contiguous"
+        and (called.get("memory_format") in (None, torch.contiguous_format))
     )

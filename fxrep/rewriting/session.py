@@ -129,8 +129,9 @@ class Session:
             PassError: the answer cannot be carried out.
         """
         about = answer.node if isinstance(answer, Fold | Joint | Drop | Same) else node
-        if about._erased or about.graph is not part.program.graph:
-            raise _failure(rule, part, node, f"{about.name} is no node of this graph")
+        if about is not node:
+            what = f"it was asked about this node and answered for {about.name}"
+            raise _failure(rule, part, node, what)
         match answer:
             case Refusal():
                 return answer

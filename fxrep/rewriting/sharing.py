@@ -17,15 +17,20 @@ from fxrep.refusal import Refusal
 def refusal(view: View, answer: Same) -> Refusal | None:
     """Why `answer.value` must not be read in place of `answer.node`, or None."""
     node, value, memory = answer.node, answer.value, view.aliasing
-    if memory.acts(node):
+    itself = answer.itself or memory.gives_back(node, value)
+    if not itself and memory.acts(node):
         return Refusal("it writes in place, or runs code or hooks that are not torch's")
     if memory.stale(node):
         return Refusal("it is written in place before its last reader")
+    if not itself and memory.writes_between(value, node, [value]):
+        return Refusal("the value that it equals is written in place before it")
+    if not itself and not memory.is_dense(value):
+        return Refusal("the value that it equals may be a view of another, with gaps in memory")
     others = [user for user in value.users if user is not node and not view.reads_metadata(user)]
-    if not others and (answer.itself or memory.owns_memory(value)):
-        return None  # nobody else knows the value by another name
+    if not others:
+        return None  # no other operation knows the value by another name
     if memory.written(node) or memory.written_since(value, node):
         return Refusal("it equals a value that others read, and one of them is written in place")
-    if not answer.itself and memory.returned(node):
+    if not itself and memory.returned(node):
         return Refusal("it is a copy of a value, and the caller would get the value itself")
     return None

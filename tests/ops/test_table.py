@@ -309,8 +309,10 @@ def test_an_operator_of_ones_own_library(added: Callable[[Op], None]) -> None:
 
 
 def test_an_operator_that_torch_does_not_have() -> None:
-    with pytest.raises(ValueError, match=r"op\.names='no_such_function'"):
-        register(Op("no_such_function"))
+    with pytest.raises(fxrep.OptionError, match=r"op\.names='swish'.*torch\.ops\.library\.name"):
+        register(Op("swish"))
+    with pytest.raises(fxrep.OptionError, match=r"op\.parameters='input, x y z=,'"):
+        register(elementwise("i0", "input, x y z=,"))
 
 
 def test_reads_of_metadata() -> None:

@@ -61,3 +61,15 @@ def test_a_pooling_alone_becomes_a_convolution_if_the_cost_model_takes_that(
     for cost in ("macs", SaysAlways()):
         assert not report(model, cost).rewrites
         assert not report(model, cost).skipped  # nothing was in sight
+
+
+def test_an_objection_that_is_no_reason() -> None:
+    class Yes:
+        name = "yes"
+
+        def objection(self, before: fxrep.Work, after: fxrep.Work) -> bool:
+            return after.operations < before.operations
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    with pytest.raises(fxrep.OptionError, match="objection of 'yes' is True"):
+        fxrep.optimize(model, cost=Yes())  # type: ignore[arg-type]
