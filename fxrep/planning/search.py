@@ -85,8 +85,10 @@ def _reasons_to_stop(walk: Walk, *, found: bool) -> Iterator[str]:
     is_short = len(walk.expanded) <= 1 and not walk.maps
     if not is_short and (not walk.maps or found):
         return
+    # A sum with one affine operand has nothing to merge, whether others read the operand or not.
+    is_alone = len(walk.frozen) > 1 and sum(why is not None for why in walk.frozen.values()) < 2
     for node, why in walk.frozen.items():
-        if why is not None and (is_short or not isinstance(why, Shared)):
+        if why is not None and not (isinstance(why, Shared) and (is_alone or not is_short)):
             at_root = where(node) == where(walk.root)
             yield why.reason if at_root else f"{where(node)}: {why.reason}"
 
