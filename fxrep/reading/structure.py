@@ -18,12 +18,12 @@ from torch import Tensor, fx
 from fxrep.algebra import weights
 from fxrep.algebra.maps import (
     IDENTITY,
-    POINT,
     Axis,
     Band,
     Map,
     channel_map,
     placement_band,
+    pointwise_axes,
     selection_band,
 )
 from fxrep.algebra.recipe import Call, Expr
@@ -55,9 +55,9 @@ def _place(
     return dim - rank, ((node,) if assumed else ())
 
 
-def _points(axis: int) -> tuple[Axis, ...]:
-    """The spatial axes behind a channel axis, untouched."""
-    return (POINT,) * (-axis - 1)
+def _axes_after(axis: int) -> tuple[Axis, ...]:
+    """The spatial axes after a channel axis, unchanged."""
+    return pointwise_axes(-axis - 1)
 
 
 # --- concatenation, slices, splits ---------------------------------------------------------------
@@ -81,7 +81,7 @@ def _read_cat(view: View, node: fx.Node, tensors: Any, dim: Any = 0) -> Reading:
     total, first, terms = sum(sizes), 0, []
     for operand, size in zip(operands, sizes, strict=True):
         band = placement_band(first, size, total)
-        terms.append(Term(operand, Map(_points(axis), band)))
+        terms.append(Term(operand, Map(_axes_after(axis), band)))
         first += size
     return Affine(
         "cat", tuple(terms), assumes_batched=relies, checks_channels=False,
@@ -168,7 +168,7 @@ def _pick(
         picked = [int(i) % size if -size <= i < size else -1 for i in value.tolist()]
     if not picked or -1 in picked:
         return None
-    shape = Map(_points(axis), selection_band(picked, size))
+    shape = Map(_axes_after(axis), selection_band(picked, size))
     kind, operation = "index", Operation.OTHER
     if isinstance(entry, slice):
         kind, operation = "slice", Operation.PART
@@ -224,7 +224,7 @@ def _part(view: View, split: fx.Node, index: int) -> Reading:
     if not length:
         return None
     first = sum(lengths[: index % len(lengths)])
-    shape = Map(_points(axis), selection_band(range(first, first + length), size))
+    shape = Map(_axes_after(axis), selection_band(range(first, first + length), size))
     return Affine(
         "chunk", (Term(source, shape),), assumes_batched=relies, checks_channels=False,
         absorbed=(split,), operation=Operation.PART,
@@ -268,7 +268,7 @@ def _channel_pad(
     count = view.channels.of(source, -len(sizes))
     if count is None or low < 0 or high < 0 or any(size != (0, 0) for size in spatial):
         return None
-    shape = Map(_points(-len(sizes)), placement_band(low, count, low + count + high))
+    shape = Map(_axes_after(-len(sizes)), placement_band(low, count, low + count + high))
     return Affine(
         "pad", (Term(source, shape),), assumes_batched=relies, checks_channels=False,
         operation=Operation.PADDING,

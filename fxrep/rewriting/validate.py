@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fxrep.algebra.maps import Diagonal, Map, channel_map, lifted, points
+from fxrep.algebra.maps import Diagonal, Map, channel_map, pointwise_axes, with_channels
 from fxrep.capture.skeleton import call_arguments, does_not_run, skeleton
 from fxrep.capture.state import unchanged_random_state
 from fxrep.errors import EquivalenceError
@@ -164,7 +164,7 @@ def _shapes(plan: Plan, view: View) -> Iterator[dict[fx.Node, tuple[int, ...]]]:
     maps = [piece.map for piece in plan.pieces if isinstance(piece.map, Map)]
     if not maps:  # values put together again
         channels = max((p.rows or (0, _channels(p, 0)))[1] for p in plan.pieces)
-        maps = [lifted(channel_map(points(-plan.axis - 1)), channels)]
+        maps = [with_channels(channel_map(pointwise_axes(-plan.axis - 1)), channels)]
     rank, outputs = len(maps[0].axes), maps[0].outputs
     if rank == 0:
         known = view.rank(plan.root)[0] or 2
