@@ -27,7 +27,7 @@ import torch
 from torch import fx, nn
 
 from fxrep.ops.calls import Calls
-from fxrep.ops.effects import Effect, effect, only_looks
+from fxrep.ops.effects import Effect, effect, reads_no_values
 from fxrep.ops.op import Memory
 from fxrep.ops.values import value_type
 
@@ -66,7 +66,8 @@ class Aliasing:
         if node in self._group:
             return node in self._stale
         last = max(
-            (user._sort_key for user in node.users if not only_looks(self._calls, user)), default=()
+            (user._sort_key for user in node.users if not reads_no_values(self._calls, user)),
+            default=(),
         )
         return self._any_write(node, node._sort_key, last)
 
@@ -88,12 +89,12 @@ class Aliasing:
     def acts(self, node: fx.Node) -> bool:
         """Whether a node may write memory, or run code that is not torch's."""
         does = effect(self._calls, node)
-        return bool(does.writes) or does.outside
+        return bool(does.writes) or does.escapes
 
     def owns_memory(self, node: fx.Node) -> bool:
         """Whether a value has memory of its own when it is made, which nobody else knows."""
         does = effect(self._calls, node)
-        return not does.touched and not does.outside
+        return not does.touched and not does.escapes
 
     def returned(self, node: fx.Node) -> bool:
         """Whether the graph returns a value, or another one that may share its memory."""
@@ -170,7 +171,7 @@ def written_operand(node: fx.Node, calls: Calls) -> fx.Node | None:
     """The tensor that a node writes and then gives back as its result, if that is all it does."""
     found = effect(calls, node)
     written = found.writes
-    if len(written) != 1 or found.aliases != written or found.reshapes or found.outside:
+    if len(written) != 1 or found.aliases != written or found.reshapes or found.escapes:
         return None
     return written[0] if _returns_it(calls, node) and _is_tensor(calls, written[0]) else None
 
@@ -258,7 +259,7 @@ def _judge(
     doubtful: list[int] = []
     for i in group:
         node, does = nodes[i], effects[i]
-        reads = [index[user] for user in node.users if not only_looks(calls, user)]
+        reads = [index[user] for user in node.users if not reads_no_values(calls, user)]
         last: float = max(reads, default=-1)
         if i in is_write and (older > i or does.reshapes):
             observed.append(i)
@@ -267,7 +268,7 @@ def _judge(
         following = bisect_right(writes, i)
         if following < len(writes) and writes[following] < last:
             stale.add(node)
-        if does.outside:
+        if does.escapes:
             last = math.inf
             if node.op in ("placeholder", "get_attr"):
                 irreplaceable.add(node)

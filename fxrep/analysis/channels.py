@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 
 from fxrep.analysis import size_rules
 from fxrep.analysis.size_rules import NOTHING, RULES, Proof, Said, Size, divided, fact, joined, same
-from fxrep.ops.calls import Calls, Held
+from fxrep.ops.calls import Calls, ModuleTensor
 from fxrep.ops.effects import effect
 from fxrep.ops.values import value_type
 
@@ -138,7 +138,7 @@ class Channels:
 
         A parametrization may have to compute it.
         """
-        if isinstance(value, Held):
+        if isinstance(value, ModuleTensor):
             key = value.module, value.name
             if key not in self._weights:
                 with torch.no_grad():

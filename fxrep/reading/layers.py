@@ -18,7 +18,7 @@ from fxrep.algebra import weights
 from fxrep.algebra.composition import compose
 from fxrep.algebra.maps import IDENTITY, Axis, Diagonal, conv_map
 from fxrep.algebra.recipe import Call, Expr
-from fxrep.ops.calls import Held, is_item
+from fxrep.ops.calls import ModuleTensor, is_item
 from fxrep.ops.values import size_type
 from fxrep.reading.view import (
     Affine,
@@ -307,7 +307,7 @@ def _read_conv(rank: int, transposed: bool = False) -> Reader:
         view: View, node: fx.Node, input: Any, weight: Any, bias: Any,
         **how: Any,
     ) -> Reading:  # fmt: skip
-        held = view.calls.submodule(str(node.target)) if isinstance(weight, Held) else None
+        held = view.calls.submodule(str(node.target)) if isinstance(weight, ModuleTensor) else None
         if isinstance(held, nn.modules.conv._ConvNd) and not _pads_as_it_says(held):
             return Refusal("its padding was changed after it was made")
         constants = view.constant(weight), view.constant(bias)

@@ -21,7 +21,7 @@ from fxrep.algebra.recipe import Call, Expr, Load, record
 from fxrep.analysis.aliasing import Aliasing
 from fxrep.analysis.channels import Channels
 from fxrep.analysis.ranks import Ranks
-from fxrep.ops.calls import Calls, Held
+from fxrep.ops.calls import Calls, ModuleTensor
 from fxrep.ops.effects import writes_over
 from fxrep.ops.op import Reads
 from fxrep.ops.owner import weight_hooks
@@ -185,7 +185,7 @@ class View:
 
     def installed(self, path: str) -> None:
         """Look up the module at `path` anew, and take its tensors for what they are."""
-        self.calls.forget(path)
+        self.calls.invalidate(path)
         for name in ("weight", "bias"):
             self.derived.pop(f"{path}.{name}", None)
 
@@ -212,7 +212,7 @@ class View:
 
     def constant(self, arg: Any) -> Constant | None:
         """`arg` as a constant: a number, or a parameter, buffer or attribute never written."""
-        if isinstance(arg, Held):
+        if isinstance(arg, ModuleTensor):
             return self.attribute(arg.module, arg.path, arg.name)
         if isinstance(arg, numbers.Real) and not isinstance(arg, bool):
             try:
