@@ -80,7 +80,7 @@ def commuter(view: View, node: fx.Node) -> Commuter | None:
     found = reader(view, node, **called.arguments)
     if found is None or node.all_input_nodes != [found.source]:
         return None
-    return found if view.aliasing.pure(node) else None
+    return found if view.aliasing.replaceable(node) else None
 
 
 def _resize(

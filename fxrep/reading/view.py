@@ -177,11 +177,11 @@ class View:
             if self.constants.pop(node, None) is not None:
                 doubtful.extend(node.users)
 
-    def same(self, new: fx.Node, old: fx.Node) -> None:
+    def replacing(self, new: fx.Node, old: fx.Node) -> None:
         """Let `new`, an equal value, have the facts of `old`, which it takes the place of."""
-        self.aliasing.same(new, old)
-        self.ranks.same(new, old)
-        self.channels.same(new, old)
+        self.aliasing.replacing(new, old)
+        self.ranks.replacing(new, old)
+        self.channels.replacing(new, old)
 
     def installed(self, path: str) -> None:
         """Look up the module at `path` anew, and take its tensors for what they are."""
@@ -191,7 +191,7 @@ class View:
 
     def _read(self, node: fx.Node) -> Reading:
         reading = self.reader(self, node)
-        if isinstance(reading, Affine) and not self.aliasing.pure(node):
+        if isinstance(reading, Affine) and not self.aliasing.replaceable(node):
             return Refusal("it writes in place a value that others still read")
         return reading
 

@@ -30,7 +30,7 @@ class Listener(Protocol):
     def invalidate(self, *nodes: fx.Node) -> None:
         """These nodes have other operands or readers than before, or were erased."""
 
-    def same(self, new: fx.Node, old: fx.Node) -> None:
+    def replacing(self, new: fx.Node, old: fx.Node) -> None:
         """The value `new`, equal to `old`, is about to be read in its place."""
 
     def installed(self, path: str) -> None:
@@ -74,7 +74,7 @@ class Editor:
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let all readers of `old` read `new`, an equal value."""
         for listener in self.listeners:
-            listener.same(new, old)
+            listener.replacing(new, old)
         for reader in list(old.users):
             self.reread(reader, old, new)
 

@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor, fx
 
-from fxrep.analysis.values import Examples, watched
+from fxrep.analysis.values import Examples, recorded_run
 from fxrep.capture.islands import Capture
 from fxrep.errors import FxrepError, PassError
 from fxrep.planning.cost import CostModel
@@ -53,7 +53,7 @@ def rewrite(captured: Capture, settings: Settings, example_inputs: object = None
     with torch.no_grad():  # weight_norm's weight is computed to be read, and must not be tracked
         examples = Examples(example_inputs)
         if settings.measures:
-            examples = watched(captured, example_inputs)
+            examples = recorded_run(captured, example_inputs)
         parts = [prepared(program, examples.values(program)) for program in captured.programs]
         session = Session(captured, settings, parts)
         for part in parts:

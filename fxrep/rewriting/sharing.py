@@ -17,7 +17,7 @@ from fxrep.refusal import Refusal
 def refusal(view: View, answer: Same) -> Refusal | None:
     """Why `answer.value` must not be read in place of `answer.node`, or None."""
     node, value, memory = answer.node, answer.value, view.aliasing
-    if memory.acts(node):
+    if memory.has_effects(node):
         return Refusal("it writes in place, or runs code or hooks that are not torch's")
     if memory.stale(node):
         return Refusal("it is written in place before its last reader")
