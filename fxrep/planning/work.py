@@ -34,7 +34,7 @@ def touched(whole: Linear, rank: int, crossed: tuple[Commuter, ...]) -> tuple[in
 def _below(sizes: tuple[int, ...], crossed: tuple[Commuter, ...]) -> tuple[int, ...]:
     for each in crossed:
         if each.spatial == len(sizes):
-            sizes = each.below(sizes)
+            sizes = each.operand_sizes(sizes)
     return sizes
 
 

@@ -173,7 +173,7 @@ def _shapes(plan: Plan, view: View) -> Iterator[dict[fx.Node, tuple[int, ...]]]:
         return
     for sizes, residues in _sizes(maps, plan.moved):
         for each in plan.moved:
-            sizes = list(each.below(tuple(sizes)))
+            sizes = list(each.operand_sizes(tuple(sizes)))
         yield {
             source: (
                 1,
