@@ -1,4 +1,4 @@
-"""Whether a value may be read in place of an equal one, as far as memory goes.
+"""Whether a value may be read in place of an equal value without an effect on shared memory.
 
 Given::
 
@@ -23,7 +23,7 @@ def refusal(view: View, answer: Same) -> Refusal | None:
         return Refusal("it is written in place before its last reader")
     others = [user for user in value.users if user is not node and not view.reads_metadata(user)]
     if not others and (answer.itself or memory.owns_memory(value)):
-        return None  # nobody else knows the value by another name
+        return None  # no other reader could see a write
     if memory.written(node) or memory.written_since(value, node):
         return Refusal("it equals a value that others read, and one of them is written in place")
     if not answer.itself and memory.returned(node):
