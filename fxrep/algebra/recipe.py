@@ -107,7 +107,7 @@ def record(expression: Expr) -> Recipe:
         else:
             stack.append((expr, True))
             stack.extend((child, False) for child in _children(expr))
-    # Only the expression itself can be the last step, except when it is a Load met before.
+    # The expression itself is the last step, as `Recipe.run` requires: all others are operands.
     return Recipe(tuple(steps))
 
 

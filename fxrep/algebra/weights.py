@@ -220,7 +220,7 @@ def _add_diagonals(weights: Sequence[Weight]) -> Weight:
 
 
 def _device(*tensors: Weight) -> torch.device:
-    """The device of the tensors; numbers and tensors made here are on the CPU, whatever it is."""
+    """The device of the tensors that are not on the CPU, where numbers are; else the CPU."""
     devices = [t.device for t in tensors if t is not None]
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 

@@ -69,7 +69,7 @@ class Aliasing:
         return self._any_write(node, node._sort_key, last)
 
     def pinned(self, node: fx.Node) -> bool:
-        """Whether `node` can neither be replaced nor be passed by a walk."""
+        """Whether the graph must keep computing `node`: it is not replaceable, or it is stale."""
         return not self.replaceable(node) or self.stale(node)
 
     def written(self, node: fx.Node) -> bool:
@@ -189,7 +189,7 @@ def analyse(graph: fx.Graph, calls: Calls) -> Aliasing:
     """Find the alias sets of a graph, and the writes in them that show.
 
     Args:
-        graph: as traced: in-place operators are nodes, and later readers read their results.
+        graph: as traced: operators that write in place are nodes like any other.
         calls: the calls of the graph; the module that they refer to is in eval mode.
 
     Returns:
@@ -210,7 +210,9 @@ def analyse(graph: fx.Graph, calls: Calls) -> Aliasing:
     irreplaceable: set[fx.Node] = set()
     stale: set[fx.Node] = set()
     for root, group in members.items():
-        _examine(calls, nodes, index, effects, group, writes[root], irreplaceable, stale)
+        kept, written = _examined(calls, nodes, index, effects, group, writes[root])
+        irreplaceable |= kept
+        stale |= written
     return Aliasing(
         calls,
         {node: roots[i] for i, node in enumerate(nodes)},
@@ -246,17 +248,15 @@ def may_share(node: fx.Node, calls: Calls) -> set[fx.Node]:
     return {each for each in seen if each.op == "get_attr"}
 
 
-def _examine(
+def _examined(
     calls: Calls,
     nodes: list[fx.Node],
     index: dict[fx.Node, int],
     effects: list[Effect],
     group: list[int],
     writes: list[int],
-    irreplaceable: set[fx.Node],
-    stale: set[fx.Node],
-) -> None:
-    """Enter the irreplaceable and the stale values of one alias set.
+) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The irreplaceable and the stale values of one alias set.
 
     Args:
         calls: the calls of the graph.
@@ -265,9 +265,9 @@ def _examine(
         effects: their effects.
         group: positions of the members of the set, ascending.
         writes: positions of the members that write, ascending.
-        irreplaceable: gets the values that must keep their memory.
-        stale: gets the values that are written before their last reader.
     """
+    irreplaceable: set[fx.Node] = set()
+    stale: set[fx.Node] = set()
     is_write = set(writes)
     older = -1.0  # the last read of any member before the current one
     observed: list[int] = []  # writes that show in older members
@@ -292,6 +292,7 @@ def _examine(
     # While older members are read, memory of its own for one of these shows if a write follows.
     irreplaceable.update(nodes[i] for i in doubtful if i <= latest)
     irreplaceable.update(nodes[i] for i in observed)
+    return irreplaceable, stale
 
 
 def _join_memory(nodes: list[fx.Node], parent: list[int], calls: Calls) -> None:

@@ -143,7 +143,7 @@ class Channels:
             node = source
         return node
 
-    # what rules may ask
+    # --- questions of the rules ------------------------------------------------------------------
 
     def shape(self, value: object) -> torch.Size | None:
         """The shape of an argument that is a tensor of the model; None for any other argument.
@@ -188,7 +188,7 @@ def _shape(value: object) -> torch.Size | None:
 
 
 def _reshapes(calls: Calls, node: fx.Node) -> bool:
-    """Whether an operation changes the shape of what it writes."""
+    """Whether an operation changes the shape of an operand in place."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     writes = node.op != "call_module" and (name.endswith("_") or "out" in node.kwargs)
     return writes and effect(calls, node).reshapes

@@ -190,7 +190,7 @@ class Ranks:
             return None
         root, offset = self._find(i)
         known = self._values.get(root)
-        # An operation that takes an axis away leaves a number as it is.
+        # Some operations that remove an axis accept a value without axes, and return it.
         return None if known is None or known[0] + offset < 0 else (known[0] + offset, known[1])
 
     # --- broadcasts ------------------------------------------------------------------------------

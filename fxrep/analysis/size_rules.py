@@ -22,7 +22,7 @@ from fxrep.ops.op import Shape
 if TYPE_CHECKING:
     from fxrep.analysis.channels import Channels
 
-# The most operands of a concatenation looked at for its own size, and for that of a part.
+# The most operands of a concatenation that the size of the result, or of an operand, is asked of.
 _MOST_ASKED = 128
 _MOST_PARTS = 16
 
@@ -199,7 +199,7 @@ def _broadcast(call: Called, axis: int, channels: Channels) -> AxisFacts:
     if not all(isinstance(each, _SCALARS) for each in arguments):
         return NO_FACTS
     if call.in_place and call.source is not None and len(operands) > 1:
-        # ``a += b``: a keeps its shape if it is a tensor, but may be a number.
+        # ``a += b`` keeps the shape of a tensor a; if a is a number, it makes a new value.
         certain = call.node.op == "call_method" or channels.is_tensor(call.source)
         return _from_source(call, axis, backward=unchanged if certain else None)
     if len(operands) == 1:
@@ -233,7 +233,7 @@ def _cat(call: Called, axis: int, channels: Channels) -> AxisFacts:
 
 
 def concatenated(call: Called | None, axis: int, channels: Channels) -> tuple[fx.Node, ...]:
-    """The values that are concatenated along an axis; none for anything else."""
+    """The values that a call concatenates along an axis; none for other calls."""
     if call is None or call.op.shape is not Shape.CAT:
         return ()
     parts = call.get("tensors")

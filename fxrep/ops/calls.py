@@ -1,4 +1,4 @@
-"""What a node of a graph calls: the operator, and its arguments by name.
+"""The operator that a node of a graph calls, and its arguments by name.
 
 Given::
 
@@ -162,7 +162,7 @@ class Calls:
             return None
 
     def reads(self, node: fx.Node) -> Reads:
-        """What a node reads of its operands."""
+        """The properties of its operands that a node reads; values if the operator is unknown."""
         called = self.of(node)
         return Reads.VALUES if called is None else called.op.reads
 

@@ -1,4 +1,4 @@
-"""The types of the table of operators: what an entry says of an operator of torch."""
+"""The types of the table of operators (`fxrep.ops.table`)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Memory(Enum):
 
 
 class Result(Enum):
-    """What an operator returns."""
+    """The type of an operator's result."""
 
     TENSOR = auto()
     SIZE = auto()  # an int or a torch.Size, taken from a shape
@@ -68,7 +68,7 @@ class Result(Enum):
 
 
 class Reads(Enum):
-    """What an operator reads of its operands."""
+    """The properties of its operands that an operator reads."""
 
     VALUES = auto()
     SIZES = auto()
@@ -102,7 +102,7 @@ class Op:
         shape: how the shape of the result follows from the operands.
         memory: whose memory the result is in, and whose memory it writes.
         result: the type of the result.
-        reads: what it reads of its operands.
+        reads: the properties of its operands that it reads.
         spatial: number of spatial axes.
         elementwise: the operator does the same to each element of its first operand.
     """

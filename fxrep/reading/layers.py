@@ -144,7 +144,7 @@ def _batchnorm(
         return Unread(reason, Operation.BATCHNORM)
     if not isinstance(eps, (int, float)):
         return None
-    assumes: tuple[fx.Node, ...] = ()
+    assumes_batched: tuple[fx.Node, ...] = ()
     if axis is None:
         # It normalises dimension 1. The rank tells which dimension that is, counted from the last.
         rank, assumed = view.rank(source)
@@ -153,7 +153,7 @@ def _batchnorm(
                 "BatchNorm normalises dimension 1 of a value of unknown rank: pass example_inputs",
                 Operation.BATCHNORM,
             )
-        axis, assumes = 1 - rank, ((source,) if assumed else ())
+        axis, assumes_batched = 1 - rank, ((source,) if assumed else ())
     scale = Call(
         weights.batchnorm_scale,
         (variance.expr, float(eps), None if weight is None else weight.expr),
@@ -161,7 +161,7 @@ def _batchnorm(
     shift = Call(weights.batchnorm_shift, (scale, mean.expr, None if bias is None else bias.expr))
     term = Term(source, Diagonal(mean.shape[0], axis), scale)
     operation = Operation.BATCHNORM if kind == "batch_norm" else Operation.OTHER
-    return Affine(kind, (term,), shift, assumes, operation=operation)
+    return Affine(kind, (term,), shift, assumes_batched, operation=operation)
 
 
 def _scaled(view: View, node: fx.Node, a: Any, b: Any, *, divide: bool = False) -> Reading:
@@ -250,7 +250,7 @@ def _broadcast_constant(
     wide = [i for i, size in enumerate(shape) if size != 1]
     if len(wide) > 1:
         return None  # a mask, a positional embedding
-    assumes: tuple[fx.Node, ...] = ()
+    assumes_batched: tuple[fx.Node, ...] = ()
     if len(shape) > 1:
         rank, assumed = view.rank(operand)
         if rank is None:
@@ -264,7 +264,7 @@ def _broadcast_constant(
             return Refusal(f"a constant of shape {tuple(shape)} grows a value of rank {rank}")
         # A Conv2d takes (C, H, W) too: only a constant of full rank tells the two apart.
         if assumed and len(shape) == rank:
-            assumes = (operand,)
+            assumes_batched = (operand,)
     dtypes: tuple[torch.dtype, ...] = ()
     if isinstance(constant.value, Tensor):
         if constant.value.is_complex():
@@ -272,7 +272,7 @@ def _broadcast_constant(
         if len(shape):
             dtypes = (constant.value.dtype,)
     diagonal = Diagonal(shape[wide[0]], wide[0] - len(shape)) if wide else IDENTITY
-    return _BroadcastConstant(diagonal, Call(_flatten, (constant.expr,)), assumes, dtypes)
+    return _BroadcastConstant(diagonal, Call(_flatten, (constant.expr,)), assumes_batched, dtypes)
 
 
 def per_channel(view: View, node: fx.Node, value: Any, axis: int) -> Expr | None:
@@ -411,7 +411,7 @@ def _read_view(view: View, node: fx.Node, input: Any, size: Any) -> Reading:
 def _unflattened(view: View, node: fx.Node, input: Any, other: Any) -> Reading:
     """The reading of `node`, which restores the shape of `other` after a flatten and scales."""
     shape = IDENTITY
-    assumes: tuple[fx.Node, ...] = ()
+    assumes_batched: tuple[fx.Node, ...] = ()
     weight: Expr | None = None
     biases: list[Expr] = []
     inside: list[fx.Node] = []
@@ -425,17 +425,17 @@ def _unflattened(view: View, node: fx.Node, input: Any, other: Any) -> Reading:
             if start is not other or shape.axis not in (None, -1):
                 return None
             if view.ranks.rank(start) is None:
-                assumes = (*assumes, start)
+                assumes_batched = (*assumes_batched, start)
             bias = Call(weights.add_biases, tuple(biases)) if biases else None
             term = Term(start, shape, weight)
             return Affine(
-                "identity", (term,), bias, assumes, absorbed=tuple(inside),
+                "identity", (term,), bias, assumes_batched, absorbed=tuple(inside),
                 operation=Operation.IDENTITY,
             )  # fmt: skip
         reading = view.read(value)
         if not isinstance(reading, Affine) or len(reading.terms) > 1:
             return reading if isinstance(reading, Refusal) else None
-        assumes = (*assumes, *reading.assumes_batched)
+        assumes_batched = (*assumes_batched, *reading.assumes_batched)
         term = reading.terms[0]
         composed = compose(shape, term.map, biased=reading.bias is not None)
         if not isinstance(composed, Diagonal):

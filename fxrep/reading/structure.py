@@ -72,7 +72,7 @@ def _read_cat(view: View, node: fx.Node, tensors: Any, dim: Any = 0) -> Reading:
     placed = _axis_from_last(view, operands[0], dim, Operation.CONCATENATION)
     if isinstance(placed, Refusal):
         return placed
-    axis, assumes = placed
+    axis, assumes_batched = placed
     counts = [view.channels.of(each, axis) for each in operands]
     if not all(counts):
         reason = "the channels of what it concatenates are not known"
@@ -84,7 +84,7 @@ def _read_cat(view: View, node: fx.Node, tensors: Any, dim: Any = 0) -> Reading:
         terms.append(Term(operand, Map(_axes_after(axis), band)))
         first += size
     return Affine(
-        "cat", tuple(terms), assumes_batched=assumes, checks_channels=False,
+        "cat", tuple(terms), assumes_batched=assumes_batched, checks_channels=False,
         operation=Operation.CONCATENATION,
     )  # fmt: skip
 
@@ -104,17 +104,17 @@ def _read_item(view: View, node: fx.Node, input: Any, key: Any) -> Reading:
         return Affine("identity", (Term(a, IDENTITY),), operation=Operation.IDENTITY)
     if rank is None:
         return None
-    assumes = (a,) if assumed and any(dim >= 0 for dim in cuts) else ()
+    assumes_batched = (a,) if assumed and any(dim >= 0 for dim in cuts) else ()
     cuts = {dim - rank if dim >= 0 else dim: entry for dim, entry in cuts.items()}
     if set(cuts) == {1 - rank}:
-        return _select_channels(view, a, 1 - rank, cuts[1 - rank], assumes)
+        return _select_channels(view, a, 1 - rank, cuts[1 - rank], assumes_batched)
     axes = [_slice_axis(cuts.pop(dim, slice(None))) for dim in range(2 - rank, 0)]
     known = [axis for axis in axes if axis is not None]
     if cuts or len(known) < len(axes):
         return None
     return Affine(
-        "slice", (Term(a, channel_map(known)),), assumes_batched=assumes, checks_channels=False,
-        operation=Operation.PART,
+        "slice", (Term(a, channel_map(known)),), assumes_batched=assumes_batched,
+        checks_channels=False, operation=Operation.PART,
     )  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def _slice_axis(entry: Any) -> Axis | None:
 
 
 def _select_channels(
-    view: View, source: fx.Node, axis: int, entry: Any, assumes: tuple[fx.Node, ...]
+    view: View, source: fx.Node, axis: int, entry: Any, assumes_batched: tuple[fx.Node, ...]
 ) -> Reading:
     """The reading of a selection of channels by a slice or an index tensor, `entry`."""
     size = view.channels.of(source, axis)
@@ -173,7 +173,7 @@ def _select_channels(
     if isinstance(entry, slice):
         kind, operation = "slice", Operation.PART
     return Affine(
-        kind, (Term(source, shape),), assumes_batched=assumes, checks_channels=False,
+        kind, (Term(source, shape),), assumes_batched=assumes_batched, checks_channels=False,
         operation=operation,
     )  # fmt: skip
 
@@ -211,7 +211,7 @@ def _part(view: View, split: fx.Node, index: int) -> Reading:
     placed = _axis_from_last(view, source, dim)
     if isinstance(placed, Refusal):
         return None
-    axis, assumes = placed
+    axis, assumes_batched = placed
     size = view.channels.of(source, axis)
     if size is None:
         return None
@@ -226,7 +226,7 @@ def _part(view: View, split: fx.Node, index: int) -> Reading:
     first = sum(lengths[: index % len(lengths)])
     shape = Map(_axes_after(axis), selection_band(range(first, first + length), size))
     return Affine(
-        "chunk", (Term(source, shape),), assumes_batched=assumes, checks_channels=False,
+        "chunk", (Term(source, shape),), assumes_batched=assumes_batched, checks_channels=False,
         absorbed=(split,), operation=Operation.PART,
     )  # fmt: skip
 
@@ -261,7 +261,10 @@ def _read_pad(
 
 
 def _channel_pad(
-    view: View, source: fx.Node, sizes: Sequence[tuple[int, int]], assumes: tuple[fx.Node, ...]
+    view: View,
+    source: fx.Node,
+    sizes: Sequence[tuple[int, int]],
+    assumes_batched: tuple[fx.Node, ...],
 ) -> Reading:
     """Padding with channels of zeros, as in the shortcuts of ResNets for CIFAR."""
     (low, high), spatial = sizes[0], sizes[1:]
@@ -270,7 +273,7 @@ def _channel_pad(
         return None
     shape = Map(_axes_after(-len(sizes)), placement_band(low, count, low + count + high))
     return Affine(
-        "pad", (Term(source, shape),), assumes_batched=assumes, checks_channels=False,
+        "pad", (Term(source, shape),), assumes_batched=assumes_batched, checks_channels=False,
         operation=Operation.PADDING,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The entries of the report: what a rewrite replaced, and why other nodes stayed."""
+"""The entries of the report: the operations replaced, and why other nodes stayed."""
 
 from __future__ import annotations
 

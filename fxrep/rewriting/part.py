@@ -1,4 +1,4 @@
-"""All that belongs to one graph while it is rewritten."""
+"""The state of one graph while it is rewritten."""
 
 from __future__ import annotations
 

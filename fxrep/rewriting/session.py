@@ -1,4 +1,4 @@
-"""The driver: the passes run over the graphs of a capture until none of them changes anything."""
+"""The driver: the passes run over the graphs of a capture until none of them changes a graph."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Session:
             changed = any([self.to_fixpoint(part, cost) for cost in costs]) and len(costs) > 1
 
     def to_fixpoint(self, part: Part, cost: CostModel) -> bool:
-        """Run the passes until none changes anything; returns whether any did."""
+        """Run the passes until none changes the graph; returns whether any did."""
         for turn in range(MOST_ROUNDS):
             changed = [rule.name for rule in self.settings.passes if self.sweep(rule, part, cost)]
             if not changed:
