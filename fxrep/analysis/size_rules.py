@@ -270,16 +270,25 @@ def part(call: Called | None, index: int, axis: int, channels: Channels) -> Axis
     dim, how = channels.from_last(call.get("dim"), call.source), call.get("sections")
     if dim is None or not (isinstance(how, int) or _ints(how)):
         return NO_FACTS
-    cut = partial(_split, call.op.name, how, index)
-    return _from_source(call, axis, cut if axis == dim else unchanged, None)
+    forward = partial(_part_size, call, index) if axis == dim else unchanged
+    return _from_source(call, axis, forward, None)
 
 
-def _split(name: str, how: Any, index: int, size: int) -> int | None:
-    """The size of a part, as torch computes it: each of these functions rounds in its own way."""
+def _part_size(call: Called, index: int, size: int) -> int | None:
+    sizes = part_sizes(call, size)
+    return sizes[index] if -len(sizes) <= index < len(sizes) else None
+
+
+def part_sizes(call: Called, size: int) -> list[int]:
+    """The sizes of the parts into which a chunk or split divides an axis; none if it raises.
+
+    Torch computes them, for each of these functions rounds in its own way.
+    """
     try:
-        return int(getattr(torch.empty(size, device="meta"), name)(how)[index].shape[0])
+        parts = getattr(torch.empty(size, device="meta"), call.op.name)(call.get("sections"))
     except (RuntimeError, IndexError, TypeError, ValueError):
-        return None
+        return []
+    return [int(each.shape[0]) for each in parts]
 
 
 def _item(call: Called, axis: int, channels: Channels) -> AxisFacts:

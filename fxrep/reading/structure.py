@@ -27,6 +27,7 @@ from fxrep.algebra.maps import (
     selection_band,
 )
 from fxrep.algebra.recipe import Call, Expr
+from fxrep.analysis.size_rules import part_sizes
 from fxrep.ops.op import Shape
 from fxrep.reading.layers import as_tuple, per_channel
 from fxrep.reading.view import (
@@ -205,7 +206,7 @@ def _part(view: View, split: fx.Node, index: int) -> Reading:
     called = view.calls.of(split)
     if called is None or called.op.shape is not Shape.PARTS:
         return None
-    source, how, dim = called.source, called.get("sections"), called.get("dim")
+    source, dim = called.source, called.get("dim")
     if not isinstance(source, fx.Node) or not isinstance(dim, int) or dim == 0:
         return None
     placed = _axis_from_last(view, source, dim)
@@ -215,16 +216,11 @@ def _part(view: View, split: fx.Node, index: int) -> Reading:
     size = view.channels.of(source, axis)
     if size is None:
         return None
-    try:  # as torch computes it: each of these functions rounds in its own way
-        parts = getattr(torch.empty(size, device="meta"), called.op.name)(how)
-        lengths = [len(part) for part in parts]
-        length = lengths[index]
-    except (RuntimeError, IndexError, TypeError, ValueError):
+    sizes = part_sizes(called, size)
+    if not -len(sizes) <= index < len(sizes) or not sizes[index]:
         return None
-    if not length:
-        return None
-    first = sum(lengths[: index % len(lengths)])
-    shape = Map(_axes_after(axis), selection_band(range(first, first + length), size))
+    first = sum(sizes[: index % len(sizes)])
+    shape = Map(_axes_after(axis), selection_band(range(first, first + sizes[index]), size))
     return Affine(
         "chunk", (Term(source, shape),), assumes_batched=assumes_batched, checks_channels=False,
         absorbed=(split,), operation=Operation.PART,
