@@ -1,4 +1,4 @@
-"""Why something is not done: the answer a user reads."""
+"""Refusals: why a rewrite is not made."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why something that looks like a rewrite is not one: the answer a user reads.
+    """Why a rewrite is not made although the graph looks like one.
 
     Attributes:
-        reason: in words.
+        reason: a sentence for the report, which names the value that forbids the rewrite.
     """
 
     reason: str

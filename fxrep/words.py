@@ -1,4 +1,4 @@
-"""Sets of names, written as one string."""
+"""Sets of names, written as a string."""
 
 from __future__ import annotations
 

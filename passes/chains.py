@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxrep.algebra.maps import IDENTITY, Map, lifted
+from fxrep.algebra.maps import IDENTITY, Map, with_channels
 from fxrep.planning import work
 from fxrep.planning.cost import CostModel
 from fxrep.planning.plan import Plan
@@ -62,7 +62,7 @@ def _convolves_alone(reading: Affine, cost: CostModel) -> bool:
         return False
     shape = reading.terms[0].map
     assert isinstance(shape, Map)
-    convolution = work.layer(lifted(shape, 1), IDENTITY, len(shape.axes), biased=False)
+    convolution = work.layer(with_channels(shape, 1), IDENTITY, len(shape.axes), biased=False)
     return cost.objection(work.of_root(reading, 1), convolution) is None
 
 

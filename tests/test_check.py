@@ -129,7 +129,7 @@ WRONG = {
         Sum(conv(8, 8, 3, padding=1), conv(8, 8, 3, padding=1, padding_mode="reflect")), SIZES,
     ),
     "a vector along the width": (
-        wrap(composition, "_meets", lambda f, diagonal, channels, axis: None),
+        wrap(composition, "_mismatch", lambda f, diagonal, channels, axis: None),
         nn.Sequential(conv(8, 8, 1), RepVGG(8, 8)), SIZES,
     ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""How affine maps compose and add, by geometry alone; the weights follow in `weights`."""
+"""The shape of a composition or sum of affine maps; `weights` computes its weight."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 
 from fxrep.algebra.maps import (
     IDENTITY,
-    POINT,
     Axis,
     Band,
     Diagonal,
     Linear,
     Map,
-    aligned,
-    lifted,
     map_of,
+    pointwise_axes,
+    with_channels,
+    with_equal_rank,
 )
 from fxrep.refusal import Refusal
 
 
 def _compose_bands(outer: Band | None, inner: Band | None) -> Band | None:
-    """The hull of the inner intervals that each outer interval covers."""
+    """For each output, the smallest interval of inputs that holds all it reads through `inner`."""
     if inner is None or inner.is_diagonal:
         return outer if outer is not None else inner
     if outer is None or outer.is_diagonal:
@@ -37,20 +37,20 @@ def _compose_bands(outer: Band | None, inner: Band | None) -> Band | None:
         distinct, where = torch.unique(outer.starts, return_inverse=True)
         low = low.unfold(0, outer.width, 1)[distinct].amin(1)[where]
         high = high.unfold(0, outer.width, 1)[distinct].amax(1)[where]
-    return _band(low, high, inner.inputs, outer.rows)
+    return _band_of(low, high, inner.inputs, outer.rows)
 
 
 def _hull(bands: Sequence[Band]) -> Band:
-    """The smallest band that holds all of them."""
+    """The smallest band that holds all these bands."""
     if all(band is bands[0] for band in bands):
         return bands[0]
     ends = [band.ends for band in bands]
     low, high = torch.stack([low for low, _ in ends]), torch.stack([high for _, high in ends])
-    return _band(low.amin(0), high.amax(0), bands[0].inputs, None)
+    return _band_of(low.amin(0), high.amax(0), bands[0].inputs, None)
 
 
-def _band(low: Tensor, high: Tensor, inputs: int, rows: tuple[int, int] | None) -> Band:
-    """The band of these ends, of which the outputs outside `rows` count as reading nothing."""
+def _band_of(low: Tensor, high: Tensor, inputs: int, rows: tuple[int, int] | None) -> Band:
+    """The band whose outputs read the inputs from `low` to `high`, and none outside `rows`."""
     reads = low < high
     if rows is not None:
         reads[: rows[0]] = False
@@ -67,26 +67,26 @@ def _band(low: Tensor, high: Tensor, inputs: int, rows: tuple[int, int] | None) 
     return Band(low.clamp(max=inputs - width), width, inputs, rows, holes)
 
 
-def _lift(diagonal: Diagonal, like: Map) -> Map | Refusal:
-    """A diagonal map written as a convolution of the rank and channels of `like`."""
-    points = tuple(POINT for _ in like.axes)
+def _as_map(diagonal: Diagonal, like: Map) -> Map | Refusal:
+    """A diagonal map as a 1x1 convolution with as many axes and channels as `like`."""
+    axes = pointwise_axes(len(like.axes))
     if like.channelwise is None:
         if diagonal.channels is None:
-            return Map(points, None)
-        refusal = _meets(diagonal, diagonal.channels, like.channel_axis)
-        return refusal or lifted(Map(points, None), diagonal.channels)
-    refusal = _meets(diagonal, like.outputs, like.channel_axis)
+            return Map(axes, None)
+        refusal = _mismatch(diagonal, diagonal.channels, like.channel_axis)
+        return refusal or with_channels(Map(axes, None), diagonal.channels)
+    refusal = _mismatch(diagonal, like.outputs, like.channel_axis)
     if refusal is not None:
         return refusal
     if like.inputs != like.outputs:
         return Refusal(
             f"a branch of {like.outputs} channels is added to one of {like.inputs} channels"
         )
-    return lifted(Map(points, None), like.outputs)
+    return with_channels(Map(axes, None), like.outputs)
 
 
-def _meets(diagonal: Diagonal, channels: int | None, axis: int) -> Refusal | None:
-    """Why `diagonal` does not act on these channels, or None if it does."""
+def _mismatch(diagonal: Diagonal, channels: int | None, axis: int) -> Refusal | None:
+    """Why `diagonal` does not scale these channels, or None if it does."""
     if diagonal.axis is not None and diagonal.axis != axis:
         return Refusal(f"it acts on dimension {diagonal.axis}, the channels are on {axis}")
     if diagonal.channels is not None and diagonal.channels != channels:
@@ -95,7 +95,7 @@ def _meets(diagonal: Diagonal, channels: int | None, axis: int) -> Refusal | Non
 
 
 def compose(outer: Linear, inner: Linear, *, biased: bool) -> Linear | Refusal:
-    """The shape of ``outer(inner(x) + b)``, or why that is no single map.
+    """The shape of ``outer(inner(x) + b)``, or why no single map computes it.
 
     Args:
         outer: the map applied last.
@@ -103,25 +103,25 @@ def compose(outer: Linear, inner: Linear, *, biased: bool) -> Linear | Refusal:
         biased: whether a bias b is added between the two.
 
     Returns:
-        The composite, equal to the chain for every input size and at every border, or a
-        `Refusal`: padding of the outer map reads zeros where the chain without it would read
-        ``b`` or values computed from real inputs.
+        The composite, equal to the chain for every input size and at every border. A `Refusal`
+        where the outer map pads by zeros, and the composite would read ``b`` or values computed
+        from inputs in their place.
     """
     if isinstance(outer, Diagonal) and isinstance(inner, Diagonal):
         return _compose_diagonals(outer, inner)
     if isinstance(outer, Diagonal):
         assert isinstance(inner, Map)
         if inner.channelwise is None and outer.channels is not None:
-            inner = lifted(inner, outer.channels)
+            inner = with_channels(inner, outer.channels)
         outputs = None if inner.channelwise is None else inner.outputs
-        return _meets(outer, outputs, inner.channel_axis) or inner
+        return _mismatch(outer, outputs, inner.channel_axis) or inner
     if isinstance(inner, Diagonal):
         if outer.channelwise is None and inner.channels is not None:
-            outer = lifted(outer, inner.channels)
+            outer = with_channels(outer, inner.channels)
         inputs = None if outer.channelwise is None else outer.inputs
-        refusal = _meets(inner, inputs, outer.channel_axis)
-        # Reflected or repeated values carry the bias with them; zeros do not. What constants are
-        # worth below the bias is for the caller to see.
+        refusal = _mismatch(inner, inputs, outer.channel_axis)
+        # Reflected and repeated values carry the bias with them; zeros do not. A padding by
+        # constants is the caller's matter: constants before the bias are other constants.
         zeros = outer.transposed or (outer.padded and outer.padding_mode == "zeros")
         if refusal is None and biased and zeros:
             refusal = Refusal(
@@ -143,7 +143,7 @@ def _compose_diagonals(outer: Diagonal, inner: Diagonal) -> Diagonal | Refusal:
 
 
 def _compose_maps(outer: Map, inner: Map, biased: bool) -> Map | Refusal:
-    outer, inner = aligned((outer, inner))
+    outer, inner = with_equal_rank((outer, inner))
     matched = _with_equal_channels(outer, inner)
     if isinstance(matched, Refusal):
         return matched
@@ -168,20 +168,20 @@ def _compose_maps(outer: Map, inner: Map, biased: bool) -> Map | Refusal:
 
 
 def _with_equal_channels(outer: Map, inner: Map) -> tuple[Map, Map] | Refusal:
-    """Both maps for the number of channels between them, as far as one of them tells it."""
+    """Both maps with the number of channels between them, if one of the maps tells it."""
     if len(outer.axes) != len(inner.axes):
         return Refusal(f"a {len(outer.axes)}-d map follows a {len(inner.axes)}-d one")
     if outer.channelwise is None:
-        return (outer if inner.channelwise is None else lifted(outer, inner.outputs)), inner
+        return (outer if inner.channelwise is None else with_channels(outer, inner.outputs)), inner
     if inner.channelwise is None:
-        return outer, lifted(inner, outer.inputs)
+        return outer, with_channels(inner, outer.inputs)
     if outer.inputs != inner.outputs:
         return Refusal(f"{inner.outputs} channels feed a map of {outer.inputs}")
     return outer, inner
 
 
 def _compose_transposed(outer: Map, inner: Map, band: Band | None, biased: bool) -> Map | Refusal:
-    """The composite where one map is a transposed convolution: the other must be pointwise."""
+    """The composite with a transposed convolution, if the other map is pointwise."""
     if outer.pointwise:
         return replace(inner, channelwise=band)
     if not inner.pointwise:
@@ -192,7 +192,7 @@ def _compose_transposed(outer: Map, inner: Map, band: Band | None, biased: bool)
 
 
 def _padding_between(outer: Map, inner: Map) -> Refusal | None:
-    """Why the padding of the outer map has no counterpart before the inner one."""
+    """Why the padding of the outer map has no equal before the inner map, or None if it has."""
     if outer.padding_mode == "constant":
         return Refusal("padding by a constant between two convolutions")
     if outer.padding_mode != "zeros":
@@ -221,10 +221,10 @@ def _compose_axes(outer: Axis, inner: Axis) -> Axis:
 
 
 def _chain_is_exact(outer: Axis, inner: Axis, biased: bool) -> bool:
-    """Whether the outer padding reads only positions where the inner map would give zero.
+    """Whether the inner map, continued past its ends, is zero wherever the outer map pads.
 
-    The inner map, continued past its ends, reads real inputs within ``reach`` of its padding; the
-    original reads zeros there instead.
+    The composite continues the inner map there, whose windows still overlap the input up to
+    ``reach`` positions past its padding; the chain reads zeros.
     """
     if outer.low > 0:
         nearest = min(e for j in range(outer.kernel) if (e := _nearest_padding(outer, j)) > 0)
@@ -236,21 +236,21 @@ def _chain_is_exact(outer: Axis, inner: Axis, biased: bool) -> bool:
 
 
 def _nearest_padding(axis: Axis, tap: int) -> int:
-    """How far before the input's start `tap` reads nearest to it; 0 if it never does."""
+    """The distance from the input's start of the nearest padding that `tap` reads; 0 for none."""
     before = axis.low - tap * axis.dilation
     return (before - 1) % axis.stride + 1 if before > 0 else 0
 
 
 def add(maps: Sequence[Linear], *, same_size: bool = False) -> Linear | Refusal:
-    """The shape of ``sum(map(x) for map in maps)``, or why that is no single map.
+    """The shape of ``sum(map(x) for map in maps)``, or why no single map computes it.
 
     All kernels are laid on one grid, whose step is the greatest common divisor of the dilations
-    and of the differences of the low paddings. The sizes of the branches agree for every input
-    size iff padding less reach agrees, per axis.
+    and of the differences of the low paddings. The results have equal sizes for every input size
+    iff `Axis.excess` is equal, per axis.
 
     Args:
         maps: the branches.
-        same_size: they have one size, or the original raises: they meet in a concatenation.
+        same_size: the original raises unless the results have one size, as a concatenation does.
     """
     full = [m for m in maps if isinstance(m, Map)]
     if not full:
@@ -259,10 +259,10 @@ def add(maps: Sequence[Linear], *, same_size: bool = False) -> Linear | Refusal:
     like = full[0]
     if like.channelwise is None:
         known = {m.channels for m in maps if isinstance(m, Diagonal) and m.channels is not None}
-        like = lifted(like, known.pop()) if known else like
+        like = with_channels(like, known.pop()) if known else like
     terms: list[Map] = []
     for each in maps:
-        term = _lift(each, like) if isinstance(each, Diagonal) else each
+        term = _as_map(each, like) if isinstance(each, Diagonal) else each
         if isinstance(term, Refusal):
             return term
         if term.channelwise is None and like.channelwise is not None:
@@ -270,7 +270,7 @@ def add(maps: Sequence[Linear], *, same_size: bool = False) -> Linear | Refusal:
                 return Refusal(
                     f"a branch of {like.outputs} channels is added to one of {like.inputs} channels"
                 )
-            term = lifted(term, like.outputs)
+            term = with_channels(term, like.outputs)
         terms.append(term)
     return _add_maps(terms, same_size)
 
@@ -286,19 +286,19 @@ def _add_diagonals(diagonals: Sequence[Diagonal]) -> Diagonal | Refusal:
 
 
 def _add_maps(maps: Sequence[Map], same_size: bool) -> Map | Refusal:
-    maps = aligned(maps)
+    maps = with_equal_rank(maps)
     first = maps[0]
     for each in maps[1:]:
         if len(first.axes) != len(each.axes):
             return Refusal(f"branches differ in rank: {len(first.axes)} and {len(each.axes)}")
         if first.channelwise is None:
             continue
-        for what, a, b in (
+        for name, a, b in (
             ("input channels", first.inputs, each.inputs),
             ("output channels", first.outputs, each.outputs),
         ):
             if a != b:
-                return Refusal(f"branches differ in {what}: {a} and {b}")
+                return Refusal(f"branches differ in {name}: {a} and {b}")
     if len({m.transposed for m in maps}) > 1:
         return Refusal("a transposed convolution is added to one that is not")
     modes = {m.padding_mode for m in maps if m.padded}
@@ -333,7 +333,8 @@ def _add_axes(axes: Sequence[Axis], same_size: bool) -> Axis | Refusal:
     reach = max(a.reach - a.low for a in axes) + low
     step = math.gcd(*(a.dilation for a in axes if a.kernel > 1), *(low - a.low for a in axes))
     least = min(a.excess for a in axes)
-    # Where sizes agree although the excess does not, the one with least leaves less unread.
+    # Where sizes are equal although the excess is not, a branch leaves as many positions more
+    # unread as it has excess more. The sum has the least excess.
     rest = max(0, min(a.slack - (a.excess - least) for a in axes))
     return Axis(
         kernel=reach // step + 1 if step else 1,

@@ -1,17 +1,18 @@
 """Shapes of affine convolution maps: all but their weights.
 
-Everything linear that fxrep rewrites is one map ``y = M(x) + b``. Per spatial axis M has a kernel
-size k, stride s, zero padding on the low and the high side and dilation d: output i reads the
-inputs ``i*s - low + j*d`` for j in 0..k-1. Over channels output o reads an interval of the
-inputs (a `Band`), so that dense, grouped and depthwise convolutions, channel slices and
-concatenations are all the same thing: an operand of a concatenation is a map whose other outputs
-read nothing. ``Linear`` is the map with no spatial axis. Pooling and padding treat every channel
-alike, however many there are: a map without a band.
+Every linear operation that fxrep rewrites is a map ``y = M(x) + b``. Per spatial axis M has a
+kernel size k, a stride s, zero padding on the low and the high side and a dilation d: output i
+reads the inputs ``i*s - low + j*d`` for j in 0..k-1 (the taps). Over channels, output o reads an
+interval of the inputs (a `Band`). Dense, grouped and depthwise convolutions, channel slices and
+concatenations so have one form: an operand of a concatenation is a map whose other outputs read
+nothing. ``nn.Linear`` is the map without spatial axes. Pooling and padding do the same to every
+channel, however many there are: they are maps without a band.
 
 A transposed convolution has the same fields with the roles of input and output exchanged: input i
 writes the outputs ``i*s - low + j*d``, and ``high`` is its padding less its output_padding.
 
-Planning works on these objects alone; `fxrep.algebra.weights` computes their weights.
+Planning works on these objects alone; `fxrep.algebra.weights` computes their weights. Recipes hold
+maps, and so do the pickles of users: fields keep their names.
 """
 
 from __future__ import annotations
@@ -29,10 +30,17 @@ from fxrep.refusal import Refusal
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One spatial axis of a map; a negative padding is a crop.
+    """One spatial axis of a map.
 
-    ``rest`` bounds what the last window leaves unread of the padded input, where the graph says
-    more than ``stride - 1``: a pixel_unshuffle, which raises otherwise, leaves 0.
+    Attributes:
+        kernel: number of taps.
+        stride: distance between the windows of neighbouring outputs.
+        low: padding before the first input; a negative one is a crop.
+        high: the same behind the last input.
+        dilation: distance between neighbouring taps.
+        rest: at most so many positions of the padded input stay unread behind the last window;
+            None for the bound that always holds, ``stride - 1``. A pixel_unshuffle has 0: it
+            raises if a position would stay unread.
     """
 
     kernel: int = 1
@@ -44,7 +52,7 @@ class Axis:
 
     @property
     def slack(self) -> int:
-        """The most positions of the padded input that the last window may leave unread."""
+        """The most positions of the padded input that may stay unread behind the last window."""
         return self.stride - 1 if self.rest is None else self.rest
 
     @property
@@ -54,17 +62,17 @@ class Axis:
 
     @property
     def excess(self) -> int:
-        """Padding less reach: two maps of one stride give equal sizes iff they agree in it."""
+        """Padding less reach: maps of equal stride give equal sizes iff their excess is equal."""
         return self.low + self.high - self.reach
 
     @property
     def pointwise(self) -> bool:
-        """Output i reads input i and nothing else."""
+        """Whether output i reads input i and nothing else."""
         return self.kernel == 1 and self.stride == 1 and self.low == 0 and self.high == 0
 
     @property
     def padded(self) -> bool:
-        """Some output reads beyond an end."""
+        """Whether some output reads beyond an end of the input."""
         return self.low > 0 or self.high > 0
 
     def needed(self, outputs: int) -> int:
@@ -72,20 +80,27 @@ class Axis:
         return max(1, self.stride * (outputs - 1) + 1 - self.excess)
 
 
-POINT = Axis()
+POINTWISE = Axis()
 
 
-def points(count: int) -> tuple[Axis, ...]:
-    """Axes on which nothing happens."""
-    return (POINT,) * count
+def pointwise_axes(count: int) -> tuple[Axis, ...]:
+    """Axes on which output i reads input i and nothing else."""
+    return (POINTWISE,) * count
 
 
 @dataclass(frozen=True, eq=False)
 class Band:
-    """Which input channels each output channel reads: ``start[o] <= i < start[o] + width``.
+    """Which input channels each output channel reads: ``starts[o] <= i < starts[o] + width``.
 
-    Outputs outside ``rows`` (first, past the last) read nothing; None stands for all of them. With
-    ``holes`` some between them read nothing either: their weights are zeros.
+    The name is that of a banded matrix, whose rows are the outputs.
+
+    Attributes:
+        starts: the first input that each output reads.
+        width: how many inputs each output reads.
+        inputs: number of input channels.
+        rows: the first output that reads an input, and the output past the last such; None if all
+            outputs do.
+        holes: some outputs within `rows` read nothing either: their weights are zeros.
     """
 
     starts: Tensor  # (O,) int64, on the CPU
@@ -101,19 +116,19 @@ class Band:
 
     @property
     def live(self) -> slice:
-        """The outputs that read something."""
+        """The outputs that read inputs."""
         return slice(*self.rows) if self.rows is not None else slice(0, self.outputs)
 
     @cached_property
     def narrowed(self) -> Band:
-        """The outputs that read something, alone."""
+        """The band of the outputs that read inputs, alone."""
         if self.rows is None:
             return self
         return Band(self.starts[self.live], self.width, self.inputs, holes=self.holes)
 
     @cached_property
     def groups(self) -> int:
-        """The largest number of groups whose blocks hold every interval."""
+        """The largest number of groups for which every interval lies inside one group's inputs."""
         common = math.gcd(self.outputs, self.inputs)
         for groups in range(min(common, self.inputs // self.width), 1, -1):
             if common % groups == 0 and self.fits(groups):
@@ -121,7 +136,7 @@ class Band:
         return 1
 
     def fits(self, groups: int) -> bool:
-        """Whether every interval lies inside the block of its group."""
+        """Whether every interval lies inside the inputs of its output's group."""
         block = self.inputs // groups
         first = (torch.arange(self.outputs) // (self.outputs // groups) * block)[self.live]
         starts = self.starts[self.live]
@@ -129,7 +144,7 @@ class Band:
 
     @cached_property
     def is_diagonal(self) -> bool:
-        """Output o reads input o and nothing else."""
+        """Whether output o reads input o and nothing else."""
         return (
             self.width == 1
             and self.rows is None
@@ -140,7 +155,10 @@ class Band:
 
     @cached_property
     def ends(self) -> tuple[Tensor, Tensor]:
-        """The first input each output reads and the one past the last; (inputs, 0) for none."""
+        """The first input that each output reads and the input past its last, (O,) each.
+
+        An output that reads nothing has (inputs, 0).
+        """
         low, high = self.starts, self.starts + self.width
         if self.rows is not None:
             index = torch.arange(self.outputs)
@@ -163,7 +181,7 @@ def selection_band(starts: Sequence[int] | Tensor, inputs: int) -> Band:
 
 
 def placement_band(first: int, channels: int, outputs: int) -> Band:
-    """Outputs ``first ... first + channels`` are the inputs: an operand of a concatenation."""
+    """Outputs ``first`` to ``first + channels`` are the inputs: an operand of a concatenation."""
     starts = (torch.arange(outputs) - first).clamp(0, channels - 1)
     rows = (first, first + channels)
     return Band(starts, 1, channels, None if rows == (0, outputs) else rows)
@@ -171,10 +189,14 @@ def placement_band(first: int, channels: int, outputs: int) -> Band:
 
 @dataclass(frozen=True, eq=False)
 class Map:
-    """The shape of one affine convolution map (its weight is ``(O, band.width, *kernel)``).
+    """The shape of one affine convolution map; its weight is ``(O, band.width, *kernel)``.
 
-    Without a band it does the same to every channel, however many: its weight is ``(1, 1,
-    *kernel)``. The padding mode "constant" pads with values other than zero, one per channel.
+    Attributes:
+        axes: the spatial axes, first to last.
+        channelwise: which inputs each output reads; None for a map that does the same to every
+            channel, however many there are. Its weight is then ``(1, 1, *kernel)``.
+        transposed: whether the map is a transposed convolution.
+        padding_mode: as in nn.Conv2d, or "constant": values other than zero, one per channel.
     """
 
     axes: tuple[Axis, ...]
@@ -184,7 +206,7 @@ class Map:
 
     @property
     def band(self) -> Band:
-        """Which channels it reads, where their number is known."""
+        """The band of a map that has one."""
         assert self.channelwise is not None
         return self.channelwise
 
@@ -200,7 +222,7 @@ class Map:
 
     @property
     def channel_axis(self) -> int:
-        """The channels' dimension, counted from the last: -1 for Linear, -3 for Conv2d."""
+        """The channel dimension, counted from the last: -1 for Linear, -3 for Conv2d."""
         return -len(self.axes) - 1
 
     @property
@@ -210,17 +232,17 @@ class Map:
 
     @property
     def pointwise(self) -> bool:
-        """Output position i depends on input position i alone."""
+        """Whether output position i depends on input position i alone."""
         return not self.transposed and all(axis.pointwise for axis in self.axes)
 
     @property
     def padded(self) -> bool:
-        """Some output reads beyond an end, on some axis."""
+        """Whether some output reads beyond an end of the input, on some axis."""
         return any(axis.padded for axis in self.axes)
 
     @property
     def symmetric(self) -> bool:
-        """Whether a layer does this padding itself; otherwise a pad comes before it."""
+        """Whether a layer can do this padding itself; otherwise an F.pad comes before the layer."""
         return self.transposed or all(a.low == a.high and a.low >= 0 for a in self.axes)
 
     @property
@@ -231,74 +253,74 @@ class Map:
 
     @property
     def selects(self) -> bool:
-        """It only picks channels and pixels: with a weight of ones it needs no arithmetic."""
+        """Whether each output value is one input value, at most scaled."""
         single = self.channelwise is None or self.channelwise.width == 1
         return single and not self.transposed and all(axis.kernel == 1 for axis in self.axes)
 
     @property
     def keeps_size(self) -> bool:
-        """Its result has the spatial size of its operand, whatever that is."""
+        """Whether the result always has the spatial size of the operand."""
         return not self.transposed and all(a.stride == 1 and a.excess == 0 for a in self.axes)
 
 
-def beside(shape: Map, inputs: int, first: int) -> Map:
-    """The same map as part of one of `inputs` channels, of which its own start at `first`."""
+def with_more_inputs(shape: Map, inputs: int, first: int) -> Map:
+    """The same map of an operand of `inputs` channels, which has the map's own from `first` on."""
     band = shape.band
     moved = replace(band, starts=band.starts + first, inputs=inputs)
     return replace(shape, channelwise=moved)
 
 
 def stacked(maps: Sequence[Map]) -> Map:
-    """Maps of one source and one geometry without groups, their outputs one after the other."""
+    """Maps without groups that have one source and equal axes: their outputs, concatenated."""
     starts = torch.cat([m.band.starts for m in maps])
     return replace(maps[0], channelwise=Band(starts, maps[0].band.width, maps[0].inputs))
 
 
 def has_holes(shape: Linear) -> bool:
-    """Whether outputs among those that read something read nothing."""
+    """Whether an output between two that read inputs reads none."""
     return isinstance(shape, Map) and shape.channelwise is not None and shape.channelwise.holes
 
 
-def unbanded(shape: Map) -> Map:
-    """The same map where outputs that read nothing are ordinary ones, with weights of zero."""
+def with_all_rows(shape: Map) -> Map:
+    """The same map where outputs that read nothing count as reading, with weights of zero."""
     return replace(shape, channelwise=replace(shape.band, rows=None))
 
 
-def places(shape: Map) -> bool:
-    """Whether a map gives its operand as it is, as some or all of the outputs."""
+def is_placement(shape: Map) -> bool:
+    """Whether the outputs that read inputs are the operand itself, in order, at most scaled."""
     return shape.channelwise is not None and shape.pointwise and shape.band.narrowed.is_diagonal
 
 
 def narrowed(shape: Map) -> Map:
-    """The map of the outputs that read something, alone."""
+    """The map of the outputs that read inputs, alone."""
     return replace(shape, channelwise=shape.band.narrowed)
 
 
-def lifted(shape: Map, channels: int) -> Map:
-    """A map that does the same to every channel, for this many of them."""
+def with_channels(shape: Map, channels: int) -> Map:
+    """A map that does the same to every channel, with a band for so many channels."""
     if shape.channelwise is not None:
         return shape
     return replace(shape, channelwise=grouped_band(channels, channels, channels))
 
 
-def aligned(maps: Sequence[Map]) -> list[Map]:
-    """Maps of one rank: what treats all channels alike does nothing on axes it does not name."""
+def with_equal_rank(maps: Sequence[Map]) -> list[Map]:
+    """Maps with equally many axes: those without a band get pointwise axes before their own."""
     rank = max(len(m.axes) for m in maps)
     return [
         m
         if m.channelwise is not None
-        else replace(m, axes=(POINT,) * (rank - len(m.axes)) + m.axes)
+        else replace(m, axes=pointwise_axes(rank - len(m.axes)) + m.axes)
         for m in maps
     ]
 
 
 @dataclass(frozen=True)
 class Diagonal:
-    """A map that scales each channel, of any rank; with no axis it scales all alike.
+    """A map that scales each channel, of a value of any rank.
 
     Attributes:
-        channels: number of channels, None when any.
-        axis: the dimension it scales, counted from the last; None when it scales all alike.
+        channels: number of channels; None if any number will do.
+        axis: the channel dimension, counted from the last; None for one scale for all elements.
     """
 
     channels: int | None = None
@@ -328,8 +350,8 @@ def conv_map(
     transposed: bool = False,
     padding_mode: str = "zeros",
 ) -> Map:
-    """The map of a convolution layer; ``axes=()`` is a Linear."""
-    # A kernel of one tap has every dilation: say 1, so that it never disturbs a common grid.
+    """The map of a convolution layer; ``axes=()`` is an nn.Linear."""
+    # With one tap the dilation means nothing: 1 stands for that.
     axes = tuple(replace(a, dilation=1) if a.kernel == 1 else a for a in axes)
     return map_of(tuple(axes), grouped_band(outputs, inputs, groups), transposed, padding_mode)
 
@@ -340,13 +362,13 @@ def channel_map(axes: Sequence[Axis], padding_mode: str = "zeros") -> Map:
 
 
 def map_of(axes: tuple[Axis, ...], band: Band | None, transposed: bool, padding_mode: str) -> Map:
-    """A map whose padding mode counts only where it pads."""
+    """A map, whose padding mode is "zeros" if it pads nothing."""
     padded = any(axis.padded for axis in axes)
     return Map(axes, band, transposed, padding_mode if padded else "zeros")
 
 
 def symmetric(shape: Map) -> Map:
-    """The same map with equal padding on both sides, where what is read stays the same.
+    """The same map with equal padding on both sides of each axis where that is possible.
 
     More zeros behind the input change nothing as long as they are not enough for one more window.
     """
@@ -361,8 +383,8 @@ def symmetric(shape: Map) -> Map:
     return replace(shape, axes=axes)
 
 
-def unavailable(shape: Map) -> Refusal | None:
-    """Why no layer computes this map, or None if one does."""
+def why_no_layer(shape: Map) -> Refusal | None:
+    """Why no layer of torch.nn computes this map, or None if a layer does."""
     if shape.transposed:
         for axis in shape.axes:
             extra = axis.low - axis.high

@@ -1,8 +1,9 @@
 """How a fused tensor is computed from a model's own: recorded once, replayed on any weights.
 
 While planning, a fused weight is an expression: nested `Call`s over `Load`s of the model's
-tensors. A `Recipe` is the same written as a list of steps, so that replaying, copying or pickling
-one never recurses however long the chain was.
+tensors. A `Recipe` is the same computation as a list of steps: to replay, copy or pickle a list
+takes no recursion, however long the chain of rewrites was. Recipes are pickled with the user's
+models, so the functions that they call keep their names.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Load:
-    """A tensor of the model, by its path below the module that was traced."""
+    """A tensor of the model, by its path below the traced module."""
 
     path: str
 
@@ -54,11 +55,15 @@ class Recipe:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The tensors it reads."""
+        """The paths of the tensors that the recipe reads."""
         return tuple(step.path for step in self.steps if isinstance(step, Load))
 
     def run(self, lookup: Callable[[str], Tensor]) -> Any:
-        """Replay it; `lookup` gives the tensor at a path, in the precision to compute in."""
+        """Compute the result.
+
+        Args:
+            lookup: gives the tensor at a path, in the precision to compute in.
+        """
         values: list[Any] = []
 
         def resolve(arg: Any) -> Any:
@@ -76,7 +81,7 @@ class Recipe:
 
 
 def record(expression: Expr) -> Recipe:
-    """Write an expression as a recipe; what it shares is computed once."""
+    """The recipe of an expression; an expression that stands in it twice is computed once."""
     steps: list[Expr] = []
     refs: dict[int, Ref] = {}
     loads: dict[str, Ref] = {}
@@ -102,7 +107,7 @@ def record(expression: Expr) -> Recipe:
         else:
             stack.append((expr, True))
             stack.extend((child, False) for child in _children(expr))
-    # Only the expression itself can be the last step, except when it is a Load met before.
+    # The expression itself is the last step, as `Recipe.run` requires: all others are operands.
     return Recipe(tuple(steps))
 
 

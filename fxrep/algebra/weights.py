@@ -17,22 +17,22 @@ import torch
 from torch import Tensor
 
 from fxrep.algebra.maps import (
-    POINT,
     Band,
     Diagonal,
     Linear,
     Map,
-    aligned,
     has_holes,
-    lifted,
     narrowed,
+    pointwise_axes,
+    with_channels,
+    with_equal_rank,
 )
 
 Weight = Tensor | None
 
 
 def from_convolution(weight: Tensor, groups: int, transposed: bool) -> Tensor:
-    """A layer's weight as a map's: ``(O, I/g, *k)``, or ``(I, O/g, *k)`` transposed."""
+    """The weight of a map from a layer's: ``(O, I/g, *k)``, or ``(I, O/g, *k)`` transposed."""
     if not transposed or weight.dim() < 3:
         return weight
     inputs, outputs, *kernel = weight.shape
@@ -41,7 +41,7 @@ def from_convolution(weight: Tensor, groups: int, transposed: bool) -> Tensor:
 
 
 def to_convolution(weight: Weight, shape: Map) -> Tensor:
-    """A map's weight as a layer's with ``shape.band.groups`` groups."""
+    """The weight of a layer with ``shape.band.groups`` groups from a map's."""
     weight = _filled(shape, weight, _device(weight))
     if shape.band.rows is not None:
         weight, shape = weight[shape.band.live], narrowed(shape)
@@ -70,7 +70,7 @@ def batchnorm_shift(scale: Tensor, mean: Tensor, bias: Tensor | None) -> Tensor:
 def compose(
     shape: Linear, outer: Linear, inner: Linear, outer_weight: Weight, inner_weight: Weight
 ) -> Weight:
-    """The weight of ``geometry.compose(outer, inner)``, which is `shape`."""
+    """The weight of ``composition.compose(outer, inner)``, which is `shape`."""
     if isinstance(outer, Diagonal) and (outer_weight is None or isinstance(inner, Diagonal)):
         return _product(outer_weight, inner_weight)
     if isinstance(inner, Diagonal) and inner_weight is None:
@@ -81,19 +81,19 @@ def compose(
     assert isinstance(shape, Map)
     device = _device(outer_weight, inner_weight)
     if shape.channelwise is None:
-        shape = lifted(shape, 1)
+        shape = with_channels(shape, 1)
     if isinstance(inner, Diagonal):
         assert isinstance(outer, Map) and inner_weight is not None
-        outer = lifted(outer, shape.inputs)
+        outer = with_channels(outer, shape.inputs)
         return _filled(outer, outer_weight, device) * _per_input(inner_weight, outer)
     if isinstance(outer, Diagonal):
         assert outer_weight is not None
-        inner = lifted(inner, shape.outputs)
+        inner = with_channels(inner, shape.outputs)
         return _per_output(outer_weight, _filled(inner, inner_weight, device))
-    outer, inner = aligned((outer, inner))
+    outer, inner = with_equal_rank((outer, inner))
     middle = inner.outputs if inner.channelwise is not None else None
-    outer = lifted(outer, middle or shape.outputs)
-    inner = lifted(inner, outer.inputs)
+    outer = with_channels(outer, middle or shape.outputs)
+    inner = with_channels(inner, outer.inputs)
     one, two = (_filled(m, w, device) for m, w in ((inner, inner_weight), (outer, outer_weight)))
     if inner.band.is_diagonal and inner.pointwise:
         return two * _per_input(one.reshape(-1), outer)
@@ -107,16 +107,18 @@ def compose(
 
 
 def compose_bias(outer: Linear, outer_weight: Weight, bias: Tensor) -> Tensor:
-    """What a constant ``bias`` added before the map adds after it: ``sum_j W_j b``, (O,) or ().
+    """The image of a constant ``bias`` under the map, ``sum_j W_j b``: (O,) or ().
 
-    True at borders only where `geometry.compose` allows a bias.
+    Holds at borders only where `composition.compose` allows a bias.
     """
     if isinstance(outer, Diagonal):
         return bias if outer_weight is None else outer_weight * bias
     if outer.channelwise is None and bias.dim():
-        outer = lifted(outer, len(bias))
+        outer = with_channels(outer, len(bias))
     if outer.channelwise is None:
-        return _filled(lifted(outer, 1), outer_weight, _device(outer_weight, bias)).sum() * bias
+        return (
+            _filled(with_channels(outer, 1), outer_weight, _device(outer_weight, bias)).sum() * bias
+        )
     weight = _filled(outer, outer_weight, _device(outer_weight, bias))
     total = weight.reshape(*weight.shape[:2], -1).sum(2)  # (O, width)
     if bias.dim() == 0:
@@ -125,27 +127,27 @@ def compose_bias(outer: Linear, outer_weight: Weight, bias: Tensor) -> Tensor:
 
 
 def frame(outer: Map, outer_weight: Weight, bias: Tensor) -> Tensor:
-    """``outer`` of the image ``b`` as a map of an image of ones: a weight (O, 1, *kernel)."""
+    """The weight (O, 1, *kernel) by which ``outer(b)`` is a map of an image of ones."""
     weight = _filled(outer, outer_weight, _device(outer_weight, bias))
     return (weight * _per_input(bias, outer)).sum(1, keepdim=True)
 
 
 def add(shape: Linear, shapes: Sequence[Linear], *weights: Weight) -> Weight:
-    """The weight of ``geometry.add(shapes)``, which is `shape`."""
+    """The weight of ``composition.add(shapes)``, which is `shape`."""
     if isinstance(shape, Diagonal):
         return _add_diagonals(weights)
     if shape.channelwise is None:
-        shape = lifted(shape, 1)
+        shape = with_channels(shape, 1)
     device = _device(*weights)
     size = (shape.outputs, shape.band.width, *shape.kernel)
     total = torch.zeros(size, dtype=torch.float64, device=device)
-    points = (POINT,) * len(shape.axes)
+    axes = pointwise_axes(len(shape.axes))
     for each, weight in zip(shapes, weights, strict=True):
         if isinstance(each, Diagonal):
-            each = Map(points, None)
+            each = Map(axes, None)
             if weight is not None and weight.dim():
-                weight = weight.reshape(-1, 1, *(1 for _ in points))
-        each = lifted(aligned((each, shape))[0], shape.outputs)
+                weight = weight.reshape(-1, 1, *(1 for _ in axes))
+        each = with_channels(with_equal_rank((each, shape))[0], shape.outputs)
         full = _filled(each, weight, device)
         window = total
         for dim, (axis, tap) in enumerate(zip(shape.axes, each.axes, strict=True), 2):
@@ -172,12 +174,12 @@ def full_bias(bias: Tensor, outputs: int) -> Tensor:
 
 
 def stack(*weights: Tensor) -> Tensor:
-    """Weights of one geometry, their outputs one after the other."""
+    """Weights of one shape but for the outputs, (O, width, *kernel), concatenated over outputs."""
     return torch.cat(weights)
 
 
 def stack_biases(outputs: Sequence[int], *biases: Weight) -> Tensor:
-    """Biases one after the other, zeros where there is none."""
+    """Biases of so many outputs each, concatenated, with zeros for None."""
     device = _device(*biases)
     zero = torch.zeros((), dtype=torch.float64, device=device)
     return torch.cat(
@@ -189,12 +191,12 @@ def stack_biases(outputs: Sequence[int], *biases: Weight) -> Tensor:
 
 
 def rows(tensor: Tensor, first: int, last: int) -> Tensor:
-    """Some outputs of a weight or bias."""
+    """The outputs from `first` up to `last` of a weight or bias."""
     return tensor[first:last]
 
 
 def spread(tensor: Tensor, times: int) -> Tensor:
-    """A value per channel as one for each of the `times` channels it is shuffled from."""
+    """(C,) with each value repeated, for the `times` channels that a pixel shuffle makes one of."""
     return tensor.repeat_interleave(times) if tensor.dim() else tensor
 
 
@@ -218,7 +220,7 @@ def _add_diagonals(weights: Sequence[Weight]) -> Weight:
 
 
 def _device(*tensors: Weight) -> torch.device:
-    """Where tensors are; numbers and what is made here live on the CPU and come along."""
+    """The device of the tensors that are not on the CPU, where numbers are; else the CPU."""
     devices = [t.device for t in tensors if t is not None]
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
@@ -247,7 +249,7 @@ def _accumulate(target: Tensor, weight: Tensor, offsets: Tensor) -> None:
 
 
 def _offsets(band: Band, first: Tensor) -> Tensor:
-    """Where each output's interval starts in its block; anywhere for one that reads nothing."""
+    """Where each output's interval starts in its group's inputs; 0 if the output reads nothing."""
     offsets = torch.zeros_like(band.starts)
     offsets[band.live] = (band.starts - first)[band.live]
     return offsets
@@ -266,7 +268,7 @@ def _widen(weight: Tensor, offsets: Tensor, width: int) -> Tensor:
 
 
 def _inputs_read(shape: Map) -> Tensor:
-    """(O, width): the input channels each output reads."""
+    """The input channels that each output reads: (O, width)."""
     return shape.band.starts[:, None] + torch.arange(shape.band.width)
 
 
@@ -288,13 +290,13 @@ def _per_input(scale: Tensor, shape: Map) -> Tensor:
 def _pick_inputs(
     shape: Map, outer: Map, inner: Map, outer_weight: Tensor, inner_weight: Tensor
 ) -> Tensor:
-    """The inner map only picks channels and pixels: its scales move, the taps stay."""
+    """The inner map only picks channels and pixels: the taps stay, their inputs change."""
     read = _inputs_read(outer)  # (O, width of the outer)
     live = torch.zeros(inner.outputs, dtype=torch.bool)
     live[inner.band.live] = True
     columns = (inner.band.starts[read] - shape.band.starts[:, None]).masked_fill(~live[read], 0)
     weight = outer_weight * _per_input(inner_weight.reshape(-1), outer)
-    if outer.band.rows is not None:  # what reads nothing has no column of its own
+    if outer.band.rows is not None:  # outputs that read nothing have zeros: any column will do
         columns[: outer.band.live.start], columns[outer.band.live.stop :] = 0, 0
     full = weight.new_zeros(shape.outputs, shape.band.width, *shape.kernel)
     index = torch.arange(shape.outputs)[:, None].expand_as(columns)
@@ -309,7 +311,7 @@ def _pick_inputs(
 def _pick_outputs(
     shape: Map, outer: Map, inner: Map, outer_weight: Tensor, inner_weight: Tensor
 ) -> Tensor:
-    """The outer map only picks channels and pixels: rows of the inner weight."""
+    """The outer map only picks channels and pixels: the weight is rows of the inner weight."""
     rows = outer.band.live
     starts = outer.band.starts[rows]
     picked = _per_output(outer_weight.reshape(-1)[rows], inner_weight[starts])
@@ -327,7 +329,7 @@ def _pick_outputs(
 def _convolve(
     shape: Map, outer: Map, inner: Map, outer_weight: Tensor, inner_weight: Tensor
 ) -> Tensor:
-    """Every tap of the outer map places the whole inner kernel: a matmul per outer tap."""
+    """Every tap of the outer map adds the whole inner kernel at an offset: a matmul per tap."""
     groups = math.gcd(shape.band.groups, inner.outputs)
     while not (outer.band.fits(groups) and inner.band.fits(groups)):
         groups = next(g for g in range(groups - 1, 0, -1) if groups % g == 0)

@@ -1,18 +1,18 @@
-"""Where an operation that writes in place may be read as the pure operation of the same name.
+"""Whether an operation that writes in place may be read as the pure operation of the same name.
 
 Given::
 
     y = conv(x) ;  z = y * 2 ;  y += a ;  use(y, z)
 
-The second y is not the first. Values that may share memory form one alias set (union-find over
-views, in-place results, containers, and everything unknown). A write is harmless when no value of
-its set made before it is read after it, except for its shape, and none is an argument or tensor of
-the model: then every later reader goes through the result of the write, and nobody can tell that
-memory was reused.
+The y of ``y += a`` is another value than that of ``conv(x)``. Values that may share memory form an
+alias set (union-find over views, in-place results, containers, and unknown operations). A write is
+harmless if no value of the set that was made before it is read after it, except for the shape, and
+no value of the set is an argument or tensor of the model. Then every later reader reads the result
+of the write, and nothing shows that memory was reused.
 
-What is not known is taken to share the memory of its operands (`fxrep.ops.effects`). That costs
-little: a value that somebody
-writes later can still be replaced by an equal one, it only is not looked through.
+An unknown operation counts as sharing the memory of its operands (`fxrep.ops.effects`). That costs
+little: a value that is written later can still be replaced by an equal value; a walk only cannot
+pass it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from torch import fx, nn
 
 from fxrep.ops.calls import Calls
-from fxrep.ops.effects import Effect, effect, only_looks
+from fxrep.ops.effects import Effect, effect, reads_no_values
 from fxrep.ops.op import Memory
 from fxrep.ops.values import value_type
 
@@ -36,10 +36,10 @@ _Key = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class Aliasing:
-    """What in-place operations mean for the values of one graph.
+    """The effects of in-place operations on the values of one graph.
 
-    Stays valid while nodes are erased and fresh values are put in their place: a node that was not
-    analysed counts as fresh, and as written by whatever writes it today.
+    The answers stay valid while nodes are erased and new values take their place: a node that was
+    not analysed counts as a value with memory of its own, written by its present readers.
     """
 
     _calls: Calls = field(repr=False)
@@ -50,50 +50,48 @@ class Aliasing:
     _written_attributes: frozenset[fx.Node]
     _joined: dict[fx.Node, list[int]] = field(default_factory=dict)
 
-    def pure(self, node: fx.Node) -> bool:
-        """Whether `node` may be read as an out-of-place operation."""
-        return node not in self._irreplaceable
-
     def replaceable(self, node: fx.Node) -> bool:
-        """Whether a fresh, equal value may take the place of `node`.
+        """Whether an equal value with memory of its own may take the place of `node`.
 
-        True for a fresh value even if somebody writes it later: they then write the new one.
+        An operation that writes in place may then be read as the pure operation. Later writes are
+        no obstacle: they write the new value.
         """
         return node not in self._irreplaceable
 
     def stale(self, node: fx.Node) -> bool:
-        """Whether some reader may find in `node` another value than `node` computed."""
+        """Whether `node` may be written before its last reader."""
         if node in self._group:
             return node in self._stale
         last = max(
-            (user._sort_key for user in node.users if not only_looks(self._calls, user)), default=()
+            (user._sort_key for user in node.users if not reads_no_values(self._calls, user)),
+            default=(),
         )
         return self._any_write(node, node._sort_key, last)
 
     def pinned(self, node: fx.Node) -> bool:
-        """Whether `node` must be neither replaced nor looked through."""
+        """Whether the graph must keep computing `node`: it is not replaceable, or it is stale."""
         return not self.replaceable(node) or self.stale(node)
 
     def written(self, node: fx.Node) -> bool:
-        """Whether `node`, or what may share its memory, is written after it was computed.
+        """Whether the memory of `node` may be written after `node` was computed.
 
         Such a value must not become a stored tensor: the write would change it for good.
         """
         return self.written_since(node, node)
 
     def written_since(self, node: fx.Node, since: fx.Node) -> bool:
-        """Whether `node`, or what may share its memory, is written after the node `since`."""
+        """Whether the memory of `node` may be written after the node `since`."""
         return self._any_write(node, since._sort_key, None)
 
-    def acts(self, node: fx.Node) -> bool:
+    def has_effects(self, node: fx.Node) -> bool:
         """Whether a node may write memory, or run code that is not torch's."""
         does = effect(self._calls, node)
-        return bool(does.writes) or does.outside
+        return bool(does.writes) or does.escapes
 
     def owns_memory(self, node: fx.Node) -> bool:
-        """Whether a value has memory of its own when it is made, which nobody else knows."""
+        """Whether a node makes a value with new memory, which no other code has."""
         does = effect(self._calls, node)
-        return not does.touched and not does.outside
+        return not does.touched and not does.escapes
 
     def is_dense(self, node: fx.Node) -> bool:
         """Whether a value, or the value that it was written over, has memory of its own."""
@@ -105,10 +103,10 @@ class Aliasing:
         """Whether a node writes an operand, and that only, and returns it."""
         does = effect(self._calls, node)
         only = does.writes == does.aliases == operand
-        return bool(operand) and only and not does.outside and not does.reshapes
+        return bool(operand) and only and not does.escapes and not does.reshapes
 
     def returned(self, node: fx.Node) -> bool:
-        """Whether the graph returns a value, or another one that may share its memory."""
+        """Whether the graph returns a value, or another value that may share its memory."""
         ahead = [node]
         for each in ahead:  # grows while it is read
             for user in each.users:
@@ -119,7 +117,7 @@ class Aliasing:
         return False
 
     def writes_attribute(self, node: fx.Node) -> bool:
-        """Whether the model writes the parameter or buffer that a `get_attr` node reads."""
+        """Whether the model may write the parameter or buffer that a `get_attr` node reads."""
         return node in self._written_attributes or self._any_write(node, (), None)
 
     def writes_between(
@@ -133,9 +131,9 @@ class Aliasing:
 
         Args:
             first: the earliest node of a region.
-            last: its root.
+            last: the root of the region.
             nodes: the values that will be read at `last` only.
-            dying: when given, writes by these nodes do not count, but one by `first` does.
+            dying: nodes whose writes do not count. If given, a write by `first` itself counts.
         """
         low = first._sort_key
         return any(self._any_write(n, low, last._sort_key, dying, first) for n in nodes)
@@ -161,9 +159,9 @@ class Aliasing:
                     return True
         return False
 
-    def same(self, new: fx.Node, old: fx.Node) -> None:
-        """Say that `new` takes the place of `old`: a write to one of them writes the other."""
-        if new in self._group:  # a node that was not analysed counts as its readers do
+    def replacing(self, new: fx.Node, old: fx.Node) -> None:
+        """Note that `new` takes the place of `old`: a write to one of them writes the other."""
+        if new in self._group:  # the groups of a node that was not analysed are its readers'
             self._joined.setdefault(new, []).extend(self._groups(old))
 
     def _groups(self, node: fx.Node) -> list[int]:
@@ -179,16 +177,16 @@ class Aliasing:
 
 
 def written_operand(node: fx.Node, calls: Calls) -> fx.Node | None:
-    """The tensor that a node writes and then gives back as its result, if that is all it does."""
+    """The operand that a node writes and returns, if the node has no other effect."""
     found = effect(calls, node)
     written = found.writes
-    if len(written) != 1 or found.aliases != written or found.reshapes or found.outside:
+    if len(written) != 1 or found.aliases != written or found.reshapes or found.escapes:
         return None
     return written[0] if _returns_it(calls, node) and _is_tensor(calls, written[0]) else None
 
 
 def _returns_it(calls: Calls, node: fx.Node) -> bool:
-    """Whether an operation that writes its operand gives that very tensor back."""
+    """Whether an operation that writes its operand returns that very tensor."""
     called = calls.of(node)
     assigns = called is not None and called.op.memory is Memory.WRITES
     return not assigns and "out" not in node.kwargs
@@ -200,11 +198,11 @@ def _is_tensor(calls: Calls, node: fx.Node) -> bool:
 
 
 def analyse(graph: fx.Graph, calls: Calls) -> Aliasing:
-    """Find the alias sets of a graph and the writes that somebody can observe.
+    """Find the alias sets of a graph, and the writes in them that show.
 
     Args:
-        graph: as traced: in-place operators are nodes, with their results.
-        calls: its calls; the module they refer to is in eval mode.
+        graph: as traced: operators that write in place are nodes like any other.
+        calls: the calls of the graph; the module that they refer to is in eval mode.
 
     Returns:
         Answers about single nodes, each in constant or logarithmic time.
@@ -212,15 +210,7 @@ def analyse(graph: fx.Graph, calls: Calls) -> Aliasing:
     nodes = list(graph.nodes)
     index = {node: i for i, node in enumerate(nodes)}
     effects = [effect(calls, node) for node in nodes]
-    parent = list(range(len(nodes)))
-    outside = False
-    for i, each in enumerate(effects):
-        for other in each.touched:
-            _union(parent, i, index[other])
-            outside = outside or other.op in ("placeholder", "get_attr")
-    if outside and any(each.writes for each in effects):
-        _join_memory(nodes, parent, calls)
-    roots = [_find(parent, i) for i in range(len(nodes))]
+    roots = _alias_sets(nodes, index, effects, calls)
     writes: dict[int, list[int]] = {}
     for i, each in enumerate(effects):
         if each.writes:
@@ -232,7 +222,9 @@ def analyse(graph: fx.Graph, calls: Calls) -> Aliasing:
     irreplaceable: set[fx.Node] = set()
     stale: set[fx.Node] = set()
     for root, group in members.items():
-        _judge(calls, nodes, index, effects, group, writes[root], irreplaceable, stale)
+        kept, written = _examined(calls, nodes, index, effects, group, writes[root])
+        irreplaceable |= kept
+        stale |= written
     return Aliasing(
         calls,
         {node: roots[i] for i, node in enumerate(nodes)},
@@ -243,8 +235,23 @@ def analyse(graph: fx.Graph, calls: Calls) -> Aliasing:
     )
 
 
+def _alias_sets(
+    nodes: list[fx.Node], index: dict[fx.Node, int], effects: list[Effect], calls: Calls
+) -> list[int]:
+    """The alias set of each node, named by the position of one of its members."""
+    parent = list(range(len(nodes)))
+    of_model = False
+    for i, each in enumerate(effects):
+        for other in each.touched:
+            _union(parent, i, index[other])
+            of_model = of_model or other.op in ("placeholder", "get_attr")
+    if of_model and any(each.writes for each in effects):
+        _join_memory(nodes, parent, calls)
+    return [_find(parent, i) for i in range(len(nodes))]
+
+
 def may_share(node: fx.Node, calls: Calls) -> set[fx.Node]:
-    """The tensors of the model whose memory a value may share: what it reads, or is a view of."""
+    """The `get_attr` nodes of the tensors whose memory a value may share."""
     seen, ahead = {node}, [node]
     for each in ahead:
         sources = effect(calls, each).aliases
@@ -253,24 +260,33 @@ def may_share(node: fx.Node, calls: Calls) -> set[fx.Node]:
     return {each for each in seen if each.op == "get_attr"}
 
 
-def _judge(
+def _examined(
     calls: Calls,
     nodes: list[fx.Node],
     index: dict[fx.Node, int],
     effects: list[Effect],
     group: list[int],
     writes: list[int],
-    irreplaceable: set[fx.Node],
-    stale: set[fx.Node],
-) -> None:
-    """Sort out one alias set; `group` and `writes` are positions, ascending."""
+) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The irreplaceable and the stale values of one alias set.
+
+    Args:
+        calls: the calls of the graph.
+        nodes: the nodes of the graph.
+        index: their positions.
+        effects: their effects.
+        group: positions of the members of the set, ascending.
+        writes: positions of the members that write, ascending.
+    """
+    irreplaceable: set[fx.Node] = set()
+    stale: set[fx.Node] = set()
     is_write = set(writes)
     older = -1.0  # the last read of any member before the current one
-    observed: list[int] = []
-    doubtful: list[int] = []
+    observed: list[int] = []  # writes that show in older members
+    doubtful: list[int] = []  # values made from a member while older members are still read
     for i in group:
         node, does = nodes[i], effects[i]
-        reads = [index[user] for user in node.users if not only_looks(calls, user)]
+        reads = [index[user] for user in node.users if not reads_no_values(calls, user)]
         last: float = max(reads, default=-1)
         if i in is_write and (older > i or does.reshapes):
             observed.append(i)
@@ -279,19 +295,20 @@ def _judge(
         following = bisect_right(writes, i)
         if following < len(writes) and writes[following] < last:
             stale.add(node)
-        if does.outside:
+        if does.escapes:
             last = math.inf
             if node.op in ("placeholder", "get_attr"):
                 irreplaceable.add(node)
         older = max(older, last)
     latest = observed[-1] if observed else -1
-    # Older names are still in use: giving this one its own memory shows if a write follows.
+    # While older members are read, memory of its own for one of these shows if a write follows.
     irreplaceable.update(nodes[i] for i in doubtful if i <= latest)
     irreplaceable.update(nodes[i] for i in observed)
+    return irreplaceable, stale
 
 
 def _join_memory(nodes: list[fx.Node], parent: list[int], calls: Calls) -> None:
-    """One memory under several names: tied tensors, and a tensor passed as two arguments."""
+    """Join the nodes that may have one memory: tied tensors, and the arguments of the model."""
     first: dict[object, int] = {}
     for i, node in enumerate(nodes):
         if node.op == "get_attr":
@@ -312,7 +329,7 @@ def _find(parent: list[int], i: int) -> int:
 
 
 def _memory(module: nn.Module, path: str) -> object:
-    """The storage behind a parameter or buffer: tied tensors and views of one are one."""
+    """The identity of the storage of a parameter or buffer: equal for tied tensors and views."""
     value: Any = module
     try:
         for name in path.split("."):
@@ -325,7 +342,7 @@ def _memory(module: nn.Module, path: str) -> object:
 def _written_attributes(
     nodes: list[fx.Node], effects: list[Effect], calls: Calls
 ) -> frozenset[fx.Node]:
-    """Reads of tensors that a module called in the graph may write by itself."""
+    """The `get_attr` nodes of tensors that a called module may write by itself."""
     owners = [
         calls.submodule(str(node.target))
         for node, does in zip(nodes, effects, strict=True)

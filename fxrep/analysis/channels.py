@@ -7,11 +7,12 @@ Given::
 Result: axis -3 of x has size 8, for the convolution raises at anything else and relu changes no
 size; that of y has size 2, and that of the convolution's result 16.
 
-Axes are counted from the last, so that (C, H, W) and (N, C, H, W) need not be told apart. What
-counts from the first (BatchNorm1d, a positive `dim`) is used where the rank is known.
+Axes are counted from the last, so that (C, H, W) and (N, C, H, W) need not be told apart. An
+operation that counts from the first (BatchNorm1d, a positive `dim`) is used where the rank is
+known.
 
-What makes a value proves its size, and so does what reads it and raises unless it fits; both also
-through operations that keep it. Never backwards through arithmetic: that may broadcast. BatchNorm
+A size is proven by the operation that makes the value, or by a reader that raises at other sizes;
+both also through operations that keep the size. A reader that broadcasts proves nothing. BatchNorm
 counts as raising, although it lets a value without elements pass.
 """
 
@@ -26,12 +27,22 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxrep.analysis import size_rules
-from fxrep.analysis.size_rules import NOTHING, RULES, Proof, Said, Size, divided, fact, joined, same
-from fxrep.ops.calls import Calls, Held
+from fxrep.analysis.size_rules import (
+    NO_FACTS,
+    RULES,
+    AxisFacts,
+    Proof,
+    Size,
+    concatenated,
+    divided,
+    known,
+    unchanged,
+)
+from fxrep.ops.calls import Calls, ModuleTensor
 from fxrep.ops.effects import effect
 from fxrep.ops.values import value_type
 
-# The most sizes asked for, and the most readers of one value looked at, to answer one question.
+# The most sizes asked for, and the most readers of a value looked at, to answer one question.
 _MOST_ASKED = 128
 _MOST_USERS = 32
 _MOST_STEPS = 8
@@ -45,8 +56,8 @@ class Channels:
 
     Args:
         graph: as traced.
-        calls: its calls.
-        rank: the rank of a value if it is known.
+        calls: the calls of the graph.
+        rank: gives the rank of a value, or None if it is not known.
     """
 
     def __init__(
@@ -56,15 +67,16 @@ class Channels:
         self._calls = calls
         self._known: dict[Size, int] = {}
         self._weights: dict[tuple[nn.Module, str], torch.Size | None] = {}
-        # A value whose shape changes in place has no one size.
+        # Where a shape changes in place, sizes depend on when they are read: none is certain.
         self._reshaped = any(_reshapes(calls, node) for node in graph.nodes)
 
     def of(self, node: fx.Node, axis: int) -> int | None:
-        """The size of a value at an axis, counted from the last (-1), if it is certain."""
+        """The size of a value at an axis, counted from the last (-1); None if it is not certain."""
         goal = node, axis
         if axis >= 0 or self._reshaped or node._erased:
             return None
-        asked, queue = {goal}, deque([goal])  # a loop: graphs are deeper than Python's stack
+        # No recursion: graphs are deeper than Python's stack.
+        asked, queue = {goal}, deque([goal])
         waiting: dict[Size, list[_Waiting]] = {}
         while queue and goal not in self._known:
             size = queue.popleft()
@@ -81,14 +93,14 @@ class Channels:
                         queue.append(premise)
         return self._known.get(goal)
 
-    def same(self, new: fx.Node, old: fx.Node) -> None:
-        """Say that `new` has the sizes of `old`, whose place it takes."""
+    def replacing(self, new: fx.Node, old: fx.Node) -> None:
+        """Note that `new` has the sizes of `old`, whose place it takes."""
         for axis in range(-_MOST_AXES, 0):
             if (old, axis) in self._known:
                 self._known.setdefault((new, axis), self._known[old, axis])
 
     def _conclude(self, size: Size, proof: Proof, waiting: dict[Size, list[_Waiting]]) -> None:
-        """Apply a proof if its premises are known, and then whatever waited for its result."""
+        """Apply a proof if its premises are known, and then the proofs that wait for the result."""
         ready: list[_Waiting] = [(size, proof)]
         while ready:
             size, proof = ready.pop()
@@ -99,46 +111,46 @@ class Channels:
                 ready.extend(waiting.pop(size, ()))
 
     def _proofs(self, node: fx.Node, axis: int) -> Iterator[Proof]:
-        """All that could prove a size: what makes the value, then what reads it."""
+        """The proofs of a size: from the operation that makes the value, then from readers."""
         shape = self.shape(node)
         if shape is not None:
             if len(shape) >= -axis:
-                yield fact(shape[axis])
+                yield known(shape[axis])
             return
-        yield from self._said(node, axis).proofs
+        yield from self._facts(node, axis).proofs
         for user in itertools.islice(node.users, _MOST_USERS):
-            said = self._said(user, axis)
-            if said.source is node:
-                yield from said.back
-            parts = joined(self._calls.of(user), axis, self)
+            facts = self._facts(user, axis)
+            if facts.source is node:
+                yield from facts.backward
+            parts = concatenated(self._calls.of(user), axis, self)
             if parts and len({self._origin(part, axis) for part in parts}) == 1:
                 yield Proof(partial(divided, len(parts)), ((user, axis),))
 
-    def _said(self, node: fx.Node, axis: int) -> Said:
+    def _facts(self, node: fx.Node, axis: int) -> AxisFacts:
         called = self._calls.of(node)
         rule = None if called is None else RULES.get(called.op.shape)
         if rule is None or called is None or called.arguments is None:
-            return NOTHING
+            return NO_FACTS
         return rule(called, axis, self)
 
     def _origin(self, node: fx.Node, axis: int) -> fx.Node:
-        """The earliest value above that certainly has the same size."""
+        """The earliest value, up through first operands, that certainly has the same size."""
         for _ in range(_MOST_STEPS):
-            said = self._said(node, axis)
-            source = said.source
-            if source is None or said.proofs[:1] != (Proof(same, ((source, axis),)),):
+            facts = self._facts(node, axis)
+            source = facts.source
+            if source is None or facts.proofs[:1] != (Proof(unchanged, ((source, axis),)),):
                 break
             node = source
         return node
 
-    # what rules may ask
+    # --- questions of the rules ------------------------------------------------------------------
 
     def shape(self, value: object) -> torch.Size | None:
-        """The shape of a tensor of the model, if that is what an argument is.
+        """The shape of an argument that is a tensor of the model; None for any other argument.
 
-        A parametrization may have to compute it.
+        If the tensor is parametrized, this computes it.
         """
-        if isinstance(value, Held):
+        if isinstance(value, ModuleTensor):
             key = value.module, value.name
             if key not in self._weights:
                 with torch.no_grad():
@@ -148,22 +160,22 @@ class Channels:
             return None
         return _shape(self._calls.tensor(str(value.target)))
 
-    def of_item(self, tensors: fx.Node, index: int, axis: int) -> Said:
-        """What is said of one of the tensors that a chunk or split gives."""
+    def part_facts(self, tensors: fx.Node, index: int, axis: int) -> AxisFacts:
+        """The facts about one of the tensors that a chunk or split returns."""
         return size_rules.part(self._calls.of(tensors), index, axis, self)
 
     def is_tensor(self, node: fx.Node) -> bool:
         """Whether a value is certainly a tensor."""
         return node.op != "placeholder" and value_type(self._calls, node) is Tensor
 
-    def negative(self, axis: object, node: fx.Node | None) -> int | None:
+    def from_last(self, axis: object, node: fx.Node | None) -> int | None:
         """An axis of a value, counted from the last."""
         if not isinstance(axis, int) or axis < 0:
             return axis if isinstance(axis, int) else None
         rank = None if node is None else self.rank(node)
         return None if rank is None or axis >= rank else axis - rank
 
-    def reaches(self, node: fx.Node, axis: int) -> bool:
+    def may_have_axis(self, node: fx.Node, axis: int) -> bool:
         """Whether a value may have the axis."""
         shape = self.shape(node)
         rank = self.rank(node) if shape is None else len(shape)
@@ -176,7 +188,7 @@ def _shape(value: object) -> torch.Size | None:
 
 
 def _reshapes(calls: Calls, node: fx.Node) -> bool:
-    """Whether an operation changes the shape of what it writes."""
+    """Whether an operation changes the shape of an operand in place."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     writes = node.op != "call_module" and (name.endswith("_") or "out" in node.kwargs)
     return writes and effect(calls, node).reshapes

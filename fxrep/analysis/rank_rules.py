@@ -1,6 +1,7 @@
-"""What each operator says of ranks: its result's, and that of operands it would else refuse.
+"""The facts that each operator gives about ranks: of its result, and of operands.
 
-A rule is given a call whose arguments are known by name, and returns facts. It changes nothing.
+A rule is given a call whose arguments are known by name, and yields facts. It changes nothing. A
+fact about an operand holds because the operator raises at other ranks.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ class AtLeast(NamedTuple):
 
 
 class Suggested(NamedTuple):
-    """rank(node) = rank if the model sees batches."""
+    """rank(node) = rank if the operand of the layer has a batch dimension."""
 
     node: fx.Node
     rank: int
 
 
 class Broadcast(NamedTuple):
-    """rank(node) is the largest of the operands', each of at least so much."""
+    """rank(node) is the largest rank of the operands, each of which has at least rank `least`."""
 
     node: fx.Node
     operands: Iterable[fx.Node]
@@ -56,7 +57,7 @@ class Broadcast(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """The node is a tuple of tensors of rank(source) + change."""
+    """The node is a tuple of tensors, each of rank(source) + change."""
 
     node: fx.Node
     source: fx.Node
@@ -68,8 +69,8 @@ Fact = Shifted | Exactly | AtLeast | Suggested | Broadcast | Parts
 
 Rule = Callable[[Called, "Ranks"], Iterator[Fact]]
 
-# The ranks of what these modes of interpolation take.
-RESIZES = {"linear": 3, "bilinear": 4, "bicubic": 4, "trilinear": 5}
+# The rank of the operand that a mode of interpolation takes.
+RANK_OF_MODE = {"linear": 3, "bilinear": 4, "bicubic": 4, "trilinear": 5}
 
 
 def _keeps(call: Called, ranks: Ranks) -> Iterator[Fact]:
@@ -120,7 +121,7 @@ def _resize(call: Called, ranks: Ranks) -> Iterator[Fact]:
     if call.source is None:
         return
     yield Shifted(call.node, call.source)
-    rank = RESIZES.get(str(call.get("mode")))
+    rank = RANK_OF_MODE.get(str(call.get("mode")))
     yield AtLeast(call.source, 3) if rank is None else Exactly(call.source, rank)
 
 
@@ -148,7 +149,7 @@ def _flatten(call: Called, ranks: Ranks) -> Iterator[Fact]:
     if source is None or not isinstance(start, int) or not isinstance(end, int):
         return
     if start >= 0 and end < 0:
-        # axes up to start stay, those from start to end become one
+        # The axes up to `start` and behind `end` stay, those between become one axis.
         yield Exactly(call.node, start + 1 - (end + 1))
         yield AtLeast(source, max(start + 1, -end) if start or end != -1 else 0)
     elif (start >= 0) == (end >= 0) and end > start:
@@ -172,13 +173,13 @@ def _sizes(call: Called, ranks: Ranks) -> Iterator[Fact]:
         if kind is int:
             yield Exactly(call.node, 1)
         elif kind is torch.Size:  # x.view(y.shape)
-            yield from (Shifted(call.node, each) for each in _of_whole_shape(sizes[0]))
+            yield from (Shifted(call.node, each) for each in _sources_of_shape(sizes[0]))
     elif all(isinstance(size, (int, fx.Node)) for size in sizes):
         yield Exactly(call.node, len(sizes))
 
 
-def _of_whole_shape(size: fx.Node) -> list[fx.Node]:
-    """The value whose shape a node reads, if it is the whole shape."""
+def _sources_of_shape(size: fx.Node) -> list[fx.Node]:
+    """The value whose whole shape a node reads; none if it reads less."""
     whole = size.target is getattr or (size.target == "size" and len(size.args) == 1)
     return size.all_input_nodes if whole else []
 
@@ -209,9 +210,9 @@ def _joins(change: int) -> Rule:
     def rule(call: Called, ranks: Ranks) -> Iterator[Fact]:
         tensors = call.get("tensors")
         if isinstance(tensors, fx.Node):
-            part = ranks.part(tensors)
-            if part is not None:
-                yield Shifted(call.node, part[0], part[1] + change)
+            parts = ranks.parts_of(tensors)
+            if parts is not None:
+                yield Shifted(call.node, parts[0], parts[1] + change)
             return
         for tensor in tensors or ():
             if isinstance(tensor, fx.Node):

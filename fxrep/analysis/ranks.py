@@ -4,14 +4,14 @@ Given::
 
     x -> Conv2d -> BatchNorm2d -> flatten(1) -> Linear
 
-Result: x, and all up to the flatten, has rank 4 because BatchNorm2d refuses anything else; what
-follows has rank 2.
+Result: x and all values up to the flatten have rank 4, for BatchNorm2d raises at any other; the
+values from the flatten on have rank 2.
 
 Values whose ranks differ by a known constant form one class (union-find with offsets). A class is
 known once one of its members is: by a module or function that accepts one rank only, an explicit
-shape, an assertion in the model. What broadcasts takes the largest rank of its operands. Where
-nothing proves a rank, convolutions are assumed to see batches; a rewrite that uses the assumption
-says so (`use_assumption`), and the rewritten graph asserts it.
+shape, an assertion in the model. The result of a broadcast has the largest rank of its operands.
+Where nothing proves a rank, convolutions are assumed to see batches; a rewrite that uses the
+assumption says so (`use_assumption`), and the rewritten graph asserts it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from fxrep.ops.calls import Called, Calls, is_function_of, is_item
 from fxrep.ops.op import Result, Shape
 from fxrep.ops.values import size_type
 
-# Passes over what broadcasts; each settles chains of any length in graph order.
-_MOST_PASSES = 6
+# Rounds over the broadcasts of a graph; each settles chains of any length in graph order.
+_MOST_ROUNDS = 6
 
 _Known = tuple[int, frozenset[int]]  # a rank, and the classes whose assumption it rests on
 
@@ -48,9 +48,9 @@ class Ranks:
 
     Args:
         graph: as traced.
-        calls: its calls.
+        calls: the calls of the graph.
         example_ranks: ranks seen when the model ran on an example: assumed where none is proven.
-        known: ranks that are certain, of tensors.
+        known: certain ranks, of values that are tensors.
     """
 
     def __init__(
@@ -68,19 +68,19 @@ class Ranks:
         self._offset = [0] * len(self._nodes)  # rank of a node minus that of its parent
         self._least = [0] * len(self._nodes)  # of a root: the rank is at least this
         self._proven: dict[int, int | None] = {}  # of a root; None: contradictory
-        self._batched: dict[int, set[int]] = {}  # of a root: what convolutions suggest
-        self._broadcasts: list[tuple[fx.Node, list[fx.Node], int]] = []
+        self._suggested: dict[int, set[int]] = {}  # of a root: its ranks if layers see batches
+        self._broadcasts: list[tuple[fx.Node, list[fx.Node], int]] = []  # not yet proven
         self._tensors: set[fx.Node] = set(known or ())
-        self._numbers: set[fx.Node] = set()
-        self._masks: dict[fx.Node, bool] = {}
-        self._lists: dict[fx.Node, tuple[fx.Node, int]] = {}
-        self._used: set[int] = set()
-        self._deferred: set[int] = set()
+        self._numbers: set[fx.Node] = set()  # numbers and sizes
+        self._masks: dict[fx.Node, bool] = {}  # of a tensor of the model: it is a mask
+        self._parts: dict[fx.Node, tuple[fx.Node, int]] = {}  # see `parts_of`
+        self._used: set[int] = set()  # roots whose assumed rank a rewrite has used
+        self._deferred: set[int] = set()  # roots whose assumed rank it may use later
         for node in self._nodes:
             self._read(node)
         for node, rank in (known or {}).items():
             self._set(node, rank)
-        self._settle()
+        self._prove_broadcasts()
         self._values: dict[int, _Known] = {
             root: (rank, frozenset()) for root, rank in self._proven.items() if rank is not None
         }
@@ -92,7 +92,7 @@ class Ranks:
         return known[0] if known is not None and not known[1] else None
 
     def assumed(self, node: fx.Node) -> int | None:
-        """The rank of a value, certain or if convolutions see batches."""
+        """The rank of a value, whether it is certain or assumed."""
         known = self._known(node)
         return None if known is None else known[0]
 
@@ -126,8 +126,8 @@ class Ranks:
                     first.setdefault(root, (node, self._values[root][0] + offset))
         return list(first.values())
 
-    def same(self, new: fx.Node, old: fx.Node) -> None:
-        """Say that `new`, which may not have been analysed, has the rank of `old`."""
+    def replacing(self, new: fx.Node, old: fx.Node) -> None:
+        """Note that `new`, which may not have been analysed, has the rank of `old`."""
         if old not in self._index:
             return
         if new in self._index:
@@ -141,7 +141,7 @@ class Ranks:
         self._parent.append(root)
         self._offset.append(offset)
 
-    # classes
+    # --- classes of values whose ranks differ by a constant --------------------------------------
 
     def _find(self, i: int) -> tuple[int, int]:
         """The root of a class, and the rank of `i` minus that of the root."""
@@ -168,9 +168,9 @@ class Ranks:
         if root in self._proven:
             rank = self._proven.pop(root)
             self._prove(other, None if rank is None else rank - shift)
-        if root in self._batched:
-            suggested = {rank - shift for rank in self._batched.pop(root)}
-            self._batched.setdefault(other, set()).update(suggested)
+        if root in self._suggested:
+            suggested = {rank - shift for rank in self._suggested.pop(root)}
+            self._suggested.setdefault(other, set()).update(suggested)
 
     def _prove(self, root: int, rank: int | None) -> None:
         if self._proven.setdefault(root, rank) != rank or (rank is not None and rank < 0):
@@ -190,23 +190,23 @@ class Ranks:
             return None
         root, offset = self._find(i)
         known = self._values.get(root)
-        # An operation that takes an axis away leaves a number as it is.
+        # Some operations that remove an axis accept a value without axes, and return it.
         return None if known is None or known[0] + offset < 0 else (known[0] + offset, known[1])
 
-    # broadcasting
+    # --- broadcasts ------------------------------------------------------------------------------
 
-    def _settle(self) -> None:
-        """Prove the ranks of what broadcasts, until nothing new follows."""
+    def _prove_broadcasts(self) -> None:
+        """Prove the ranks of the results of broadcasts, until no more follows."""
         waiting = self._broadcasts
-        for _ in range(_MOST_PASSES):
-            left = [entry for entry in waiting if not self._decide(*entry)]
+        for _ in range(_MOST_ROUNDS):
+            left = [entry for entry in waiting if not self._prove_broadcast(*entry)]
             if len(left) == len(waiting):
                 break
             waiting = left
         self._broadcasts = waiting
 
-    def _decide(self, node: fx.Node, operands: list[fx.Node], least: int) -> bool:
-        """Whether one operand certainly has the largest rank, and so the result's."""
+    def _prove_broadcast(self, node: fx.Node, operands: list[fx.Node], least: int) -> bool:
+        """Give the result the rank of the operand that certainly has the largest, if any has."""
         bounds = [self._bounds(operand) for operand in operands]
         if any(low < least for low, _ in bounds):
             return False
@@ -221,10 +221,12 @@ class Ranks:
         return False
 
     def _below(self, node: fx.Node, other: tuple[int, int]) -> bool:
+        """Whether a node is in the class of `other` (a root, an offset), and of no larger rank."""
         root, offset = self._find(self._index[node])
         return root == other[0] and offset <= other[1]
 
     def _bounds(self, node: fx.Node) -> tuple[int, int | None]:
+        """The least and the largest rank that a value can have, as far as they are proven."""
         root, offset = self._find(self._index[node])
         rank = self._proven.get(root)
         if rank is not None:
@@ -238,12 +240,12 @@ class Ranks:
             if node in self._index:
                 root, offset = self._find(self._index[node])
                 suggested.setdefault(root, set()).add(rank - offset)
-        for root, ranks in {**self._batched, **suggested}.items():
+        for root, ranks in {**self._suggested, **suggested}.items():
             if len(ranks) == 1 and root not in self._proven:
                 (rank,) = ranks
                 if rank >= self._least[root]:
                     self._values[root] = rank, frozenset({root})
-        for _ in range(_MOST_PASSES):
+        for _ in range(_MOST_ROUNDS):
             changed = False
             for node, operands, least in self._broadcasts:
                 root, offset = self._find(self._index[node])
@@ -259,7 +261,7 @@ class Ranks:
             if not changed:
                 break
 
-    # reading the graph
+    # --- from the calls of the graph to facts ----------------------------------------------------
 
     def _read(self, node: fx.Node) -> None:
         if node.op == "get_attr":
@@ -292,7 +294,7 @@ class Ranks:
     def _learn(self, fact: Fact) -> None:
         match fact:
             case Shifted(node, source, change):
-                self._tensors.update((node, source) if source not in self._lists else (node,))
+                self._tensors.update((node, source) if source not in self._parts else (node,))
                 self._join(node, source, change)
             case Exactly(node, rank):
                 self._tensors.add(node)
@@ -301,10 +303,10 @@ class Ranks:
                 self._at_least(node, rank)
             case Suggested(node, rank):
                 root, offset = self._find(self._index[node])
-                self._batched.setdefault(root, set()).add(rank - offset)
+                self._suggested.setdefault(root, set()).add(rank - offset)
             case Parts(node, source, change):
                 self._tensors.add(source)
-                self._lists[node] = source, change
+                self._parts[node] = source, change
             case Broadcast(node, operands, least):
                 self._learn_broadcast(node, operands, least)
 
@@ -318,25 +320,21 @@ class Ranks:
             return
         self._broadcasts.append((node, tensors, least))
 
-    # what rules may ask
-
-    def is_number(self, node: object) -> bool:
-        """Whether a value is a number or a size, and no tensor."""
-        return node in self._numbers
+    # --- questions of the rules ------------------------------------------------------------------
 
     def size_type(self, node: fx.Node) -> type | None:
-        """Whether a value is one int of a shape or a whole `torch.Size`, if that is certain."""
+        """`int` for one size, `torch.Size` for a whole shape; None if neither is certain."""
         return size_type(self._calls, node)
 
     def proven(self, node: fx.Node) -> int | None:
-        """The rank of a value as far as the graph has been read."""
+        """The rank of a value, if the part of the graph read so far proves it."""
         return self._bounds(node)[1]
 
-    def part(self, node: fx.Node) -> tuple[fx.Node, int] | None:
-        """Of a tuple of tensors: the value they are parts of, and their rank minus its own."""
-        return self._lists.get(node)
+    def parts_of(self, node: fx.Node) -> tuple[fx.Node, int] | None:
+        """For a tuple of tensors: the value that they are parts of, and their rank minus its."""
+        return self._parts.get(node)
 
-    # what is no operator of its own
+    # --- nodes that call no operator of the table ------------------------------------------------
 
     def _read_attribute(self, node: fx.Node) -> None:
         value = self._calls.tensor(str(node.target))
@@ -345,7 +343,7 @@ class Ranks:
             self._masks[node] = value.dtype in (torch.bool, torch.uint8)
 
     def _read_assert(self, node: fx.Node) -> None:
-        """`torch._assert(x.ndim == 4, ...)`: what asks for another rank raises anyway."""
+        """`torch._assert(x.ndim == 4, ...)`: at any other rank the model raises."""
         equal = node.args[0] if node.args else None
         if not isinstance(equal, fx.Node) or equal.target not in (operator.eq, torch.eq):
             return
@@ -361,19 +359,19 @@ class Ranks:
             return
         if source in self._numbers:
             self._numbers.add(node)
-        elif source in self._lists:
+        elif source in self._parts:
             if isinstance(key, int):
-                self._learn(Shifted(node, *self._lists[source]))
+                self._learn(Shifted(node, *self._parts[source]))
             elif isinstance(key, slice):
-                self._lists[node] = self._lists[source]
+                self._parts[node] = self._parts[source]
         elif isinstance(key, tuple) or source in self._tensors:
             change = self._indexed(key if isinstance(key, tuple) else (key,))
             if change is not None:
                 self._learn(Shifted(node, source, change))
 
     def _indexed(self, key: tuple[Any, ...]) -> int | None:
-        """How an index changes the rank; None where it cannot be told."""
-        change, arrays = 0, 0
+        """By how much an index changes the rank; None if that is not certain."""
+        change, index_tensors = 0, 0
         for entry in key:
             if entry is None:
                 change += 1
@@ -382,14 +380,14 @@ class Ranks:
             elif isinstance(entry, int) or (isinstance(entry, fx.Node) and entry in self._numbers):
                 change -= 1
             elif isinstance(entry, fx.Node) and entry.op == "get_attr":
-                # one index tensor of integers puts its own dimensions in place of one
+                # An index tensor of integers puts its own dimensions in place of the indexed one.
                 rank, mask = self._bounds(entry)[1], self._masks.get(entry, True)
-                arrays += 1
-                if rank is None or mask or arrays > 1:
+                index_tensors += 1
+                if rank is None or mask or index_tensors > 1:
                     return None
                 change += rank - 1
             elif entry is not Ellipsis and not isinstance(entry, slice):
                 return None
-        if arrays and any(isinstance(entry, int) for entry in key):
+        if index_tensors and any(isinstance(entry, int) for entry in key):
             return None
         return change

@@ -17,12 +17,12 @@ from fxrep.capture.islands import Capture, Program
 from fxrep.capture.skeleton import call_arguments, does_not_run, named_inputs, skeleton
 
 UNKNOWN = object()
-"""Stands for a value that could not be computed."""
+"""The value of a node whose value could not be computed."""
 
 
 @dataclass(frozen=True, eq=False)
 class ModuleCall:
-    """One call of a module, its tensors faked."""
+    """One call of a module, with fake tensors."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -31,13 +31,13 @@ class ModuleCall:
 
 @dataclass(eq=False)
 class Examples:
-    """The user's inputs, and the calls inside the model that they lead to.
+    """The user's inputs, and calls inside the model in a run on them.
 
     Attributes:
         inputs: as given to `optimize`; None if there are none.
-        mode: makes the fake tensors that stand for the values.
-        calls: the calls of islands and of modules that were not traced, by module path, in order;
-            empty unless the model was run.
+        mode: makes the fake tensors.
+        calls: the calls of islands (`fxrep.capture.islands`) and of opaque modules, by module path,
+            in order; empty unless the model was run.
     """
 
     inputs: object
@@ -45,7 +45,7 @@ class Examples:
     calls: Mapping[str, Sequence[ModuleCall]] = field(default_factory=dict)
 
     def fake(self, value: Any) -> Any:
-        """A value with its tensors faked."""
+        """A value with fake tensors in place of its tensors."""
         known = torch._subclasses.FakeTensor
         return tree_map_only(
             Tensor, lambda t: t if isinstance(t, known) else self.mode.from_tensor(t), value
@@ -56,7 +56,7 @@ class Examples:
         return Values(program, self)
 
     def arguments(self, program: Program) -> Mapping[str, Any]:
-        """The arguments that a program is called with, by name."""
+        """The arguments of the first call of a program, by name; none if they are not known."""
         if not program.path:
             return self.fake(named_inputs(program.module, self.inputs))  # type: ignore[no-any-return]
         for call in self.calls.get(program.path, ()):
@@ -68,14 +68,17 @@ class Examples:
         return {}
 
 
-def watched(captured: Capture, example_inputs: object) -> Examples:
-    """The user's inputs, and the calls of the model's parts in a run on them.
+def recorded_run(captured: Capture, example_inputs: object) -> Examples:
+    """Run a copy of the model on the user's inputs, and record the calls inside it.
 
-    The run costs a forward and, while it lasts, a copy of the model. `Examples` made without it
-    know the values of a graph only if that is the whole model.
+    Without a run, `Examples` know the values of a graph only if it is the graph of the whole model.
+
+    Args:
+        captured: the model and its graphs.
+        example_inputs: as given to `optimize`.
 
     Raises:
-        InputError: the model does not run on them.
+        InputError: the model does not run on the inputs.
     """
     examples = Examples(example_inputs)
     twin = copy.deepcopy(skeleton(captured.model))
@@ -92,7 +95,7 @@ def watched(captured: Capture, example_inputs: object) -> Examples:
 def _recorded(
     model: nn.Module, paths: Iterable[str], examples: Examples
 ) -> Mapping[str, Sequence[ModuleCall]]:
-    """The calls of the modules at these paths, filled in while the model runs."""
+    """A record of the calls of the modules at `paths`, filled while the model runs."""
     calls: dict[str, list[ModuleCall]] = {}
     for path in paths:
 
@@ -104,7 +107,7 @@ def _recorded(
 
 
 def _paths_called(captured: Capture) -> set[str]:
-    """Paths of the modules whose values no graph shows: islands and modules not traced."""
+    """Paths of the modules whose results no graph of the whole model shows."""
     found = {program.path for program in captured.programs if program.path}
     for program in captured.programs:
         prefix = f"{program.path}." if program.path else ""
@@ -113,12 +116,15 @@ def _paths_called(captured: Capture) -> set[str]:
 
 
 def opaque(node: fx.Node) -> bool:
-    """Whether a node calls a module whose code is not torch's: it might write to anything."""
+    """Whether a node calls an opaque module: one that runs other code than torch's.
+
+    Nothing is known of such a call; it may write to anything.
+    """
     return node.op == "call_module" and node.meta.get("owner", nn.Module) is None
 
 
 class Values(fx.Interpreter):
-    """The values of a graph as fake tensors, which have no memory to allocate or to write.
+    """The values of a graph as fake tensors, which allocate no memory.
 
     The values of nodes added later are computed on demand.
     """
@@ -137,18 +143,18 @@ class Values(fx.Interpreter):
                 default = node.args[0] if node.args else None
                 self.env[node] = given.get(str(node.target), default)
             elif opaque(node):
-                self.env[node] = self._seen(str(node.target), calls)
+                self.env[node] = self._recorded(str(node.target), calls)
             else:
                 self.of(node)
 
-    def _seen(self, target: str, calls: dict[str, int]) -> Any:
-        """The result of the next call of a module that was not traced."""
+    def _recorded(self, target: str, calls: dict[str, int]) -> Any:
+        """The recorded result of the next call of an opaque module; `calls` counts them."""
         runs = self.examples.calls.get(f"{self.path}.{target}" if self.path else target, ())
         count = calls[target] = calls.get(target, -1) + 1
         return runs[count].result if count < len(runs) else UNKNOWN
 
     def of(self, node: fx.Node) -> Any:
-        """The value of a node, tensors faked, or `UNKNOWN`."""
+        """The value of a node with fake tensors, or `UNKNOWN`."""
         ahead = [node]
         while ahead:
             each = ahead[-1]
@@ -168,21 +174,21 @@ class Values(fx.Interpreter):
         try:
             with self.examples.mode, torch.no_grad():
                 return self.run_node(node)
-        except Exception:  # an operation without a fake form
+        except Exception:  # an operation without an implementation for fake tensors
             return UNKNOWN
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a module on fake copies of its tensors: a BatchNorm in training counts its calls."""
+        """Call a module with fake copies of its tensors: BatchNorm in training writes buffers."""
         module = self.fetch_attr(target)
         tensors = (*module.named_parameters(), *module.named_buffers())
         fakes = {name: self.examples.fake(tensor) for name, tensor in tensors}
         return torch.func.functional_call(module, fakes, args, kwargs)
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Read a fake copy: a write to a small real tensor would be carried out."""
+        """Read a fake copy of a tensor, so that a write in the graph does not reach the tensor."""
         return self.examples.fake(super().get_attr(target, args, kwargs))
 
     @property
     def ranks(self) -> dict[fx.Node, int]:
-        """The rank of each tensor."""
+        """The rank of each value that is a tensor."""
         return {node: v.dim() for node, v in self.env.items() if isinstance(v, Tensor)}

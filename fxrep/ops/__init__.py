@@ -1,1 +1,1 @@
-"""What torch's operators are, and whose code a call runs."""
+"""The operators of torch, their effects on memory, and the code that a call of a module runs."""

@@ -1,7 +1,7 @@
-"""Where None stands for a tensor that is not there: no call with it can run.
+"""Calls that cannot run because they are given None for a tensor.
 
 Given: ``forward(self, image=None, mask=None)``, traced without an image. Result: the call that
-could not run is found while tracing, and not when the result is called.
+cannot run is found while tracing, and not when the optimized model is called.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from fxrep.ops.calls import kind, schemas
+from fxrep.ops.calls import declared_kind, schemas
 
-# Operators that have an answer for None.
-_ANSWERING = frozenset({"eq", "ne", "is_", "is_not", "getitem", "setitem", "contains"})
+# Functions of the module operator that take None.
+_TAKING_NONE = frozenset({"eq", "ne", "is_", "is_not", "getitem", "setitem", "contains"})
 
 
 def lacks_operand(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -24,16 +24,18 @@ def lacks_operand(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     if not any(_has_none(value) for value in (*args, *kwargs.values())):
         return False
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    home = "torch" if isinstance(target, str) else getattr(target, "__module__", None) or "torch"
-    if home == "_operator":  # a tuple of None may be the key of an index
-        return name not in _ANSWERING and any(value is None for value in args)
-    if home.partition(".")[0] != "torch":
+    namespace = "torch"
+    if not isinstance(target, str):
+        namespace = getattr(target, "__module__", None) or "torch"
+    if namespace == "_operator":  # a tuple of None may be the key of an index
+        return name not in _TAKING_NONE and any(value is None for value in args)
+    if namespace.partition(".")[0] != "torch":
         return False
-    if inspect.isfunction(target):  # of torch.nn.functional: None is for options
+    if inspect.isfunction(target):  # of torch.nn.functional: all but the first may be optional
         first = next(iter(inspect.signature(target).parameters), "")
         return _has_none(args[0] if args else kwargs.get(first, 0))
     found = schemas(name)
-    return bool(found) and all(_lacks(schema, args, kwargs) for schema in found)
+    return bool(found) and all(_overload_lacks(schema, args, kwargs) for schema in found)
 
 
 def lacks_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -55,12 +57,12 @@ def _signature(function: Any) -> inspect.Signature:
     return inspect.signature(function)
 
 
-def _lacks(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether None stands for a tensor or number in one overload."""
+def _overload_lacks(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call gives one overload None for a tensor or number."""
     given = {a.name: value for a, value in zip(schema.arguments, args, strict=False)}
     given.update(kwargs)
-    needed = {a.name for a in schema.arguments if kind(a.type) in ("TensorType", "NumberType")}
-    return any(_has_none(given.get(name, 0)) for name in needed)
+    needed = [a for a in schema.arguments if declared_kind(a.type) in ("TensorType", "NumberType")]
+    return any(_has_none(given.get(argument.name, 0)) for argument in needed)
 
 
 def _has_none(value: object) -> bool:

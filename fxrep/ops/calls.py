@@ -1,4 +1,4 @@
-"""What a node of a graph calls: the operator, and its arguments by name.
+"""The operator that a node of a graph calls, and its arguments by name.
 
 Given::
 
@@ -25,8 +25,14 @@ from fxrep.ops.table import ATTRIBUTES
 
 
 @dataclass(frozen=True)
-class Held:
-    """A tensor that a module holds, or computes from what it holds, under a name."""
+class ModuleTensor:
+    """An argument that is an attribute of the called module: a tensor it holds or computes.
+
+    Attributes:
+        module: the module.
+        path: its path below the traced module.
+        name: of the attribute.
+    """
 
     module: nn.Module
     path: str
@@ -41,7 +47,7 @@ class Called:
         op: the operator.
         node: the call.
         module: the module of torch.nn that it calls; None for functions and methods.
-        in_place: it writes its first operand.
+        in_place: the call writes its first operand.
     """
 
     op: Op
@@ -51,9 +57,9 @@ class Called:
 
     @functools.cached_property
     def arguments(self) -> Mapping[str, Any] | None:
-        """All arguments by name; attributes of a module are some. None where they do not fit.
+        """All arguments by name, those of a module from its attributes; None if they do not fit.
 
-        Tensors of a module are `Held`.
+        Tensors of a module stand as `ModuleTensor`.
         """
         args, kwargs = self.node.args, self.node.kwargs
         if self.module is None:
@@ -68,14 +74,13 @@ class Called:
         module = self.module
         assert module is not None
         for name in names:
+            tensor = ModuleTensor(module, str(self.node.target), name)
             for tensors in (module._parameters, module._buffers):
                 if name in tensors:
-                    held = Held(module, str(self.node.target), name)
-                    return None if tensors[name] is None else held
+                    return None if tensors[name] is None else tensor
             if hasattr(module, name):
                 value = getattr(module, name)
-                is_tensor = isinstance(value, Tensor)
-                return Held(module, str(self.node.target), name) if is_tensor else value
+                return tensor if isinstance(value, Tensor) else value
         return default
 
     def __getitem__(self, name: str) -> Any:
@@ -94,7 +99,7 @@ class Called:
 
     @property
     def first(self) -> Any:
-        """The first argument, whether the others fit or not."""
+        """The first argument, even if the others do not fit."""
         if self.node.args:
             return self.node.args[0]
         kwargs = self.node.kwargs
@@ -104,7 +109,7 @@ class Called:
 
     @property
     def source(self) -> fx.Node | None:
-        """The value it works on, if its first argument is one."""
+        """The first argument, if it is a value of the graph."""
         return self.first if isinstance(self.first, fx.Node) else None
 
 
@@ -121,7 +126,7 @@ class _Known:
 
 
 class Calls:
-    """The calls of one graph, which may be rewritten meanwhile.
+    """The calls of one graph, remembered by node; the graph may be rewritten meanwhile.
 
     Args:
         module: the module that the targets of the graph refer to.
@@ -133,11 +138,11 @@ class Calls:
         self._known: dict[fx.Node, _Known] = {}
 
     def of(self, node: fx.Node) -> Called | None:
-        """The call that a node is, if its operator is known."""
+        """The call that a node makes, if the table has its operator."""
         return self.known(node).called
 
     def known(self, node: fx.Node) -> _Known:
-        """What is known of a node as it stands."""
+        """The call that a node makes with its arguments, and its effect on memory."""
         found = self._known.get(node)
         if found is None or found.args is not node.args or found.kwargs is not node.kwargs:
             found = self._known[node] = _Known(node.args, node.kwargs, self._read(node))
@@ -167,12 +172,12 @@ class Calls:
             found = self._modules[path] = self.module.get_submodule(path)
         return found
 
-    def forget(self, path: str) -> None:
-        """Say that another module stands at a path."""
+    def invalidate(self, path: str) -> None:
+        """Look up the module at a path anew: another was registered there."""
         self._modules.pop(path, None)
 
     def tensor(self, path: str) -> Any:
-        """What stands at a path that a `get_attr` node reads; None if nothing does."""
+        """The attribute at a path that a `get_attr` node reads; None if there is none."""
         owner, _, name = path.rpartition(".")
         try:
             return getattr(self.submodule(owner) if owner else self.module, name, None)
@@ -180,21 +185,22 @@ class Calls:
             return None
 
     def reads(self, node: fx.Node) -> Reads:
-        """What a node reads of its operands."""
+        """The properties of its operands that a node reads; values if the operator is unknown."""
         called = self.of(node)
         return Reads.VALUES if called is None else called.op.reads
 
 
-def is_function_of(node: fx.Node, *homes: str) -> bool:
-    """Whether a node calls a function of one of these modules of Python."""
-    home = getattr(node.target, "__module__", None)
-    return node.op == "call_function" and home in homes
+def is_function_of(node: fx.Node, *namespaces: str) -> bool:
+    """Whether a node calls a function that one of these Python modules defines."""
+    namespace = getattr(node.target, "__module__", None)
+    return node.op == "call_function" and namespace in namespaces
 
 
 def is_torch(target: Any) -> bool:
-    """Whether a function is torch's own, and no operator that somebody registered there."""
-    home = getattr(target, "__module__", None) or "torch"  # builtins of torch have none
-    return home.partition(".")[0] == "torch" and not home.startswith(("torch._ops", "torch.ops"))
+    """Whether a function is torch's own, and no operator that a library registered with torch."""
+    namespace = getattr(target, "__module__", None) or "torch"  # builtins of torch have none
+    registered = namespace.startswith(("torch._ops", "torch.ops"))
+    return namespace.partition(".")[0] == "torch" and not registered
 
 
 def is_item(node: fx.Node) -> bool:
@@ -210,9 +216,10 @@ def schemas(name: str) -> tuple[Any, ...]:
 @functools.cache
 def _schemas(name: str) -> tuple[Any, ...]:
     found = torch._C._jit_get_schemas_for_operator(f"aten::{name}")
-    return tuple(s for s in found if s.arguments and kind(s.arguments[0].type) == "TensorType")
+    first = [s for s in found if s.arguments]
+    return tuple(s for s in first if declared_kind(s.arguments[0].type) == "TensorType")
 
 
-def kind(declared: Any) -> str:
-    """The kind of a declared type, or of the elements of a list."""
+def declared_kind(declared: Any) -> str:
+    """The name of a type in torch's schemas, such as "TensorType"; of a list, that of its items."""
     return str((declared.getElementType() if declared.kind() == "ListType" else declared).kind())

@@ -1,7 +1,7 @@
-"""What one node does to memory: whose it may share, and whose it may write.
+"""The effect of one node on memory: which operands it may share memory with, or write.
 
-What is not known is taken to share the memory of all its operands; a module or function that is not
-torch's own is also taken to write them and to keep what it returns.
+An unknown operation of torch counts as sharing the memory of all its operands. A module or function
+that is not torch's own also counts as writing its operands and as keeping its result.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from fxrep.words import words
 
 @dataclass(frozen=True)
 class Effect:
-    """What a node does to the memory of its operands.
+    """The effect of a node on the memory of its operands.
 
     Attributes:
         aliases: operands whose memory the result may share.
-        writes: operands whose memory it may write.
-        outside: the result is, or may be, known to code outside the graph.
-        reshapes: it changes the shape of what it writes.
-        own_state: a module that may write its own tensors.
+        writes: operands whose memory the node may write.
+        escapes: code outside the graph has, or may have, the result too.
+        reshapes: the node changes the shape of the operands that it writes.
+        own_state: the node calls a module that may write the module's own tensors.
     """
 
     aliases: tuple[fx.Node, ...] = ()
     writes: tuple[fx.Node, ...] = ()
-    outside: bool = False
+    escapes: bool = False
     reshapes: bool = False
     own_state: bool = False
 
     @property
     def touched(self) -> tuple[fx.Node, ...]:
-        """The operands whose memory the node has to do with."""
+        """The operands whose memory the node shares or writes."""
         return self.aliases + self.writes if self is not _FRESH else ()
 
 
 _FRESH = Effect()
-_OUTSIDE = Effect(outside=True)
+_ESCAPES = Effect(escapes=True)
 
 
 def effect(calls: Calls, node: fx.Node) -> Effect:
-    """What a node does to memory."""
+    """The effect of a node on memory, remembered by node."""
     known = calls.known(node)
     if known.effect is None:
         known.effect = _effect(calls, node)
@@ -61,7 +61,7 @@ def effect(calls: Calls, node: fx.Node) -> Effect:
 
 def _effect(calls: Calls, node: fx.Node) -> Effect:
     if node.op in ("placeholder", "get_attr"):
-        return _OUTSIDE
+        return _ESCAPES
     if node.op == "output":
         return _FRESH
     called = calls.of(node)
@@ -73,12 +73,12 @@ def _effect(calls: Calls, node: fx.Node) -> Effect:
         found = _unknown_effect(node)
     if "out" in node.kwargs:
         out = _nodes(node.kwargs["out"])
-        found = Effect((*found.aliases, *out), (*found.writes, *out), found.outside, True)
+        found = Effect((*found.aliases, *out), (*found.writes, *out), found.escapes, True)
     return found
 
 
-def only_looks(calls: Calls, node: fx.Node) -> bool:
-    """Whether a node reads the shape, strides, dtype or device of its operand, not its values."""
+def reads_no_values(calls: Calls, node: fx.Node) -> bool:
+    """Whether a node reads at most the shape, strides, dtype or device of its operand."""
     return calls.reads(node) is not Reads.VALUES
 
 
@@ -86,7 +86,7 @@ def _module_effect(calls: Calls, node: fx.Node, called: Called | None) -> Effect
     module, inputs = calls.submodule(str(node.target)), tuple(node.all_input_nodes)
     if called is None:
         known = owner(node, module) is not None
-        return Effect(inputs) if known else Effect(inputs, inputs, outside=True, own_state=True)
+        return Effect(inputs) if known else Effect(inputs, inputs, escapes=True, own_state=True)
     source = _first(node)
     memory = called.op.memory
     if memory is Memory.DROPOUT and not module.training:
@@ -106,7 +106,8 @@ def _call_effect(node: fx.Node, called: Called) -> Effect:
     if called.op.reads is not Reads.VALUES:
         return _FRESH
     if called.in_place:
-        # requires_grad_ changes no value; other operators that give views reshape their operand.
+        # requires_grad_ writes nothing. Other operators that give views, like squeeze_, reshape
+        # their operand in place.
         known = called.op.name == "requires_grad"
         return Effect(source) if known else _written(node, reshapes=memory is Memory.VIEW)
     if memory is Memory.DROPOUT and called.get("training") is False:
@@ -134,13 +135,13 @@ def _unknown_effect(node: fx.Node) -> Effect:
         return Effect(inputs)
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     if not isinstance(target, str) and not is_torch(target):
-        return Effect(inputs, inputs, outside=True)
+        return Effect(inputs, inputs, escapes=True)
     if name.endswith("_") and not name.endswith("__"):
         return _written(node, reshapes=name in _RESHAPING)
     if _inplace(node):
         return Effect(_first(node), _first(node))
     if isinstance(target, str) and not hasattr(torch.Tensor, name):
-        return Effect(inputs, inputs, outside=True)
+        return Effect(inputs, inputs, escapes=True)
     return Effect(inputs)
 
 
@@ -167,17 +168,17 @@ def writes_over(calls: Calls, node: fx.Node) -> bool:
 
 
 def _inplace(node: fx.Node) -> bool:
-    """Whether the argument `inplace` of a function is, or may be, true."""
+    """Whether the argument `inplace` of a function is true, or a value of the graph."""
     value = node.kwargs.get("inplace")
     if node.op == "call_function" and value is None:
-        place = _place(node.target, "inplace")
-        value = node.args[place] if place < len(node.args) else None
+        index = _parameter_index(node.target, "inplace")
+        value = node.args[index] if index < len(node.args) else None
     return value is not None and value is not False
 
 
 @functools.cache
-def _place(function: Callable[..., Any], name: str) -> int:
-    """The position of a parameter of a function written in Python; behind all, if it has none."""
+def _parameter_index(function: Callable[..., Any], name: str) -> int:
+    """The position of a parameter of a function written in Python; past the last if it has none."""
     if inspect.isfunction(function):
         names = list(inspect.signature(function).parameters)
         if name in names:
@@ -186,18 +187,22 @@ def _place(function: Callable[..., Any], name: str) -> int:
 
 
 def _operator_effect(node: fx.Node, target: torch._ops.OpOverload) -> Effect:
-    """What an ATen operator's schema says it writes; whether it shares memory it need not say."""
+    """The effect that the schema of an ATen operator declares.
+
+    A schema declares all writes, but not all sharing: the result counts as sharing memory with
+    every operand.
+    """
     names = [a.name for a in target._schema.arguments if a.alias_info and a.alias_info.is_write]
-    places = {argument.name: i for i, argument in enumerate(target._schema.arguments)}
+    indices = {argument.name: i for i, argument in enumerate(target._schema.arguments)}
     given = [
-        node.kwargs[name] if name in node.kwargs else (node.args[places[name] : places[name] + 1])
+        node.kwargs[name] if name in node.kwargs else (node.args[indices[name] : indices[name] + 1])
         for name in names
     ]
     return Effect(tuple(node.all_input_nodes), _nodes(given))
 
 
 def _updated(called: Called) -> tuple[fx.Node, ...]:
-    """Running statistics and renormalised tables: operands that some functions write."""
+    """The operands that a function updates: running statistics, or a table it renormalises."""
     if called.arguments is None or called.get("max_norm") is not None:
         return tuple(called.node.all_input_nodes)
     return () if called.get("training") is False else statistics(called)
@@ -210,7 +215,7 @@ def statistics(called: Called) -> tuple[fx.Node, ...]:
 
 
 def _first(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The nodes in the first argument: the tensor that a view or an in-place operation takes."""
+    """The nodes in the first argument, which a view shares and an in-place operation writes."""
     if node.args:
         return _nodes(node.args[0])
     for name in ("input", "self", "tensor", "tensors"):

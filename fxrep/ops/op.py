@@ -1,4 +1,4 @@
-"""What there is to say of an operator of torch: the words of the table."""
+"""The types of the table of operators (`fxrep.ops.table`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Shape(Enum):
-    """What an operator does to shapes. The rules are in `fxrep.analysis`."""
+    """How the shape of the result follows from the operands; `fxrep.analysis` has the rules."""
 
     UNKNOWN = auto()
     KEEPS = auto()  # the shape of the first operand
@@ -41,24 +41,24 @@ class Shape(Enum):
     SELECT = auto()
     REDUCE = auto()
     MATMUL = auto()  # all axes but the last two broadcast
-    BATCHED_MATMUL = auto()  # all axes but the last two broadcast
+    BATCHED_MATMUL = auto()  # all values have three axes
     EINSUM = auto()
     EMBEDDING = auto()
 
 
 class Memory(Enum):
-    """What an operator does to memory."""
+    """Whose memory the result is in, and whose memory an operator writes."""
 
     FRESH = auto()  # the result has memory of its own
     VIEW = auto()  # the result may be the first operand, or a view of it
-    DROPOUT = auto()  # like a view; out of training `inplace` means nothing
-    UPDATES = auto()  # fresh; it may write statistics or tables that it is given
-    WRITES = auto()  # it writes its first operand, which is the result
+    DROPOUT = auto()  # like VIEW; in eval mode it writes nothing, whatever `inplace` is
+    UPDATES = auto()  # like FRESH; the operator may write statistics or tables among its operands
+    WRITES = auto()  # the operator writes its first operand, which is the result
     UNKNOWN = auto()  # the result may share memory with every operand
 
 
 class Result(Enum):
-    """What an operator returns."""
+    """The type of an operator's result."""
 
     TENSOR = auto()
     SIZE = auto()  # an int or a torch.Size, taken from a shape
@@ -68,7 +68,7 @@ class Result(Enum):
 
 
 class Reads(Enum):
-    """What an operator reads of its operands."""
+    """The properties of its operands that an operator reads."""
 
     VALUES = auto()
     SIZES = auto()
@@ -81,7 +81,7 @@ REQUIRED = object()
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter: its names, the first of which counts, and its default."""
+    """One parameter: its names, of which fxrep uses the first, and its default."""
 
     names: tuple[str, ...]
     default: Any = REQUIRED
@@ -92,15 +92,19 @@ class Op:
     """One operator.
 
     Attributes:
-        names: its spellings. A name with a capital is a class of torch.nn; one with a dot is that
-            function only (``F.unfold`` is no method, ``torch.ops.mylib.swish`` one of your own);
-            any other is a function of torch, of torch.nn.functional and a method, where there is
-            such.
-        parameters: as in a `def`. Other names of one stand behind a bar (``dim|axis=0``), those of
-            a module are its attributes; ``*size`` takes a sequence or its items; ``...`` at the
-            end takes whatever else is given.
-        spatial: how many spatial axes it has.
-        elementwise: it does the same to each element of one tensor, whatever the others are.
+        names: its spellings. A name with a capital is a class of torch.nn. A name with a dot is
+            that function only: ``F.unfold`` is no method, ``torch.ops.mylib.swish`` may be your
+            own. Any other name stands for the function of torch, the function of
+            torch.nn.functional and the method of that name, as far as they exist.
+        parameters: as in a `def`. Other names of a parameter stand behind a bar (``dim|axis=0``).
+            For a class of torch.nn they are attributes of the module. ``*size`` takes a sequence
+            or its items; ``...`` at the end takes all other arguments.
+        shape: how the shape of the result follows from the operands.
+        memory: whose memory the result is in, and whose memory it writes.
+        result: the type of the result.
+        reads: the properties of its operands that it reads.
+        spatial: number of spatial axes.
+        elementwise: the operator does the same to each element of its first operand.
     """
 
     names: str
@@ -114,12 +118,12 @@ class Op:
 
     @functools.cached_property
     def name(self) -> str:
-        """The name that stands for it, without a home."""
+        """The first of its names, without the namespace."""
         return self.names.split()[0].rpartition(".")[2]
 
     @functools.cached_property
     def signature(self) -> Signature:
-        """Its parameters, read."""
+        """Its parameters, parsed."""
         return Signature.of(self.parameters)
 
 
@@ -129,8 +133,8 @@ class Signature:
 
     Attributes:
         parameters: in order.
-        variadic: the last of `parameters` takes all positions that are left.
-        open: arguments without a parameter are not an error.
+        variadic: the last parameter takes all positional arguments that are left.
+        open: arguments without a parameter are allowed.
     """
 
     parameters: tuple[Parameter, ...]
@@ -139,7 +143,7 @@ class Signature:
 
     @staticmethod
     def of(text: str) -> Signature:
-        """Read ``input, dim|axis=0, *size, ...``; no default holds a comma."""
+        """Parse ``input, dim|axis=0, *size, ...``; no default may contain a comma."""
         found, variadic, is_open = [], False, False
         for part in (part.strip() for part in text.split(",")):
             if part == "...":
@@ -153,13 +157,13 @@ class Signature:
 
     @functools.cached_property
     def by_name(self) -> dict[str, str]:
-        """The name that counts, by each name."""
+        """The first name of a parameter, by each of its names."""
         return {name: p.names[0] for p in self.parameters for name in p.names}
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-        """The arguments of a call by name, defaults filled in; None where they do not fit.
+        """The arguments of a call by name, with defaults; None if they do not fit.
 
-        Those are forms of other overloads, and what an operator here does not take: `out=`.
+        Arguments of other overloads do not fit, and neither do those that no entry has: `out=`.
         """
         parameters = self.parameters
         if self.variadic and len(args) >= len(parameters):

@@ -1,8 +1,8 @@
-"""Whose code a call of a module runs: one answer for all that wants to know what it computes.
+"""Whose code a call of a module runs: the only place that decides it.
 
-A class of torch.nn says what its module computes only if a call runs that class's code and nothing
-else. A subclass, an instance or a hook may change everything, the rank and the type of the result
-included; of such a call nothing is known.
+The class of a module says what the module computes only if a call runs the code of a class of
+torch.nn and nothing else. A subclass, a method set on the instance or a hook may change everything,
+the rank and the type of the result included; of such a call nothing is known.
 """
 
 from __future__ import annotations
@@ -26,10 +26,7 @@ def weight_hooks(module: nn.Module) -> list[Any]:
 
 
 def foreign_hooks(module: nn.Module) -> list[Any]:
-    """Every other hook on the module's calls: forward, pre-forward, backward, and for all modules.
-
-    Hooks for all modules are those of ``torch.nn.modules.module.register_module_*_hook``.
-    """
+    """All other hooks that run at a call of the module, those for all modules included."""
     own = [hook for hook in module._forward_pre_hooks.values() if not _computes_weight(hook)]
     for hooks in (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks):
         own += hooks.values()
@@ -37,7 +34,7 @@ def foreign_hooks(module: nn.Module) -> list[Any]:
 
 
 def global_hooks() -> list[Any]:
-    """The hooks that run at the calls of all modules."""
+    """Hooks for all modules: those of ``torch.nn.modules.module.register_module_*_hook``."""
     return [
         hook
         for hooks in (
@@ -55,17 +52,17 @@ def _computes_weight(hook: object) -> bool:
 
 
 def torch_class(module: nn.Module) -> type[nn.Module] | None:
-    """The class of torch.nn that a module is, hooks aside; None if it is anything more.
+    """The class of torch.nn whose code a module's methods are, hooks aside; None if they differ.
 
-    A subclass that overrides nothing torch's class calls is still that class. A method set on the
-    instance (``conv._conv_forward = ...``) overrides as one in a subclass does.
+    A subclass counts as its base class if it overrides nothing that a call of the base runs. A
+    method set on the instance (``conv._conv_forward = ...``) overrides like one of a subclass.
     """
     kind: type = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         return None
     if parametrize.is_parametrized(module):
         kind = parametrize.type_before_parametrizations(module)
-    if not all(_is_torchs(kind, name) for name in _RUN):
+    if not all(_is_defined_by_torch(kind, name) for name in _METHODS_RUN):
         return None
     for index, base in enumerate(kind.__mro__):
         if base is nn.Module or not base.__module__.startswith(("torch.nn.", "torch.ao.nn.")):
@@ -79,16 +76,16 @@ def torch_class(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
-# Methods that a call runs: somebody may have set others on torch's own classes.
-_RUN = ("forward", "_conv_forward", "_check_input_dim", "_call_impl")
+# Methods that a call runs. Other libraries set their own on torch's classes.
+_METHODS_RUN = ("forward", "_conv_forward", "_check_input_dim", "_call_impl")
 
 
-def _is_torchs(kind: type, name: str) -> bool:
-    home = getattr(getattr(kind, name, None), "__module__", None) or "torch"
-    return home.partition(".")[0] == "torch"
+def _is_defined_by_torch(kind: type, name: str) -> bool:
+    namespace = getattr(getattr(kind, name, None), "__module__", None) or "torch"
+    return namespace.partition(".")[0] == "torch"
 
 
-# What a subclass or an instance may have of its own without changing what a call computes.
+# Names that a subclass or an instance may define without changing the result of a call.
 _INERT = words(
     "__module__ __qualname__ __doc__ __init__ __annotations__ __dict__ __weakref__ __slots__ "
     "__constants__ __parameters__ __orig_bases__ __firstlineno__ __static_attributes__ "
@@ -98,7 +95,11 @@ _INERT = words(
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is one operation of the graph: torch's own, called as torch defines it."""
+    """Whether a module is a leaf of the trace: its call is one node of the graph.
+
+    True for modules of torch.nn that run torch's own code and are no containers, and for
+    ScriptModules, which cannot be traced.
+    """
     if isinstance(module, torch.jit.ScriptModule):
         return True
     base = torch_class(module)
@@ -109,13 +110,13 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def called_class(module: nn.Module) -> type[nn.Module] | None:
-    """The class of torch.nn whose code, and nothing else, a call of the module runs."""
+    """The class of torch.nn whose code a call of the module runs and nothing else, or None."""
     base = torch_class(module) if is_leaf(module) else None
     return None if foreign_hooks(module) else base
 
 
 def owner(node: fx.Node, module: nn.Module) -> type[nn.Module] | None:
-    """`called_class` of the module that a node calls, as it was when it was captured."""
+    """`called_class` of the module that a node calls, as it was at capture."""
     if _OWNER not in node.meta:
         node.meta[_OWNER] = called_class(module)
     found: type[nn.Module] | None = node.meta[_OWNER]
@@ -123,14 +124,14 @@ def owner(node: fx.Node, module: nn.Module) -> type[nn.Module] | None:
 
 
 def known_class(node: fx.Node, module: nn.Module, known: Container[Any]) -> Any:
-    """The class among those `known` whose code, and nothing else, a node runs."""
+    """The class among `known` whose code a node runs and nothing else, or None."""
     base = owner(node, module)
     found = next((kind for kind in base.__mro__ if kind in known), None) if base else None
     return found if base is not None and found is not None and _same_code(base, found) else None
 
 
 def _same_code(base: type[nn.Module], kind: type[nn.Module]) -> bool:
-    """Whether a class of torch computes what the class it derives from computes."""
+    """Whether a class of torch computes the same as `kind`, from which it derives."""
     below = base.__mro__[: base.__mro__.index(kind)]
     return not any((vars(child).keys() & vars(kind).keys()) - _INERT for child in below)
 

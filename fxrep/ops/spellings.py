@@ -4,8 +4,8 @@ Given::
 
     register(elementwise("i0"))
 
-Result: the rank and the channels of ``torch.i0(x)`` are those of x, its memory is its own, it moves
-over chunk and concatenation like relu, and nobody misses it where nobody reads it.
+Result: ``torch.i0(x)`` has the rank and the channels of x, and memory of its own. The passes move
+it over chunks and concatenations like relu, and drop it where no node reads it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ METHODS: dict[str, Spelling] = {}
 CLASSES: dict[type[nn.Module], Op] = {}
 OPS: dict[str, Op] = {}  # by the names of functions
 
-_HOMES = {"torch": torch, "F": F, "torch._C._nn": torch._C._nn, "torch.Tensor": torch.Tensor}
-_ALL_HOMES = {**_HOMES, "operator": operator}
+_NAMESPACES = {"torch": torch, "F": F, "torch._C._nn": torch._C._nn, "torch.Tensor": torch.Tensor}
+_ALL_NAMESPACES = {**_NAMESPACES, "operator": operator}
 
 # Python's operators, by the name of the operator of torch that they call.
 _OPERATORS = {
@@ -51,7 +51,10 @@ _OPERATORS = {
 
 
 def register(op: Op) -> None:
-    """Add an operator to the table; what its names meant before is forgotten.
+    """Add an operator to the table, in place of operators that had its names.
+
+    Args:
+        op: the operator; `fxrep.ops.table.elementwise` makes the most frequent kind.
 
     Args:
         op: ``elementwise("i0")``, ``elementwise("torch.ops.mylib.swish")``, or any other `Op`.
@@ -75,7 +78,7 @@ def register(op: Op) -> None:
 
 
 def _enter(op: Op) -> int:
-    """Enter an operator under its names; how many things of torch they are."""
+    """Enter an operator under its names; returns how many functions and classes these are."""
     found = 0
     for name in op.names.split():
         kind = getattr(nn, name, None) if name[0].isupper() else None
@@ -88,10 +91,10 @@ def _enter(op: Op) -> int:
 
 
 def _enter_call(op: Op, name: str) -> int:
-    home, _, last = name.rpartition(".")
+    namespace, _, last = name.rpartition(".")
     spelling, in_place = Spelling(op), Spelling(op, in_place=True)
     found = 0
-    for where in (_home(home),) if home else _HOMES.values():
+    for where in (_namespace(namespace),) if namespace else _NAMESPACES.values():
         for spelt, meaning in ((last, spelling), (f"{last}_", in_place)):
             function = getattr(where, spelt, None)
             if callable(function) and not isinstance(function, type):
@@ -99,22 +102,22 @@ def _enter_call(op: Op, name: str) -> int:
                 packet = isinstance(function, torch._ops.OpOverloadPacket)
                 overloads = [getattr(function, n) for n in function.overloads()] if packet else []
                 for each in (function, *overloads):
-                    if home or each not in _QUALIFIED:
+                    if namespace or each not in _QUALIFIED:
                         FUNCTIONS[each] = meaning
-                    if home:
+                    if namespace:
                         _QUALIFIED.add(each)
-    if not home or last not in OPS:
+    if not namespace or last not in OPS:
         OPS[last] = op
-    if not home:
+    if not namespace:
         for spelt, meaning in ((last, spelling), (f"{last}_", in_place)):
             if hasattr(torch.Tensor, spelt):
                 METHODS[spelt] = meaning
     return found
 
 
-def _home(name: str) -> Any:
-    """Where a function lives: ``F``, ``torch.special``, ``torch.ops.mylib``; None if nowhere."""
-    found = _ALL_HOMES.get(name)
+def _namespace(name: str) -> Any:
+    """The namespace of a name: ``F``, ``torch.special``, ``torch.ops.mylib``; None if unknown."""
+    found = _ALL_NAMESPACES.get(name)
     if found is not None:
         return found
     for part in name.removeprefix("torch.").split("."):
@@ -122,7 +125,7 @@ def _home(name: str) -> Any:
     return found
 
 
-# Functions that an entry names with their home: entries without one leave them alone.
+# Functions that an entry names with their namespace: entries without one leave them alone.
 _QUALIFIED: set[Any] = set()
 
 
@@ -136,7 +139,7 @@ def _enter_operators() -> None:
         if hasattr(operator, f"i{plain}") and not writes:
             FUNCTIONS[getattr(operator, f"i{plain}")] = Spelling(op, in_place=True)
             METHODS[f"__i{plain}__"] = Spelling(op, in_place=True)
-    for name in ("add", "mul"):  # of these the order of operands does not matter
+    for name in ("add", "mul"):  # these two commute: the reflected method is the same operator
         METHODS[f"__r{name}__"] = Spelling(OPS[name])
 
 

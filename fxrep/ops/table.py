@@ -1,9 +1,9 @@
-"""The operators of torch: one entry for each, whatever way it is spelt.
+"""The operators of torch: one entry for each, however it is spelt.
 
-An entry says under which names an operator is called, what its parameters are, what it does to
-shapes and memory, and what it returns (`fxrep.ops.op`). In-place forms (``add_`` and ``+=``) and
-Python's own methods (``__radd__``) follow. An operator that is not here is one nobody looks into;
-`fxrep.ops.spellings.register` adds one from outside.
+An entry has the names and the parameters of an operator, what it does to shapes and memory, and
+what it returns (`fxrep.ops.op`). In-place forms (``add_`` and ``+=``) and Python's own methods
+(``__radd__``) follow from it. Of an operator without an entry nothing is known;
+`fxrep.ops.spellings.register` adds an entry.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from fxrep.ops.op import Memory, Op, Reads, Result, Shape
 
 
 def elementwise(names: str, parameters: str = "input, ...") -> Op:
-    """An operator that does the same to each element of its first operand."""
+    """An operator that does the same to each element of its first operand.
+
+    Args:
+        names: its spellings, separated by spaces; see `Op`.
+        parameters: as in a `def`; see `Op`.
+    """
     return Op(names, parameters, Shape.KEEPS, elementwise=True)
 
 
@@ -25,7 +30,7 @@ def by_rank(make: Callable[[int], Op]) -> list[Op]:
 
 
 def _each(names: str, parameters: str = "input, ...", *how: Any, **more: Any) -> list[Op]:
-    """Operators that differ in their names only; other spellings of one stand behind a colon."""
+    """Operators that differ in their names only; a colon separates the spellings of an operator."""
     return [Op(word.replace(":", " "), parameters, *how, **more) for word in names.split()]
 
 

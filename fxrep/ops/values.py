@@ -1,4 +1,4 @@
-"""What a call returns: a tensor, a number, or so many of them."""
+"""The type of a call's result: a tensor, a number, a size, or a tuple of tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fxrep.words import words
 
 
 def is_size(calls: Calls, node: fx.Node) -> bool:
-    """Whether a value is taken from a shape, or arithmetic of such."""
+    """Whether a value is a size, read from a shape or computed from sizes."""
     called = calls.of(node)
     if called is not None and called.op.result is Result.SIZE:
         return True
@@ -27,7 +27,7 @@ def is_size(calls: Calls, node: fx.Node) -> bool:
 
 
 def size_type(calls: Calls, node: fx.Node) -> type | None:
-    """Whether a value is one int of a shape or a whole `torch.Size`, where that is certain."""
+    """`int` for one size, `torch.Size` for a whole shape; None if neither is certain."""
     called = calls.of(node)
     if called is not None and called.op.result is Result.SIZE:
         whole = called.op.name == "shape" or (called.op.name == "size" and _axis(node) is None)
@@ -60,9 +60,9 @@ _INT_ARITHMETIC = words(
 
 
 def value_type(calls: Calls, node: fx.Node) -> type | None:
-    """`torch.Tensor`, `int` or `torch.Size` where that is certain, else None.
+    """`torch.Tensor`, `int` or `torch.Size`; None if none of them is certain.
 
-    An argument of the model is taken for a tensor.
+    An argument of the model counts as a tensor.
     """
     if node.op in ("placeholder", "get_attr"):
         return torch.Tensor
@@ -82,7 +82,7 @@ def value_type(calls: Calls, node: fx.Node) -> type | None:
 
 
 def _declared_tensor(node: fx.Node) -> bool:
-    """Whether torch itself declares that a call gives one tensor."""
+    """Whether the schemas of torch declare that a call returns one tensor."""
     target: Any = node.target
     found: tuple[Any, ...] = ()
     if node.op == "call_method":
@@ -96,7 +96,7 @@ def _declared_tensor(node: fx.Node) -> bool:
 
 
 def item_count(calls: Calls, node: fx.Node) -> int | None:
-    """How many tensors a chunk or split returns, where its arguments say so."""
+    """How many tensors a chunk or split returns; None if its arguments do not say."""
     called = calls.of(node)
     if called is None or called.op.shape is not Shape.PARTS:
         return None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from fxrep.algebra import composition, weights
-from fxrep.algebra.maps import IDENTITY, Diagonal, Linear, Map, has_holes, places
+from fxrep.algebra.maps import IDENTITY, Diagonal, Linear, Map, has_holes, is_placement
 from fxrep.algebra.recipe import Call, Expr
 from fxrep.reading.view import Affine, Operation, Term, View
 from fxrep.refusal import Refusal
@@ -204,7 +204,7 @@ def merged_but_paddings(paths: Sequence[Path]) -> list[Path] | Refusal:
 
 def _gathers(whole: Linear, paths: Sequence[Path]) -> bool:
     """Whether paths bring each channel of a value to a place of its own, in order and once."""
-    if isinstance(whole, Diagonal) or not places(whole):
+    if isinstance(whole, Diagonal) or not is_placement(whole):
         return False
     shapes = [path.map for path in paths if isinstance(path.map, Map) and path.weight is None]
     if len(shapes) < len(paths) or not all(shape.selects for shape in shapes):

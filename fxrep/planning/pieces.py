@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from fxrep.algebra import composition, weights
-from fxrep.algebra.maps import Diagonal, Linear, Map, beside, lifted, places, unavailable, unbanded
+from fxrep.algebra.maps import (
+    Diagonal,
+    Linear,
+    Map,
+    is_placement,
+    why_no_layer,
+    with_all_rows,
+    with_channels,
+    with_more_inputs,
+)
 from fxrep.algebra.recipe import Call, Expr
 from fxrep.planning.cost import SIZES, CostModel, Work, total
 from fxrep.planning.paths import SAME_VALUE, Path, merged
@@ -101,7 +110,7 @@ def _needs_a_layer(path: Path) -> bool:
     """Whether a path scales, crops or pads, and has no layer that could do so."""
     if isinstance(path.map, Diagonal):
         return path.weight is not None
-    return path.weight is None and not places(path.map)
+    return path.weight is None and not is_placement(path.map)
 
 
 def _piece(walk: Walk, source: fx.Node, path: Path) -> Piece | Refusal | None:
@@ -114,13 +123,13 @@ def _piece(walk: Walk, source: fx.Node, path: Path) -> Piece | Refusal | None:
         channels = walk.view.channels.of(source, shape.channel_axis)
         if channels is None:
             return Refusal(f"{where(source)}: not known how many channels it has")
-        shape = lifted(shape, channels)
+        shape = with_channels(shape, channels)
     elif not path.channels_checked and not _has_channels(walk, source, shape):
         return Refusal(f"{where(source)}: not known to have {shape.inputs} channels")
     rows = shape.band.rows
     if path.weight is None:
         return Piece(source, Diagonal(shape.inputs, shape.channel_axis), None, rows=rows)
-    refusal = unavailable(shape)
+    refusal = why_no_layer(shape)
     return refusal or Piece(source, shape, path.weight, path.layers, rows=rows)
 
 
@@ -192,7 +201,7 @@ def _unbanded(piece: Piece) -> Piece:
     """The piece for a sum, where outputs that read nothing are rows of zeros."""
     if piece.rows is None or not isinstance(piece.map, Map):
         return replace(piece, rows=None)
-    return replace(piece, map=unbanded(piece.map), rows=None)
+    return replace(piece, map=with_all_rows(piece.map), rows=None)
 
 
 # --- borders --------------------------------------------------------------------------------------
@@ -223,8 +232,8 @@ def _with_borders(
         return Refusal("its border would need one more input channel for each group")
     inputs = shape.inputs + 1
     maps = (
-        beside(unbanded(shape), inputs, 0),
-        *(beside(border.map, inputs, inputs - 1) for border in borders),
+        with_more_inputs(with_all_rows(shape), inputs, 0),
+        *(with_more_inputs(border.map, inputs, inputs - 1) for border in borders),
     )
     whole = composition.add(maps)
     if isinstance(whole, Refusal):

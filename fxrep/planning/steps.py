@@ -302,10 +302,10 @@ def _goes_below(view: View, found: Commuter, outer: Path) -> bool:
     if isinstance(outer.map, Diagonal):
         if outer.map.axis not in (None, -found.spatial - 1):
             return False
-        if found.orders and outer.weight is not None:
+        if found.keeps_order_only and outer.weight is not None:
             return bool((view.value(outer.weight) > 0).all())
         return True
-    if not found.mixes or not outer.map.pointwise or outer.padding is not None:
+    if not found.allows_mixing or not outer.map.pointwise or outer.padding is not None:
         return False
     # Before a mean over all positions a layer would run at an unknown number of them.
     return len(outer.map.axes) == found.spatial and bool(found.axes or found.factors)

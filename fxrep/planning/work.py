@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from fxrep.algebra.maps import IDENTITY, Diagonal, Linear, Map, points, symmetric
+from fxrep.algebra.maps import IDENTITY, Diagonal, Linear, Map, pointwise_axes, symmetric
 from fxrep.planning.cost import SIZES, Work
 from fxrep.planning.walk import Passed
 from fxrep.reading.commuting import Commuter
@@ -21,7 +21,7 @@ def touched(whole: Linear, rank: int, crossed: tuple[Commuter, ...]) -> tuple[in
     """Positions of an operand that are read: a stride beyond the kernel passes over some."""
     if isinstance(whole, Diagonal) or whole.transposed:
         return positions(whole, rank, crossed)
-    axes = points(rank - len(whole.axes)) + whole.axes
+    axes = pointwise_axes(rank - len(whole.axes)) + whole.axes
     return tuple(
         math.prod(
             min(a.needed(n), a.kernel * n)
@@ -34,14 +34,14 @@ def touched(whole: Linear, rank: int, crossed: tuple[Commuter, ...]) -> tuple[in
 def _below(sizes: tuple[int, ...], crossed: tuple[Commuter, ...]) -> tuple[int, ...]:
     for each in crossed:
         if each.spatial == len(sizes):
-            sizes = each.below(sizes)
+            sizes = each.operand_sizes(sizes)
     return sizes
 
 
 def _positions(outer: Linear, sizes: tuple[int, ...]) -> int:
     if isinstance(outer, Diagonal):
         return math.prod(sizes)
-    axes = points(len(sizes) - len(outer.axes)) + outer.axes
+    axes = pointwise_axes(len(sizes) - len(outer.axes)) + outer.axes
     if outer.transposed:
         return math.prod(-(-n // a.stride) for n, a in zip(sizes, axes, strict=True))
     return math.prod(a.needed(n) for n, a in zip(sizes, axes, strict=True))

@@ -1,1 +1,1 @@
-"""What a node computes, whatever way it is spelt."""
+"""Readings of nodes: an operation as affine maps of its operands, however it is spelt."""

@@ -1,10 +1,11 @@
 """Operations that commute with scales of channels, or with 1x1 convolutions.
 
-Given: a spatial operation R that treats every channel alike and gives constant images back as
-they are (every resize, average pooling over real values only), and a pointwise map W.
+Given: a spatial operation R that treats every channel alike and keeps constant images (every
+resize, average pooling that does not count padding), and a pointwise map W.
 
-Result: ``W(R(x)) + b = R(W(x) + b)``; with max pooling only for positive scales without mixing,
-with a pixel shuffle after repeating each scale for all the channels its output is made of.
+Result: ``W(R(x)) + b = R(W(x) + b)``. With max pooling W may only scale each channel by a positive
+number. With a pixel shuffle W may only scale channels, and each scale is repeated for the channels
+that the shuffle merges into one.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ class Commuter:
         node: the call of the operation.
         source: its operand.
         spatial: number of spatial axes.
-        shrinks: the result has fewer positions, so that a 1x1 costs less after the operation.
-        orders: the operation keeps the order of values only, as max pooling does. It then commutes
-            with positive scales of channels alone.
-        spread: channels of the operand for each channel of the result, as in a pixel shuffle. If
-            there are several, the operation commutes with maps of single channels alone.
+        shrinks: the result has fewer positions, so a 1x1 convolution costs less after it.
+        keeps_order_only: the operation is not linear but keeps the order of values, as max pooling
+            does. It then commutes with positive scales of channels alone.
+        spread: channels of the operand per channel of the result, as in a pixel shuffle. If there
+            are several, the operation commutes with maps that do not mix channels alone.
         axes: its windows, if it has any.
         factors: the size of the result over that of the operand, per axis, where it is known.
     """
@@ -44,7 +45,7 @@ class Commuter:
     source: fx.Node
     spatial: int
     shrinks: bool = False
-    orders: bool = False
+    keeps_order_only: bool = False
     spread: int = 1
     axes: tuple[Axis, ...] = ()
     factors: tuple[float, ...] = ()
@@ -56,12 +57,12 @@ class Commuter:
         return str(getattr(target, "__name__", target))
 
     @property
-    def mixes(self) -> bool:
-        """Whether the operation commutes with a map that mixes channels."""
-        return not self.orders and self.spread == 1
+    def allows_mixing(self) -> bool:
+        """Whether the operation commutes with maps that mix channels."""
+        return not self.keeps_order_only and self.spread == 1
 
-    def below(self, sizes: Sizes) -> Sizes:
-        """Positions of the operand for `sizes` positions of the result; the fewest if not known."""
+    def operand_sizes(self, sizes: Sizes) -> Sizes:
+        """The least spatial sizes of the operand that give `sizes` in the result."""
         if self.axes:
             return tuple(a.needed(n) for a, n in zip(self.axes, sizes, strict=True))
         if self.factors:
@@ -80,7 +81,7 @@ def commuter(view: View, node: fx.Node) -> Commuter | None:
     found = reader(view, node, **called.arguments)
     if found is None or node.all_input_nodes != [found.source]:
         return None
-    return found if view.aliasing.pure(node) else None
+    return found if view.aliasing.replaceable(node) else None
 
 
 def _resize(
@@ -97,7 +98,7 @@ def _resize(
 
 
 def _overhang(stride: int, ceil_mode: Any) -> int:
-    """How far the last window may reach beyond the padding."""
+    """By how many positions the last window may reach beyond the padding."""
     return stride - 1 if ceil_mode else 0
 
 
@@ -113,7 +114,7 @@ def _max_pool(rank: int) -> Callable[..., Commuter | None]:
             return None
         columns = zip(kernel, strides, pads, dilations, strict=True)  # type: ignore[arg-type]
         axes = tuple(Axis(k, s, p, p + _overhang(s, ceil_mode), d) for k, s, p, d in columns)
-        return Commuter(node, input, rank, orders=True, axes=axes)
+        return Commuter(node, input, rank, keeps_order_only=True, axes=axes)
 
     return read
 
@@ -129,7 +130,7 @@ def _avg_pool(rank: int) -> Callable[..., Commuter | None]:
         if kernel is None or pads is None or strides is None:
             return None
         if any(pads) and count_include_pad:
-            return None  # its zeros are no constant image
+            return None  # the zeros change a constant image at the border
         exact = divisor_override == math.prod(kernel) and not ceil_mode and not any(pads)
         if divisor_override is not None and not exact:
             return None
@@ -140,14 +141,14 @@ def _avg_pool(rank: int) -> Callable[..., Commuter | None]:
     return read
 
 
-def _adaptive(rank: int, orders: bool) -> Callable[..., Commuter | None]:
+def _adaptive(rank: int, maximum: bool) -> Callable[..., Commuter | None]:
     def read(
         view: View, node: fx.Node, input: Any, output_size: Any, return_indices: Any = False
     ) -> Commuter | None:
         single = as_tuple(output_size, rank) == (1,) * rank
         if return_indices:
             return None
-        return Commuter(node, input, rank, shrinks=single and not orders, orders=orders)
+        return Commuter(node, input, rank, shrinks=single and not maximum, keeps_order_only=maximum)
 
     return read
 
@@ -155,7 +156,7 @@ def _adaptive(rank: int, orders: bool) -> Callable[..., Commuter | None]:
 def _mean(
     view: View, node: fx.Node, input: Any, dim: Any = None, keepdim: Any = False, dtype: Any = None
 ) -> Commuter | None:
-    """The mean over all positions that keeps them as axes of size one."""
+    """A mean over all positions that keeps the spatial axes, with size 1."""
     rank, assumed = view.rank(input) if isinstance(input, fx.Node) else (None, False)
     dims = (dim,) if isinstance(dim, int) else dim
     if (
@@ -185,7 +186,7 @@ _READERS: dict[str, Callable[..., Commuter | None]] = {
     "mean": _mean,
     **{f"avg_pool{n}d": _avg_pool(n) for n in (1, 2, 3)},
     **{f"max_pool{n}d": _max_pool(n) for n in (1, 2, 3)},
-    **{f"adaptive_avg_pool{n}d": _adaptive(n, orders=False) for n in (1, 2, 3)},
-    **{f"adaptive_max_pool{n}d": _adaptive(n, orders=True) for n in (1, 2, 3)},
+    **{f"adaptive_avg_pool{n}d": _adaptive(n, maximum=False) for n in (1, 2, 3)},
+    **{f"adaptive_max_pool{n}d": _adaptive(n, maximum=True) for n in (1, 2, 3)},
 }
-"""By the name of the operator (`fxrep.ops.table`)."""
+"""The readers, by the name of the operator in `fxrep.ops.table`."""

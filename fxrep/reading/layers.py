@@ -1,7 +1,7 @@
 """Readers of layers and arithmetic: convolution, BatchNorm, sums, scales and shifts.
 
-Modules, subclasses that keep the forward, functions, methods, operators and in-place forms all end
-in the same few readers, so a rule never sees how a thing was spelt.
+Modules, functions, methods, Python's operators and in-place forms of an operation have one reader,
+so that a pass need not know how the operation was spelt.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fxrep.algebra import weights
 from fxrep.algebra.composition import compose
 from fxrep.algebra.maps import IDENTITY, Axis, Diagonal, conv_map
 from fxrep.algebra.recipe import Call, Expr
-from fxrep.ops.calls import Held, is_item
+from fxrep.ops.calls import ModuleTensor, is_item
 from fxrep.ops.values import size_type
 from fxrep.reading.view import (
     Affine,
@@ -33,9 +33,11 @@ from fxrep.reading.view import (
 )  # fmt: skip
 from fxrep.refusal import Refusal
 
+# Recipes call the next three, so users' pickles have their names.
+
 
 def _flatten(value: Tensor) -> Tensor:
-    value = value.double()  # an integer constant too: 1/3 is not a float32
+    value = value.double()  # integers too: the reciprocal of 3 is not a float32
     return value.reshape(()) if value.numel() == 1 else value.reshape(-1)
 
 
@@ -47,12 +49,12 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a * b
 
 
-# --- readers: what remains when the spelling is gone ---------------------------------------
+# --- the readings of each kind of operation -------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Geometry:
-    """The arguments of a convolution besides its tensors; one of rank 0 is a linear layer."""
+    """The arguments of a convolution besides its tensors; rank 0 stands for a linear layer."""
 
     rank: int
     stride: Any = 1
@@ -65,7 +67,7 @@ class _Geometry:
 
     @property
     def kind(self) -> str:
-        """The layer in the field's words."""
+        """The name of the layer, as torch.nn.functional has it."""
         if not self.rank:
             return "linear"
         return f"conv_transpose{self.rank}d" if self.transposed else f"conv{self.rank}d"
@@ -142,16 +144,16 @@ def _batchnorm(
         return Unread(reason, Operation.BATCHNORM)
     if not isinstance(eps, (int, float)):
         return None
-    relies: tuple[fx.Node, ...] = ()
+    assumes_batched: tuple[fx.Node, ...] = ()
     if axis is None:
-        # It normalises dimension 1, which is the channels' only at the expected rank.
+        # It normalises dimension 1. The rank tells which dimension that is, counted from the last.
         rank, assumed = view.rank(source)
         if rank is None:
             return Unread(
                 "BatchNorm normalises dimension 1 of a value of unknown rank: pass example_inputs",
                 Operation.BATCHNORM,
             )
-        axis, relies = 1 - rank, ((source,) if assumed else ())
+        axis, assumes_batched = 1 - rank, ((source,) if assumed else ())
     scale = Call(
         weights.batchnorm_scale,
         (variance.expr, float(eps), None if weight is None else weight.expr),
@@ -159,25 +161,25 @@ def _batchnorm(
     shift = Call(weights.batchnorm_shift, (scale, mean.expr, None if bias is None else bias.expr))
     term = Term(source, Diagonal(mean.shape[0], axis), scale)
     operation = Operation.BATCHNORM if kind == "batch_norm" else Operation.OTHER
-    return Affine(kind, (term,), shift, relies, operation=operation)
+    return Affine(kind, (term,), shift, assumes_batched, operation=operation)
 
 
 def _scaled(view: View, node: fx.Node, a: Any, b: Any, *, divide: bool = False) -> Reading:
-    """``a * b`` or ``a / b`` where one is a constant."""
+    """``a * b`` where one operand is a constant, or ``a / b`` where b is."""
     constant = view.constant(b)
     if constant is None and not divide:
         a, b = b, a
         constant = view.constant(b)
     if constant is None or not isinstance(a, fx.Node) or view.constant(a) is not None:
         return None
-    met = _broadcast(view, a, constant)
-    if not isinstance(met, _Broadcast):
-        return met
-    weight = Call(_reciprocal, (met.expr,)) if divide else met.expr
-    term = Term(a, met.diagonal, weight)
+    broadcast = _broadcast_constant(view, a, constant)
+    if not isinstance(broadcast, _BroadcastConstant):
+        return broadcast
+    weight = Call(_reciprocal, (broadcast.expr,)) if divide else broadcast.expr
+    term = Term(a, broadcast.diagonal, weight)
     return Affine(
-        "div" if divide else "mul", (term,), None, met.assumes_batched, met.promotes,
-        checks_channels=met.diagonal.axis is None,
+        "div" if divide else "mul", (term,), None, broadcast.assumes_batched, broadcast.promotes,
+        checks_channels=broadcast.diagonal.axis is None,
         operation=Operation.OTHER if divide else Operation.PRODUCT,
     )  # fmt: skip
 
@@ -190,23 +192,23 @@ def _sum(view: View, node: fx.Node, a: Any, b: Any, *, sign: int = 1, alpha: Any
     values = [x for x, _ in operands if view.constant(x) is None]
     if not values or not all(isinstance(x, fx.Node) for x in values):
         return None
-    met = _Broadcast(IDENTITY)
+    broadcast = _BroadcastConstant(IDENTITY)
     bias: Expr | None = None
     for operand, factor in operands:
         constant = view.constant(operand)
         if constant is None or _is_zero(constant):
             continue
-        answer = _broadcast(view, values[0], constant)
-        if not isinstance(answer, _Broadcast):
+        answer = _broadcast_constant(view, values[0], constant)
+        if not isinstance(answer, _BroadcastConstant):
             return answer
-        met, bias = answer, _times(answer.expr, factor)
+        broadcast, bias = answer, _times(answer.expr, factor)
     terms = tuple(
-        Term(x, met.diagonal, _times(None, factor)) for x, factor in operands if x in values
+        Term(x, broadcast.diagonal, _times(None, factor)) for x, factor in operands if x in values
     )
     kind = "add" if sign > 0 else "sub"
     return Affine(
-        kind, terms, bias, met.assumes_batched, met.promotes,
-        checks_channels=met.diagonal.axis is None,
+        kind, terms, bias, broadcast.assumes_batched, broadcast.promotes,
+        checks_channels=broadcast.diagonal.axis is None,
     )  # fmt: skip
 
 
@@ -216,7 +218,7 @@ def _is_zero(constant: Constant) -> bool:
 
 
 def _times(expr: Expr | None, factor: float) -> Expr | None:
-    """``factor * expr``, where None stands for one."""
+    """``factor * expr``, where None stands for 1."""
     if factor == 1:
         return expr
     scale = Call(number, (factor,))
@@ -224,20 +226,31 @@ def _times(expr: Expr | None, factor: float) -> Expr | None:
 
 
 @dataclass(frozen=True)
-class _Broadcast:
+class _BroadcastConstant:
+    """A constant broadcast over a value as one number per channel, or one for all.
+
+    Attributes:
+        diagonal: the map that scales by the constant.
+        expr: the constant as (C,) or ().
+        assumes_batched: see `Affine`.
+        promotes: see `Affine`.
+    """
+
     diagonal: Diagonal
     expr: Expr | None = None
     assumes_batched: tuple[fx.Node, ...] = ()
     promotes: tuple[torch.dtype, ...] = ()
 
 
-def _broadcast(view: View, operand: fx.Node, constant: Constant) -> _Broadcast | Refusal | None:
-    """How a constant meets a value: on one axis, without growing its rank."""
+def _broadcast_constant(
+    view: View, operand: fx.Node, constant: Constant
+) -> _BroadcastConstant | Refusal | None:
+    """A constant broadcast over a value; None or a reason if it is no number per channel."""
     shape = constant.shape
     wide = [i for i, size in enumerate(shape) if size != 1]
     if len(wide) > 1:
-        return None  # a mask, an embedding: nothing per channel
-    relies: tuple[fx.Node, ...] = ()
+        return None  # a mask, a positional embedding
+    assumes_batched: tuple[fx.Node, ...] = ()
     if len(shape) > 1:
         rank, assumed = view.rank(operand)
         if rank is None:
@@ -251,7 +264,7 @@ def _broadcast(view: View, operand: fx.Node, constant: Constant) -> _Broadcast |
             return Refusal(f"a constant of shape {tuple(shape)} grows a value of rank {rank}")
         # A Conv2d takes (C, H, W) too: only a constant of full rank tells the two apart.
         if assumed and len(shape) == rank:
-            relies = (operand,)
+            assumes_batched = (operand,)
     dtypes: tuple[torch.dtype, ...] = ()
     if isinstance(constant.value, Tensor):
         if constant.value.is_complex():
@@ -259,16 +272,16 @@ def _broadcast(view: View, operand: fx.Node, constant: Constant) -> _Broadcast |
         if len(shape):
             dtypes = (constant.value.dtype,)
     diagonal = Diagonal(shape[wide[0]], wide[0] - len(shape)) if wide else IDENTITY
-    return _Broadcast(diagonal, Call(_flatten, (constant.expr,)), relies, dtypes)
+    return _BroadcastConstant(diagonal, Call(_flatten, (constant.expr,)), assumes_batched, dtypes)
 
 
 def per_channel(view: View, node: fx.Node, value: Any, axis: int) -> Expr | None:
     """A constant that has one value for each channel of `node`, or one for all: (C,) or ()."""
     constant = view.constant(value)
-    met = None if constant is None else _broadcast(view, node, constant)
-    if not isinstance(met, _Broadcast) or met.diagonal.axis not in (None, axis):
+    broadcast = None if constant is None else _broadcast_constant(view, node, constant)
+    if not isinstance(broadcast, _BroadcastConstant) or broadcast.diagonal.axis not in (None, axis):
         return None
-    return met.expr
+    return broadcast.expr
 
 
 def _identity(view: View, node: fx.Node, input: Any) -> Reading:
@@ -277,13 +290,13 @@ def _identity(view: View, node: fx.Node, input: Any) -> Reading:
     return Affine("identity", (Term(input, IDENTITY),), operation=Operation.IDENTITY)
 
 
-# --- from arguments ------------------------------------------------------------------------------
+# --- readers: from the arguments of a call to a reading -------------------------------------------
 
 
-def _pads_as_it_says(module: nn.modules.conv._ConvNd) -> bool:
-    """Whether what a convolution pads by, which is computed when it is made, is its padding still.
+def _padding_is_unchanged(module: nn.modules.conv._ConvNd) -> bool:
+    """Whether the pads that a convolution computed in its constructor still fit its `padding`.
 
-    Only reflecting, replicating and circular ones read it.
+    Its forward reads them for the padding modes other than "zeros".
     """
     if module.padding_mode == "zeros":
         return True
@@ -301,14 +314,14 @@ _PLAIN_TENSORS = {Tensor, nn.Parameter, nn.Buffer}
 
 
 def _read_conv(rank: int, transposed: bool = False) -> Reader:
-    """The reader of a convolution of this rank; of rank 0, of a linear layer."""
+    """The reader of a convolution with `rank` spatial axes; of a linear layer for 0."""
 
     def read(
         view: View, node: fx.Node, input: Any, weight: Any, bias: Any,
         **how: Any,
     ) -> Reading:  # fmt: skip
-        held = view.calls.submodule(str(node.target)) if isinstance(weight, Held) else None
-        if isinstance(held, nn.modules.conv._ConvNd) and not _pads_as_it_says(held):
+        held = view.calls.submodule(str(node.target)) if isinstance(weight, ModuleTensor) else None
+        if isinstance(held, nn.modules.conv._ConvNd) and not _padding_is_unchanged(held):
             return Refusal("its padding was changed after it was made")
         constants = view.constant(weight), view.constant(bias)
         if bias is not None and constants[1] is None:
@@ -319,7 +332,12 @@ def _read_conv(rank: int, transposed: bool = False) -> Reader:
 
 
 def _read_batchnorm(axis: int | None = None, kind: str = "batch_norm") -> Reader:
-    """The reader of a BatchNorm; some take one rank only, and so have one channel axis."""
+    """The reader of a BatchNorm.
+
+    Args:
+        axis: the channel dimension, counted from the last; None if it depends on the rank.
+        kind: of the reading.
+    """
 
     def read(
         view: View, node: fx.Node, input: Any, running_mean: Any, running_var: Any,
@@ -375,15 +393,15 @@ def _read_contiguous(view: View, node: fx.Node, input: Any, memory_format: Any) 
 
 
 def _read_reshape_as(view: View, node: fx.Node, input: Any, other: Any) -> Reading:
-    """``scale(v.flatten(0, k)).reshape_as(v)``: the leading dimensions never mattered.
+    """``scale(v.flatten(0, k)).reshape_as(v)`` is a scale of the last dimension of v.
 
-    Tokens (N, L, C) meet BatchNorm1d this way; the last dimension is the channels' throughout.
+    Models call BatchNorm1d on tokens (N, L, C) this way.
     """
     return _unflattened(view, node, input, other)
 
 
 def _read_view(view: View, node: fx.Node, input: Any, size: Any) -> Reading:
-    """The same as ``scale(v.reshape(-1, v.shape[-1])).view(v.shape)``."""
+    """The same for ``scale(v.reshape(-1, v.shape[-1])).view(v.shape)``."""
     only = size[0] if isinstance(size, (tuple, list)) and len(size) == 1 else size
     if not isinstance(only, fx.Node) or size_type(view.calls, only) is not torch.Size:
         return None
@@ -391,8 +409,9 @@ def _read_view(view: View, node: fx.Node, input: Any, size: Any) -> Reading:
 
 
 def _unflattened(view: View, node: fx.Node, input: Any, other: Any) -> Reading:
+    """The reading of `node`, which restores the shape of `other` after a flatten and scales."""
     shape = IDENTITY
-    relies: tuple[fx.Node, ...] = ()
+    assumes_batched: tuple[fx.Node, ...] = ()
     weight: Expr | None = None
     biases: list[Expr] = []
     inside: list[fx.Node] = []
@@ -406,17 +425,17 @@ def _unflattened(view: View, node: fx.Node, input: Any, other: Any) -> Reading:
             if start is not other or shape.axis not in (None, -1):
                 return None
             if view.ranks.rank(start) is None:
-                relies = (*relies, start)
+                assumes_batched = (*assumes_batched, start)
             bias = Call(weights.add_biases, tuple(biases)) if biases else None
             term = Term(start, shape, weight)
             return Affine(
-                "identity", (term,), bias, relies, absorbed=tuple(inside),
+                "identity", (term,), bias, assumes_batched, absorbed=tuple(inside),
                 operation=Operation.IDENTITY,
             )  # fmt: skip
         reading = view.read(value)
         if not isinstance(reading, Affine) or len(reading.terms) > 1:
             return reading if isinstance(reading, Refusal) else None
-        relies = (*relies, *reading.assumes_batched)
+        assumes_batched = (*assumes_batched, *reading.assumes_batched)
         term = reading.terms[0]
         composed = compose(shape, term.map, biased=reading.bias is not None)
         if not isinstance(composed, Diagonal):
@@ -429,9 +448,9 @@ def _unflattened(view: View, node: fx.Node, input: Any, other: Any) -> Reading:
 
 
 def _flattened(view: View, node: fx.Node) -> fx.Node | None:
-    """The value whose leading dimensions, and not its last, `node` flattens."""
+    """The value of which `node` flattens leading dimensions but not the last; None for others."""
     if node.target in ("reshape", "view", torch.reshape):
-        return _flattened_by_size(node)
+        return _flattened_by_reshape(node)
     if node.target not in ("flatten", torch.flatten):
         return None
     args = [*node.args, *(node.kwargs[k] for k in ("start_dim", "end_dim") if k in node.kwargs)]
@@ -446,7 +465,7 @@ def _flattened(view: View, node: fx.Node) -> fx.Node | None:
     return source if 0 <= end <= rank - 2 else None
 
 
-def _flattened_by_size(node: fx.Node) -> fx.Node | None:
+def _flattened_by_reshape(node: fx.Node) -> fx.Node | None:
     """The value v of ``v.reshape(-1, v.shape[-1])``."""
     source, *sizes = node.args
     if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
@@ -486,11 +505,11 @@ READERS: dict[str, Reader] = {
     "view_as": _read_reshape_as,
     **dict.fromkeys(("view", "reshape"), _read_view),
 }
-"""By the name of the operator (`fxrep.ops.table`)."""
+"""The readers, by the name of the operator in `fxrep.ops.table`."""
 
 
 def as_tuple(value: Any, length: int) -> tuple[int, ...] | None:
-    """An int or a sequence of ints as a tuple of `length`; None if it is not known."""
+    """An int or a sequence of ints as a tuple of `length` ints; None for any other value."""
     if isinstance(value, int):
         return (value,) * length
     if isinstance(value, Sequence) and all(isinstance(v, int) for v in value):

@@ -1,4 +1,4 @@
-"""Element-by-element operations: what commutes with taking, joining and splitting channels."""
+"""Element-wise operations, which commute with selecting and concatenating channels."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from fxrep.reading.view import View
 
 
 def pointwise(view: View, node: fx.Node) -> object:
-    """What a node does to each element of its operand, equal for equal functions; None if more."""
+    """A key of the function that a node applies to each element of its only operand.
+
+    Returns:
+        Equal keys for equal functions; None if the node is no element-wise operation.
+    """
     called = view.calls.of(node)
     if called is None or called.source is None or node.all_input_nodes != [called.source]:
         return None
-    # What broadcasts does the same to each element if all but one operand are numbers.
+    # Arithmetic is element-wise if all operands but one are numbers.
     if not called.op.elementwise and called.op.shape is not Shape.BROADCASTS:
         return None
     if called.module is not None:

@@ -1,4 +1,4 @@
-"""Which reader answers for which node."""
+"""The reader of each node, by its operator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _READERS = layers.READERS | structure.READERS
 
 
 def read(view: View, node: fx.Node) -> Reading:
-    """What a node computes, by whatever name it is called."""
+    """The reading of a node, however its operator is spelt."""
     called = view.calls.of(node)
     reader = None if called is None else _READERS.get(called.op.name)
     if called is None or reader is None:
@@ -23,7 +23,7 @@ def read(view: View, node: fx.Node) -> Reading:
 
 
 def _hooked(view: View, node: fx.Node) -> Reading:
-    """Why a layer with a hook is none."""
+    """The refusal of a layer that would have a reading without its hooks."""
     module = view.submodule(str(node.target))
     kind = torch_class(module)
     known = kind in CLASSES and CLASSES[kind].name in _READERS

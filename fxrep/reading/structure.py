@@ -1,8 +1,8 @@
 """Readers of structure: concatenations, slices, splits, paddings, average pooling, unshuffling.
 
-Each is an affine convolution map of its operands that computes nothing or next to nothing: it
-picks, places or averages. What treats every channel alike is a map without a band; what moves
-channels needs to know how many there are (`fxrep.analysis.channels`) and which axis they are on.
+Each of these operations is an affine convolution map that selects, places or averages elements. An
+operation that treats every channel alike is a map without a band. An operation that moves channels
+has a reading only if their number (`fxrep.analysis.channels`) and their axis are known.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from torch import Tensor, fx
 from fxrep.algebra import weights
 from fxrep.algebra.maps import (
     IDENTITY,
-    POINT,
     Axis,
     Band,
     Map,
     channel_map,
     placement_band,
+    pointwise_axes,
     selection_band,
 )
 from fxrep.algebra.recipe import Call, Expr
+from fxrep.analysis.size_rules import part_sizes
 from fxrep.ops.op import Shape
 from fxrep.reading.layers import as_tuple, per_channel
 from fxrep.reading.view import (
@@ -42,10 +43,10 @@ from fxrep.reading.view import (
 from fxrep.refusal import Refusal
 
 
-def _place(
+def _axis_from_last(
     view: View, node: fx.Node, dim: int, operation: Operation = Operation.OTHER
 ) -> tuple[int, tuple[fx.Node, ...]] | Refusal:
-    """A dimension of a value counted from the last, and the values whose rank that assumes."""
+    """A dimension counted from the last, and the values whose rank that assumes."""
     if dim < 0:
         return dim, ()
     rank, assumed = view.rank(node)
@@ -55,9 +56,9 @@ def _place(
     return dim - rank, ((node,) if assumed else ())
 
 
-def _points(axis: int) -> tuple[Axis, ...]:
-    """The spatial axes behind a channel axis, untouched."""
-    return (POINT,) * (-axis - 1)
+def _axes_after(axis: int) -> tuple[Axis, ...]:
+    """The spatial axes after a channel axis, unchanged."""
+    return pointwise_axes(-axis - 1)
 
 
 # --- concatenation, slices, splits ---------------------------------------------------------------
@@ -69,10 +70,10 @@ def _read_cat(view: View, node: fx.Node, tensors: Any, dim: Any = 0) -> Reading:
     operands = list(tensors)
     if not all(isinstance(each, fx.Node) for each in operands) or dim == 0:
         return None
-    placed = _place(view, operands[0], dim, Operation.CONCATENATION)
+    placed = _axis_from_last(view, operands[0], dim, Operation.CONCATENATION)
     if isinstance(placed, Refusal):
         return placed
-    axis, relies = placed
+    axis, assumes_batched = placed
     counts = [view.channels.of(each, axis) for each in operands]
     if not all(counts):
         reason = "the channels of what it concatenates are not known"
@@ -81,10 +82,10 @@ def _read_cat(view: View, node: fx.Node, tensors: Any, dim: Any = 0) -> Reading:
     total, first, terms = sum(sizes), 0, []
     for operand, size in zip(operands, sizes, strict=True):
         band = placement_band(first, size, total)
-        terms.append(Term(operand, Map(_points(axis), band)))
+        terms.append(Term(operand, Map(_axes_after(axis), band)))
         first += size
     return Affine(
-        "cat", tuple(terms), assumes_batched=relies, checks_channels=False,
+        "cat", tuple(terms), assumes_batched=assumes_batched, checks_channels=False,
         operation=Operation.CONCATENATION,
     )  # fmt: skip
 
@@ -99,27 +100,27 @@ def _read_item(view: View, node: fx.Node, input: Any, key: Any) -> Reading:
     if entries.count(Ellipsis) > 1 or not entries:
         return None
     rank, assumed = view.rank(a)
-    cuts = dict(_cut_dimensions(entries))
+    cuts = dict(_sliced_dimensions(entries))
     if not cuts:
         return Affine("identity", (Term(a, IDENTITY),), operation=Operation.IDENTITY)
     if rank is None:
         return None
-    relies = (a,) if assumed and any(dim >= 0 for dim in cuts) else ()
+    assumes_batched = (a,) if assumed and any(dim >= 0 for dim in cuts) else ()
     cuts = {dim - rank if dim >= 0 else dim: entry for dim, entry in cuts.items()}
     if set(cuts) == {1 - rank}:
-        return _pick(view, a, 1 - rank, cuts[1 - rank], relies)
-    axes = [_cut(cuts.pop(dim, slice(None))) for dim in range(2 - rank, 0)]
+        return _select_channels(view, a, 1 - rank, cuts[1 - rank], assumes_batched)
+    axes = [_slice_axis(cuts.pop(dim, slice(None))) for dim in range(2 - rank, 0)]
     known = [axis for axis in axes if axis is not None]
     if cuts or len(known) < len(axes):
         return None
     return Affine(
-        "slice", (Term(a, channel_map(known)),), assumes_batched=relies, checks_channels=False,
-        operation=Operation.PART,
+        "slice", (Term(a, channel_map(known)),), assumes_batched=assumes_batched,
+        checks_channels=False, operation=Operation.PART,
     )  # fmt: skip
 
 
-def _cut_dimensions(entries: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-    """The entries of an index that are no ``:``, with their dimensions: negative after ``...``."""
+def _sliced_dimensions(entries: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    """The entries of an index other than ``:``, with dimensions, from the last after ``...``."""
     dims = list(range(len(entries)))
     if Ellipsis in entries:
         here = entries.index(Ellipsis)
@@ -130,8 +131,8 @@ def _cut_dimensions(entries: Sequence[Any]) -> Iterator[tuple[int, Any]]:
             yield dim, entry
 
 
-def _cut(entry: Any) -> Axis | None:
-    """``a:-b:s`` along a spatial axis, where it means the same at every size."""
+def _slice_axis(entry: Any) -> Axis | None:
+    """``a:-b:s`` along a spatial axis, a crop and a stride; None if it depends on the size."""
     if not isinstance(entry, slice):
         return None
     start, stop = entry.start or 0, entry.stop
@@ -143,10 +144,10 @@ def _cut(entry: Any) -> Axis | None:
     return Axis(1, step, -start, stop or 0)
 
 
-def _pick(
-    view: View, source: fx.Node, axis: int, entry: Any, relies: tuple[fx.Node, ...]
+def _select_channels(
+    view: View, source: fx.Node, axis: int, entry: Any, assumes_batched: tuple[fx.Node, ...]
 ) -> Reading:
-    """Some channels: a slice, or an index tensor."""
+    """The reading of a selection of channels by a slice or an index tensor, `entry`."""
     size = view.channels.of(source, axis)
     if size is None:
         return None
@@ -168,12 +169,12 @@ def _pick(
         picked = [int(i) % size if -size <= i < size else -1 for i in value.tolist()]
     if not picked or -1 in picked:
         return None
-    shape = Map(_points(axis), selection_band(picked, size))
+    shape = Map(_axes_after(axis), selection_band(picked, size))
     kind, operation = "index", Operation.OTHER
     if isinstance(entry, slice):
         kind, operation = "slice", Operation.PART
     return Affine(
-        kind, (Term(source, shape),), assumes_batched=relies, checks_channels=False,
+        kind, (Term(source, shape),), assumes_batched=assumes_batched, checks_channels=False,
         operation=operation,
     )  # fmt: skip
 
@@ -181,52 +182,47 @@ def _pick(
 def _read_index_select(view: View, node: fx.Node, input: Any, dim: Any, index: Any) -> Reading:
     if not isinstance(input, fx.Node) or not isinstance(dim, int):
         return None
-    placed = _place(view, input, dim)
+    placed = _axis_from_last(view, input, dim)
     if isinstance(placed, Refusal):
         return placed
-    return _pick(view, input, placed[0], index, placed[1])
+    return _select_channels(view, input, placed[0], index, placed[1])
 
 
 def _read_narrow(
     view: View, node: fx.Node, input: Any, dim: Any, start: Any, length: Any
 ) -> Reading:
-    """``input[:, start : start + length]``; along other axes the size would have to be known."""
+    """``input[:, start : start + length]``; along other axes it would depend on the size."""
     if not isinstance(input, fx.Node) or not all(isinstance(x, int) for x in (dim, start, length)):
         return None
-    placed = _place(view, input, dim)
+    placed = _axis_from_last(view, input, dim)
     rank, _ = view.rank(input)
     if isinstance(placed, Refusal) or rank is None or placed[0] != 1 - rank or start < 0:
         return None
-    return _pick(view, input, placed[0], slice(start, start + length), placed[1])
+    return _select_channels(view, input, placed[0], slice(start, start + length), placed[1])
 
 
 def _part(view: View, split: fx.Node, index: int) -> Reading:
-    """One of the values that a chunk or split gives."""
+    """The reading of one of the values that a chunk or split returns."""
     called = view.calls.of(split)
     if called is None or called.op.shape is not Shape.PARTS:
         return None
-    source, how, dim = called.source, called.get("sections"), called.get("dim")
+    source, dim = called.source, called.get("dim")
     if not isinstance(source, fx.Node) or not isinstance(dim, int) or dim == 0:
         return None
-    placed = _place(view, source, dim)
+    placed = _axis_from_last(view, source, dim)
     if isinstance(placed, Refusal):
         return None
-    axis, relies = placed
+    axis, assumes_batched = placed
     size = view.channels.of(source, axis)
     if size is None:
         return None
-    try:  # torch's own answer: each of these rounds in its own way
-        parts = getattr(torch.empty(size, device="meta"), called.op.name)(how)
-        lengths = [len(part) for part in parts]
-        length = lengths[index]
-    except (RuntimeError, IndexError, TypeError, ValueError):
+    sizes = part_sizes(called, size)
+    if not -len(sizes) <= index < len(sizes) or not sizes[index]:
         return None
-    if not length:
-        return None
-    first = sum(lengths[: index % len(lengths)])
-    shape = Map(_points(axis), selection_band(range(first, first + length), size))
+    first = sum(sizes[: index % len(sizes)])
+    shape = Map(_axes_after(axis), selection_band(range(first, first + sizes[index]), size))
     return Affine(
-        "chunk", (Term(source, shape),), assumes_batched=relies, checks_channels=False,
+        "chunk", (Term(source, shape),), assumes_batched=assumes_batched, checks_channels=False,
         absorbed=(split,), operation=Operation.PART,
     )  # fmt: skip
 
@@ -241,7 +237,7 @@ def _read_pad(
         return None
     if not all(isinstance(size, int) for size in pad):
         return None
-    sizes = [(pad[i], pad[i + 1]) for i in range(0, len(pad), 2)][::-1]  # by axis, last one last
+    sizes = [(pad[i], pad[i + 1]) for i in range(0, len(pad), 2)][::-1]  # the last axis last
     while sizes and sizes[0] == (0, 0):
         sizes.pop(0)
     if mode == "constant" and value not in (None, 0):
@@ -261,16 +257,19 @@ def _read_pad(
 
 
 def _channel_pad(
-    view: View, source: fx.Node, sizes: Sequence[tuple[int, int]], relies: tuple[fx.Node, ...]
+    view: View,
+    source: fx.Node,
+    sizes: Sequence[tuple[int, int]],
+    assumes_batched: tuple[fx.Node, ...],
 ) -> Reading:
-    """Channels of zeros before and behind (the shortcuts of CIFAR ResNets)."""
+    """Padding with channels of zeros, as in the shortcuts of ResNets for CIFAR."""
     (low, high), spatial = sizes[0], sizes[1:]
     count = view.channels.of(source, -len(sizes))
     if count is None or low < 0 or high < 0 or any(size != (0, 0) for size in spatial):
         return None
-    shape = Map(_points(-len(sizes)), placement_band(low, count, low + count + high))
+    shape = Map(_axes_after(-len(sizes)), placement_band(low, count, low + count + high))
     return Affine(
-        "pad", (Term(source, shape),), assumes_batched=relies, checks_channels=False,
+        "pad", (Term(source, shape),), assumes_batched=assumes_batched, checks_channels=False,
         operation=Operation.PADDING,
     )  # fmt: skip
 
@@ -294,51 +293,68 @@ def _written_pad(
     view: View, node: fx.Node, source: fx.Node, sizes: Sequence[tuple[int, int]], rank: int,
     written: Sequence[fx.Node],
 ) -> Reading:  # fmt: skip
-    """Zero padding whose border then is overwritten, side by side, with one value per channel.
+    """Zero padding whose border is then overwritten, side by side, with one value per channel.
 
-    DBB, ECBSR and RRRB pad with what the layer before gives for a zero input, so that the padding
-    of the merged convolution, at its own input, is zero.
+    DBB, ECBSR and RRRB pad with the value that the layer before gives for a zero input, so that the
+    merged convolution pads its own input by zeros.
     """
     readers = [user for user in node.users if user not in written]
     if not readers or min(readers) < max(written):
         return Unread("its padding is written over after others have read it", Operation.PADDING)
     if view.aliasing.writes_between(node, max(readers), [node], dying=set(written)):
         return Unread("its padding is written over by more than assignments", Operation.PADDING)
-    values: list[Expr] = []
-    sides = set()
-    for write in written:
-        side = _side(write.args[1], rank)
-        value = per_channel(view, node, write.args[2], -1 - len(range(2, rank)))
-        if side is None or value is None:
-            return Unread(
-                "its padding is written over, but not with one value per channel", Operation.PADDING
-            )
-        values.append(value)
-        sides.add(side)
-    expected = {
-        (axis, which, size[which])
-        for axis, size in zip(range(-len(sizes), 0), sizes, strict=True)
-        for which in (0, 1)
-        if size[which]
-    }
-    if sides != expected or any(size < 0 for pair in sizes for size in pair):
-        return Unread(
-            "its padding is written over, but not on exactly the padded sides", Operation.PADDING
-        )
-    first = view.value(values[0])
-    if not all(torch.equal(view.value(v).expand_as(first), first) for v in values[1:]):
-        return Unread("its padding is written over with different values", Operation.PADDING)
+    value = _border_value(view, node, sizes, rank, written)
+    if isinstance(value, Unread):
+        return value
     shape = channel_map([Axis(1, 1, low, high) for low, high in sizes], "constant")
     _, assumed = view.rank(node)
     return Affine(
         "pad", (Term(source, shape),), assumes_batched=(source,) if assumed else (),
-        absorbed=tuple(written), pad_value=values[0], includes_writes=True,
+        absorbed=tuple(written), pad_value=value, includes_writes=True,
         operation=Operation.PADDING,
     )  # fmt: skip
 
 
+def _border_value(
+    view: View, node: fx.Node, sizes: Sequence[tuple[int, int]], rank: int,
+    written: Sequence[fx.Node],
+) -> Expr | Unread:  # fmt: skip
+    """The value, (C,) or (), that assignments give the border of a padding, or why there is none.
+
+    Args:
+        view: the graph.
+        node: the padding.
+        sizes: low and high padding of the last axes.
+        rank: the rank of the padded value.
+        written: the assignments.
+    """
+    values: list[Expr] = []
+    sides = set()
+    for write in written:
+        side = _side(write.args[1], rank)
+        value = per_channel(view, node, write.args[2], 1 - rank)
+        if side is None or value is None:
+            reason = "its padding is written over, but not with one value per channel"
+            return Unread(reason, Operation.PADDING)
+        values.append(value)
+        sides.add(side)
+    expected = {
+        (axis, end, size[end])
+        for axis, size in zip(range(-len(sizes), 0), sizes, strict=True)
+        for end in (0, 1)
+        if size[end]
+    }
+    if sides != expected or any(size < 0 for pair in sizes for size in pair):
+        reason = "its padding is written over, but not on exactly the padded sides"
+        return Unread(reason, Operation.PADDING)
+    first = view.value(values[0])
+    if not all(torch.equal(view.value(v).expand_as(first), first) for v in values[1:]):
+        return Unread("its padding is written over with different values", Operation.PADDING)
+    return values[0]
+
+
 def _side(key: Any, rank: int) -> tuple[int, int, int] | None:
-    """Which axis, end and width an assignment like ``y[:, :, -1:] = v`` writes."""
+    """The axis, the end (0 or 1) and the width of a side that ``y[:, :, -1:] = v`` writes."""
     entries = list(key) if isinstance(key, tuple) else [key]
     if entries.count(Ellipsis) > 1:
         return None
@@ -396,7 +412,7 @@ def _read_avg_pool(rank: int) -> Callable[..., Reading]:
 
 
 def _read_adaptive_avg_pool(rank: int) -> Callable[..., Reading]:
-    """Known sizes that the output divides: windows of one size."""
+    """The reader of adaptive pooling from known sizes that the output sizes divide."""
 
     def read(view: View, node: fx.Node, input: Any, output_size: Any) -> Reading:
         outputs = as_tuple(output_size, rank)
@@ -443,4 +459,4 @@ READERS: dict[str, Reader] = {
     **{f"adaptive_avg_pool{n}d": _read_adaptive_avg_pool(n) for n in (1, 2, 3)},
     "pixel_unshuffle": _read_unshuffle,
 }  # fmt: skip
-"""By the name of the operator (`fxrep.ops.table`)."""
+"""The readers, by the name of the operator in `fxrep.ops.table`."""

@@ -1,8 +1,8 @@
 """The facts about one traced graph, and the readings of its nodes.
 
-`View.read` says that the value of a node is ``sum_i map_i(operand_i) + bias`` (an `Affine`), or why
-it is not although the operation often is affine (a `Refusal`), or nothing. The readers of the
-operations are in `fxrep.reading.layers` and `fxrep.reading.structure`.
+`View.read` gives the value of a node as ``sum_i map_i(operand_i) + bias`` (an `Affine`). It gives a
+`Refusal` if the operation often is affine but is not in this case, and None for all others. The
+readers of the operations are in `fxrep.reading.layers` and `fxrep.reading.structure`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fxrep.algebra.recipe import Call, Expr, Load, record
 from fxrep.analysis.aliasing import Aliasing
 from fxrep.analysis.channels import Channels
 from fxrep.analysis.ranks import Ranks
-from fxrep.ops.calls import Calls, Held
+from fxrep.ops.calls import Calls, ModuleTensor
 from fxrep.ops.effects import writes_over
 from fxrep.ops.op import Reads
 from fxrep.ops.owner import weight_hooks
@@ -30,7 +30,7 @@ from fxrep.refusal import Refusal
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One summand: a map of the value of `operand`; weight None stands for ones."""
+    """A summand: a map of the value of `operand`; weight None stands for ones."""
 
     operand: fx.Node
     map: Linear
@@ -56,8 +56,9 @@ class Affine:
     """A node's value as ``sum_i map_i(operand_i) + bias``.
 
     Attributes:
-        kind: the operation in the field's words, for the report alone.
-        bias: (C,) or ().
+        kind: the name of the operation, for the report alone.
+        terms: the summands.
+        bias: (C,) or (), or None.
         assumes_batched: values that must have a batch dimension for the reading to be right; their
             rank is assumed, and is guarded if the reading is used.
         promotes: dtypes of constants that would promote the result.
@@ -109,7 +110,7 @@ class Unread(Refusal):
     """Why an operation that often is affine is not in this case.
 
     Attributes:
-        operation: of which kind it is.
+        operation: its kind.
     """
 
     operation: Operation = Operation.OTHER
@@ -125,7 +126,7 @@ class Constant:
 
     value: Tensor | float
     expr: Expr
-    owner: object = None  # the tensor, or the module that computes it: one for all who share it
+    owner: object = None  # the tensor, or the module that computes it: equal for layers sharing it
 
     @property
     def shape(self) -> torch.Size:
@@ -135,7 +136,23 @@ class Constant:
 
 @dataclass(eq=False)
 class View:
-    """One traced graph and the facts about it."""
+    """One traced graph and the facts about it.
+
+    Attributes:
+        graph: as traced, then rewritten.
+        calls: the operators that the nodes call.
+        reader: reads a node (`fxrep.reading.reader.read`).
+        aliasing: memory that values share, and writes to it.
+        ranks: the ranks of the values.
+        channels: the sizes of the values.
+        derived: the expressions of the tensors that fxrep made, by path.
+        originals: the user's tensors that expressions load, by path.
+        readings: the readings so far.
+        absorbed_by: the nodes whose readings include a node.
+        constants: whether a node depends on the model's tensors alone, as far as asked.
+        trained: ids of stored constants that were computed from trained parameters.
+        content_read: paths of the tensors whose content a decision depends on.
+    """
 
     graph: fx.Graph
     calls: Calls
@@ -146,17 +163,17 @@ class View:
     derived: dict[str, Expr] = field(default_factory=dict)
     originals: dict[str, Tensor] = field(default_factory=dict)
     readings: dict[fx.Node, Reading] = field(default_factory=dict)
-    parts: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)  # in whose readings they are
+    absorbed_by: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)
     constants: dict[fx.Node, bool] = field(default_factory=dict)
-    trained: set[int] = field(default_factory=set)  # ids of constants made from trained parameters
-    looked: set[str] = field(default_factory=set)  # tensors whose content decided something
+    trained: set[int] = field(default_factory=set)
+    content_read: set[str] = field(default_factory=set)
 
     def read(self, node: fx.Node) -> Reading:
-        """How `node` is computed, if it is affine in its operands."""
+        """The reading of `node`."""
         if node not in self.readings:
             reading = self.readings[node] = self._read(node)
             for part in reading.absorbed if isinstance(reading, Affine) else ():
-                self.parts.setdefault(part, set()).add(node)
+                self.absorbed_by.setdefault(part, set()).add(node)
         return self.readings[node]
 
     def affine(self, node: fx.Node) -> Affine | None:
@@ -167,9 +184,9 @@ class View:
     # The editor calls the next three: a view follows every change of its graph.
 
     def invalidate(self, *nodes: fx.Node) -> None:
-        """Read these nodes anew, and those that have one of them inside their reading."""
+        """Read these nodes anew, and the nodes whose readings include them."""
         for node in nodes:
-            for each in (node, *self.parts.pop(node, ())):
+            for each in (node, *self.absorbed_by.pop(node, ())):
                 self.readings.pop(each, None)
         # Whether a value is constant is inherited by its readers.
         doubtful = [node for node in nodes if node in self.constants]
@@ -177,21 +194,21 @@ class View:
             if self.constants.pop(node, None) is not None:
                 doubtful.extend(node.users)
 
-    def same(self, new: fx.Node, old: fx.Node) -> None:
-        """Let `new`, an equal value, have the facts of `old`, which it takes the place of."""
-        self.aliasing.same(new, old)
-        self.ranks.same(new, old)
-        self.channels.same(new, old)
+    def replacing(self, new: fx.Node, old: fx.Node) -> None:
+        """Note that `new` is equal to `old` and takes its place, with all that is known of it."""
+        self.aliasing.replacing(new, old)
+        self.ranks.replacing(new, old)
+        self.channels.replacing(new, old)
 
     def installed(self, path: str) -> None:
-        """Look up the module at `path` anew, and take its tensors for what they are."""
-        self.calls.forget(path)
+        """Look up the module at `path` anew; its tensors no longer are those that fxrep made."""
+        self.calls.invalidate(path)
         for name in ("weight", "bias"):
             self.derived.pop(f"{path}.{name}", None)
 
     def _read(self, node: fx.Node) -> Reading:
         reading = self.reader(self, node)
-        if isinstance(reading, Affine) and not self.aliasing.pure(node):
+        if isinstance(reading, Affine) and not self.aliasing.replaceable(node):
             return Refusal("it writes in place a value that others still read")
         return reading
 
@@ -211,8 +228,8 @@ class View:
         return value
 
     def constant(self, arg: Any) -> Constant | None:
-        """`arg` as a constant: a number, or a parameter, buffer or attribute never written."""
-        if isinstance(arg, Held):
+        """`arg` as a constant: a number, or a tensor of the model that is never written."""
+        if isinstance(arg, ModuleTensor):
             return self.attribute(arg.module, arg.path, arg.name)
         if isinstance(arg, numbers.Real) and not isinstance(arg, bool):
             try:
@@ -232,8 +249,8 @@ class View:
     def stored(self, path: str) -> Constant:
         """The tensor at a path as a constant.
 
-        What fxrep made itself is expressed by the tensors it was made from, so that however many
-        rewrites follow each other the weight is rounded once.
+        A tensor that fxrep made is expressed by the user's tensors that it was made from: a weight
+        is rounded once, however many rewrites follow each other.
         """
         tensor = self.tensor(path)
         if path in self.derived:
@@ -242,7 +259,10 @@ class View:
         return Constant(tensor, Load(path), tensor)
 
     def attribute(self, module: nn.Module, path: str, name: str) -> Constant | None:
-        """A tensor of a leaf module, which torch's own hooks or parametrizations may compute."""
+        """A tensor of a called module as a constant, even if torch computes it.
+
+        Parametrizations and torch's own hooks, such as weight_norm, compute it from other tensors.
+        """
         if getattr(module, name) is None:
             return None
         if name in module._parameters or name in module._buffers:
@@ -253,14 +273,14 @@ class View:
         return Constant(_Computed(module, name)().detach(), expr, module)
 
     def value(self, expr: Expr) -> Tensor:
-        """The value of an expression, in float64, to decide by."""
+        """The value of an expression in float64, for a decision that depends on it."""
         self.depends_on_content(expr)
         value: Tensor = record(expr).run(lambda path: double(self.originals[path]))
         return value
 
     def depends_on_content(self, expr: Expr) -> None:
-        """Note that a decision depends on the content of the tensors that an expression reads."""
-        self.looked.update(record(expr).paths)
+        """Note that a decision depends on the content of the tensors that an expression loads."""
+        self.content_read.update(record(expr).paths)
 
     def reads_metadata(self, node: fx.Node) -> bool:
         """Whether a node reads only the shape, dtype or device of its operand."""
@@ -275,7 +295,7 @@ class View:
         return writes_over(self.calls, node)
 
     def rank(self, node: fx.Node) -> tuple[int | None, bool]:
-        """The rank of a value, and whether the rank is an assumption to be guarded."""
+        """The rank of a value, None if unknown, and whether it is an assumption to be guarded."""
         proven = self.ranks.rank(node)
         if proven is not None:
             return proven, False
@@ -283,7 +303,7 @@ class View:
 
 
 class _Computed(nn.Module):
-    """Gives a tensor that a module computes from its parameters at each call."""
+    """A module whose result is the tensor that another module computes from its parameters."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         super().__init__()
@@ -300,26 +320,29 @@ class _Computed(nn.Module):
 
 
 def _computed(module: nn.Module, name: str, parts: tuple[str, ...], *tensors: Tensor) -> Tensor:
-    """The tensor that `_Computed` gives for other parameters; leaves the module as it was."""
+    """The tensor that `_Computed` gives for other parameters.
+
+    Recipes call this, so users' pickles have its name.
+    """
     given = {f"module.{part}": tensor for part, tensor in zip(parts, tensors, strict=True)}
     computed = _Computed(module, name)
     value = torch.func.functional_call(computed, given, ())
-    computed()
+    computed()  # torch's own hooks have set the weight: this sets it back
     assert isinstance(value, Tensor)
     return value
 
 
 def double(tensor: Tensor) -> Tensor:
-    """A tensor of the model in the precision to compute in."""
+    """A tensor of the model in float64; integers as they are."""
     return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
 
 
 def scope(node: fx.Node) -> str:
-    """The path of the module whose forward made the node; '' for the traced module itself."""
+    """The path of the module whose forward called the node; '' for the traced module itself."""
     stack = node.meta.get("nn_module_stack")
     return str(next(reversed(stack.values()))[0]) if stack else ""
 
 
 def number(value: float) -> Tensor:
-    """A number as a tensor to compute with."""
+    """A number as a tensor (); recipes call this, so users' pickles have its name."""
     return torch.tensor(value, dtype=torch.float64)

@@ -1,10 +1,10 @@
-"""The only door to a graph that is rewritten: every change is made here, and announced here.
+"""The editor of a graph: every change of the graph is made here, and listeners hear of it.
 
 Given: a plan for ``x -> conv -> bn -> y`` and the path of its layer.
 
-Result: the graph calls the new layer, ``conv`` and ``bn`` are erased, and whoever keeps facts about
-the graph has been told which nodes read other values than before, and which value took the place of
-which. A caller cannot forget to tell, for there is no change without the announcement.
+Result: the graph calls the new layer, and ``conv`` and ``bn`` are erased. The caches of facts about
+the graph, which listen, know which nodes read other values than before and which value took the
+place of which. A caller cannot forget to tell them.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from fxrep.rewriting.replacement import replacement
 
 
 class Listener(Protocol):
-    """Keeps facts about a graph, and hears of every change of it."""
+    """An object that keeps facts about a graph and hears of every change of the graph."""
 
     def invalidate(self, *nodes: fx.Node) -> None:
-        """These nodes have other operands or readers than before, or were erased."""
+        """Hear that these nodes have other operands or readers than before, or were erased."""
 
-    def same(self, new: fx.Node, old: fx.Node) -> None:
-        """The value `new`, equal to `old`, is about to be read in its place."""
+    def replacing(self, new: fx.Node, old: fx.Node) -> None:
+        """Hear that the value `new`, equal to `old`, is about to take its place."""
 
     def installed(self, path: str) -> None:
-        """Another module is registered at `path`; no node calls it yet."""
+        """Hear that another module was registered at `path`; no node calls it yet."""
 
 
 @dataclass(eq=False)
@@ -42,10 +42,10 @@ class Editor:
     """Changes the graph of one program.
 
     Attributes:
-        graph: of the program.
-        module: to which the targets of the graph refer.
-        names: of the modules and tensors that the graph uses.
-        listeners: hear of every change.
+        graph: the graph.
+        module: the module that the targets of the graph refer to.
+        names: the paths of modules and tensors that the graph uses.
+        listeners: objects that hear of every change.
     """
 
     graph: fx.Graph
@@ -53,40 +53,41 @@ class Editor:
     names: Names
     listeners: list[Listener] = field(default_factory=list)
 
-    # --- the changes that a graph can undergo: everything below is made of these -----------------
+    # --- the elementary changes ------------------------------------------------------------------
 
     def make(
         self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> fx.Node:
         """Create a node at the graph's insert point."""
         node = self.graph.create_node(op, target, args, kwargs)
-        self.names.made(node)
+        self.names.add(node)
         self._changed(node, *node.all_input_nodes)
         return node
 
-    def reread(self, reader: fx.Node, old: fx.Node, new: Any) -> None:
+    def replace_input(self, reader: fx.Node, old: fx.Node, new: Any) -> None:
         """Let `reader` read `new`, a node or a constant, instead of `old`."""
         reader.args = fx.map_arg(reader.args, lambda node: new if node is old else node)
         reader.kwargs = fx.map_arg(reader.kwargs, lambda node: new if node is old else node)
-        # A reading can include the readers: the writes to the border of a padding, a part's chunk.
+        # The operation may be part of the reading of one of its readers, or of a value that it
+        # writes: invalidate both.
         self._changed(reader, old, *reader.all_input_nodes, *reader.users)
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let all readers of `old` read `new`, an equal value."""
         for listener in self.listeners:
-            listener.same(new, old)
+            listener.replacing(new, old)
         for reader in list(old.users):
-            self.reread(reader, old, new)
+            self.replace_input(reader, old, new)
 
     def erase(self, node: fx.Node) -> None:
-        """Remove a node without readers, and the reads of tensors that only this node had."""
+        """Remove a node without readers, and the `get_attr` nodes that it alone read."""
         operands = self._erase(node)
         for operand in operands:
             if operand.op == "get_attr" and not operand.users:
                 self._erase(operand)
 
     def install(self, path: str, module: nn.Module) -> None:
-        """Register a layer at a path that is free, before a node calls it."""
+        """Register a layer at a free path, before a node calls it."""
         owner, _, name = path.rpartition(".")
         parent = self.module.get_submodule(owner)
         if name in parent._parameters or name in parent._buffers:
@@ -98,7 +99,7 @@ class Editor:
     def _erase(self, node: fx.Node) -> list[fx.Node]:
         operands = node.all_input_nodes
         self.graph.erase_node(node)
-        self.names.erased(node)
+        self.names.remove(node)
         self._changed(node, *operands)
         return operands
 
@@ -106,7 +107,7 @@ class Editor:
         for listener in self.listeners:
             listener.invalidate(*nodes)
 
-    # --- what rewrites do ------------------------------------------------------------------------
+    # --- changes that rewrites need --------------------------------------------------------------
 
     def carry_out(self, plan: Plan, targets: Sequence[str]) -> fx.Node:
         """Put calls of the layers at `targets` in place of a plan's region.
@@ -117,7 +118,7 @@ class Editor:
         readers = metadata_readers(plan)
         single = len(plan.pieces) == 1
         first = min([plan.root, *readers]) if single else plan.root
-        if plan.outputs:  # their readers may come before the last of them
+        if plan.outputs:  # readers of one output may come before the next output
             first = plan.region[0]
         total: fx.Node
         with self.graph.inserting_before(first):
@@ -126,7 +127,7 @@ class Editor:
         for reader in readers:
             for node in reader.all_input_nodes:
                 if node in plan.region:
-                    self.reread(reader, node, _substitute(plan, node, values))
+                    self.replace_input(reader, node, _substitute(plan, node, values))
         for root, value in zip(plan.roots, values, strict=True):
             self.replace(root, value)
         for node in reversed(plan.region):
@@ -142,20 +143,20 @@ class Editor:
             node.meta["nn_module_stack"] = dict(stack)
         return node
 
-    def write(self, node: fx.Node, value: Any) -> None:
-        """Write a constant that is no tensor where the readers of `node` read it."""
+    def inline(self, node: fx.Node, value: Any) -> None:
+        """Put a constant that is no tensor into the arguments of the readers of `node`."""
         for reader in list(node.users):
-            self.reread(reader, node, value)
+            self.replace_input(reader, node, value)
         self.erase_tree(node)
 
     def store(self, node: fx.Node, value: Tensor) -> tuple[str, Tensor]:
-        """Store the constant value of `node` near where it was computed, and let it be read there.
+        """Store the constant value of `node` as a buffer of the module that computed it.
 
-        A buffer even if it comes from parameters: the value it replaces needed no gradient under
-        no_grad, and attention takes a slower kernel for a mask that does.
+        It is a buffer even if it was computed from parameters: under no_grad the value needed no
+        gradient, and attention takes a slower kernel for a mask that needs one.
 
         Returns:
-            The path of the stored tensor, and the tensor.
+            The path of the buffer, and the buffer.
         """
         owner = scope(node)
         try:
@@ -177,7 +178,7 @@ class Editor:
         return path, value
 
     def erase_tree(self, node: fx.Node) -> None:
-        """Remove a node without readers, and all nodes above it that are left without readers."""
+        """Remove a node without readers, and all nodes above it that then have no readers."""
         doomed = [node]
         while doomed:
             each = doomed.pop()
@@ -186,7 +187,7 @@ class Editor:
             doomed.extend(self._erase(each))
 
     def guard(self, node: fx.Node, rank: int) -> None:
-        """Make the rewritten graph refuse inputs of another rank than the one assumed."""
+        """Make the graph raise if the value of `node` has another rank."""
         message = (
             f"fxrep: this model was optimized for a batched input of {rank} dimensions; "
             "pass example_inputs of another rank to fxrep.optimize to allow that"
@@ -200,15 +201,15 @@ class Editor:
 
 
 def _substitute(plan: Plan, node: fx.Node, values: Sequence[fx.Node]) -> fx.Node:
-    """A value of the same shape, or at least dtype, as a node of the region."""
-    if plan.outputs:  # each comes before the output that it leads to
+    """A new value of the shape, or at least the dtype, that `node` of the region has."""
+    if plan.outputs:  # `node` comes before the output that it leads to
         place = next(i for i, (root, _) in enumerate(plan.outputs) if _leads_to(node, root))
         return values[place]
     return values[0] if len(plan.pieces) == 1 else min(piece.source for piece in plan.pieces)
 
 
 def _leads_to(node: fx.Node, root: fx.Node) -> bool:
-    """Whether a value is that of a root, or reaches it through operations with one operand."""
+    """Whether `root` is `node`, or is computed from it by operations with one operand each."""
     while root is not node and len(root.all_input_nodes) == 1:
         root = root.all_input_nodes[0]
     return root is node

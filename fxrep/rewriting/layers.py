@@ -15,7 +15,7 @@ from fxrep.algebra.maps import Map, narrowed, symmetric
 from fxrep.algebra.recipe import Call, Expr, record
 from fxrep.planning.pieces import Piece
 from fxrep.planning.plan import Plan
-from fxrep.reading.view import Affine, View
+from fxrep.reading.view import View
 from fxrep.refusal import Refusal
 
 # A weight row may lose this many epsilons to rounding, relative to its largest value.
@@ -29,8 +29,8 @@ class Layer:
     Attributes:
         piece: the part of the plan that it computes.
         module: the layer, in the dtype, device and memory format of the layers it replaces.
-        exact: its weight and bias in float64, before they were rounded.
-        exprs: how its weight and bias are computed, for later rewrites to build on.
+        exact: its weight and bias in float64, before rounding.
+        exprs: the expressions of its weight and bias, which later rewrites take in.
     """
 
     piece: Piece
@@ -47,8 +47,8 @@ def build(plan: Plan, view: View, lookup: Lookup) -> list[Layer] | Refusal:
 
     Args:
         plan: the rewrite.
-        view: the graph it belongs to.
-        lookup: gives the float64 value of one of the model's tensors by its path.
+        view: the graph of the plan.
+        lookup: gives the float64 value of a tensor of the user's model by its path.
 
     Returns:
         The layers, or why the dtype cannot hold one of their weights.
@@ -66,7 +66,7 @@ def build(plan: Plan, view: View, lookup: Lookup) -> list[Layer] | Refusal:
     return layers
 
 
-def blank(plan: Plan, view: View) -> list[nn.Module]:
+def random_layers(plan: Plan, view: View) -> list[nn.Module]:
     """Layers of the same kinds and shapes as those of a plan, with random weights."""
     like = _like(plan, view)
     generator = torch.Generator(like.device).manual_seed(0)
@@ -83,14 +83,14 @@ def blank(plan: Plan, view: View) -> list[nn.Module]:
 
 
 def _weights(plan: Plan, view: View) -> list[Tensor]:
-    readings = [view.read(node) for node in plan.expanded]
-    return [r.weight for r in readings if isinstance(r, Affine) and r.weight is not None]
+    readings = [view.affine(node) for node in plan.expanded]
+    return [r.weight for r in readings if r is not None and r.weight is not None]
 
 
 def _like(plan: Plan, view: View) -> Tensor:
     """The weight whose dtype, device and memory format the new weights get."""
     like = max(_weights(plan, view), key=Tensor.numel, default=None)
-    if like is None:  # pooling alone: only the rest of the model says the dtype
+    if like is None:  # the region is pooling alone: use the dtype of the rest of the model
         like = next((p for p in view.module.parameters() if p.is_floating_point()), torch.ones(()))
     return like
 
@@ -109,9 +109,9 @@ def _layer(piece: Piece, lookup: Lookup, like: Tensor, trains: bool) -> Layer | 
     both = record(Call(_pair, (weight, full)))
     try:
         computed: tuple[Tensor, Tensor | None] = both.run(lookup)
-    except RuntimeError as error:  # a weight expression that insists on its own dtype
+    except RuntimeError as error:  # a parametrization may demand its own dtype
         return Refusal(f"its weight cannot be computed in float64: {error}")
-    # A bias of numbers alone was computed where numbers live.
+    # A bias computed from numbers alone is on the CPU.
     shift = computed[1]
     exact = computed[0].to(like.device), None if shift is None else shift.to(like.device)
     module = _module(shape, bias is not None)
@@ -160,7 +160,7 @@ _CONVOLUTIONS = {
 
 
 def _module(shape: Map, biased: bool) -> nn.Module:
-    """An empty layer: the caller sets its tensors."""
+    """A layer on the meta device; the caller sets its tensors."""
     kind: Any = _CONVOLUTIONS[shape.transposed][len(shape.axes)]
     module: nn.Module
     if not shape.axes:

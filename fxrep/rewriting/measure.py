@@ -1,8 +1,9 @@
-"""Timing a rewrite where it will run, on the values it will see: ``cost="measure"``.
+"""Timing of rewrites on the device and at the shapes of the model: ``cost="measure"``.
 
-What MACs and traffic alone do not decide (a wider kernel in place of several, pooling as a
-convolution, one layer for several siblings, a border corrected by one more channel) is run before
-and after, on the model's device, in its dtype, at its shapes and strides.
+MACs and memory traffic do not decide whether some rewrites are faster: a larger kernel in place of
+several, pooling as a convolution, one layer for several siblings, a border corrected by one more
+channel. Both sides of such a rewrite run, on the model's device, in its dtype, at its shapes and
+strides.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ from fxrep.algebra.maps import Diagonal, Map, symmetric
 from fxrep.analysis.values import Values, opaque
 from fxrep.planning.cost import MacsCost
 from fxrep.planning.plan import Plan
-from fxrep.reading.view import Affine, View
+from fxrep.reading.view import View
 from fxrep.refusal import Refusal
-from fxrep.rewriting.layers import blank
+from fxrep.rewriting.layers import random_layers
 from fxrep.rewriting.replacement import pads, replacement
 
-# Rounds in turns, so that drift hits both sides alike: short ones, for a busy machine takes the
-# processor away for milliseconds, and the rounds that it spares tell how long a side takes.
+# The two sides run in turns, so that drift of the clock rate affects both alike. Rounds are short:
+# other processes interrupt for milliseconds, and the rounds between interruptions give the time.
 LEAST_ROUNDS, ROUND_SECONDS, SECONDS = 9, 0.001, 0.15
 
-# So many rounds do where one side always takes so many times as long as the other.
+# Timing ends after CLEAR_ROUNDS if one side takes CLEAR times as long as the other in each.
 CLEAR_ROUNDS, CLEAR = 5, 1.2
 
-# What is not faster by this much is not worth a change: timings vary as much.
+# A rewrite must be faster by this fraction: timings of one program vary as much.
 LEAST_GAIN = 0.03
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of what was there and of what replaces it."""
+    """The seconds that a region and its replacement take."""
 
     before: float
     after: float
@@ -48,8 +49,8 @@ class Timing:
         return f"{1e3 * self.before:.3g} ms -> {1e3 * self.after:.3g} ms"
 
 
-# By what both sides compute, on what, and torch's settings.
-_known: dict[object, Timing] = {}
+# The timings so far, by torch's settings and the descriptions of both sides.
+_timings: dict[object, Timing] = {}
 
 
 def judge(plans: Sequence[Plan], view: View, values: Values) -> Timing | Refusal | None:
@@ -58,18 +59,18 @@ def judge(plans: Sequence[Plan], view: View, values: Values) -> Timing | Refusal
     Args:
         plans: equal rewrites that are carried out together, for they share their layers.
         view: the graph, not yet changed.
-        values: what the values of the graph are.
+        values: the values of the graph on example inputs.
 
     Returns:
-        The times if it is faster, why not to rewrite if it is not, and None if there is no doubt.
+        The times if the rewrite is faster, a refusal if it is not, None if it needs no timing.
     """
     if not _in_doubt(plans[0], view):
         return None
     before, after = 0.0, 0.0
     for plan in plans:
         try:
-            timing = _timed(_old(plan, view, values), _new(plan, view, values))
-        except _Unknown as reason:
+            timing = _timed(_excerpt_before(plan, view, values), _excerpt_after(plan, view, values))
+        except _NotRunnable as reason:
             if MacsCost().objection(plan.saved, plan.spent) is None:
                 return None
             return Refusal(f"it could not be timed: {reason}")
@@ -80,27 +81,27 @@ def judge(plans: Sequence[Plan], view: View, values: Values) -> Timing | Refusal
     return timing
 
 
-class _Unknown(Exception):
-    """Something is not known that is needed to run a part of the graph."""
+class _NotRunnable(Exception):
+    """A part of the graph cannot run on its own: a shape it needs is not known."""
 
 
-# --- what is in doubt ----------------------------------------------------------------------------
+# --- rewrites in doubt ---------------------------------------------------------------------------
 
 
 def _in_doubt(plan: Plan, view: View) -> bool:
-    """Whether it does anything but leave some of the layers that are there as they are."""
+    """Whether a plan does more than drop operations and keep layers of the same geometry."""
     if MacsCost().objection(plan.saved, plan.spent) is not None or plan.outputs:
         return True
-    readings = [r for n in plan.region if isinstance(r := view.read(n), Affine) and r.is_layer]
-    known = [_kernel(r.terms[0].map) for r in readings]
+    readings = [r for n in plan.region if (r := view.affine(n)) is not None and r.is_layer]
+    known = [_kernel_key(r.terms[0].map) for r in readings]
     for piece in plan.pieces:
-        if isinstance(piece.map, Map) and (pads(piece) or _kernel(piece.map) not in known):
+        if isinstance(piece.map, Map) and (pads(piece) or _kernel_key(piece.map) not in known):
             return True
     return False
 
 
-def _kernel(shape: Map | Diagonal) -> object:
-    """What decides which kernel runs, sizes aside."""
+def _kernel_key(shape: Map | Diagonal) -> object:
+    """A key of the kernel that a backend runs for a layer, image sizes aside."""
     if isinstance(shape, Diagonal):
         return None
     shape = symmetric(shape)
@@ -109,146 +110,151 @@ def _kernel(shape: Map | Diagonal) -> object:
     return taps, groups, shape.inputs, shape.outputs, shape.transposed
 
 
-# --- a part of the graph that runs on its own ---------------------------------------------------
+# --- parts of a graph that run on their own -------------------------------------------------------
 
 
 @dataclass(eq=False)
 class _Excerpt:
-    """A part of a graph in the making.
+    """A copy of a part of a graph that runs on its own.
 
     Attributes:
-        view: where it is taken from.
-        values: what the values there are.
-        graph: the part.
-        made: its values, by the nodes they stand for.
-        held: the modules and tensors it uses, by their names in it.
-        inputs: what it takes, faked.
-        story: what it computes, whatever its weights: equal for parts that take equally long.
+        view: the whole graph.
+        values: the values of the whole graph on example inputs.
+        graph: the graph of the excerpt.
+        copies: nodes and constants of the excerpt, by the nodes of the whole graph.
+        attributes: the modules and tensors of the excerpt, by name.
+        inputs: fake tensors like the inputs of the excerpt.
+        description: the calls of the excerpt, without the content of weights. Excerpts of equal
+            descriptions take equally long.
     """
 
     view: View
     values: Values
     graph: fx.Graph = field(default_factory=fx.Graph)
-    made: dict[fx.Node, Any] = field(default_factory=dict)
-    held: dict[str, Any] = field(default_factory=dict)
+    copies: dict[fx.Node, Any] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
     inputs: list[Tensor] = field(default_factory=list)
-    story: list[str] = field(default_factory=list)
+    description: list[str] = field(default_factory=list)
 
     def value(self, node: fx.Node) -> Any:
-        """What stands for a value of the graph: it is made here, held, or comes from outside."""
-        if node in self.made:
-            return self.made[node]
+        """The value of the excerpt for a value of the whole graph; a new input if it has none."""
+        if node in self.copies:
+            return self.copies[node]
         if node.op == "get_attr":
-            made: Any = self.hold(self.view.tensor(str(node.target)), "get_attr")
+            copy: Any = self.attribute(self.view.tensor(str(node.target)), "get_attr")
         else:
-            made = self._input(self.values.of(node))
-        self.made[node] = made
-        return made
+            copy = self._input(self.values.of(node))
+        self.copies[node] = copy
+        return copy
 
     def _input(self, known: Any) -> Any:
         if isinstance(known, bool | int | float | torch.Size | torch.dtype | torch.device):
             return known
         if not isinstance(known, Tensor):
-            raise _Unknown("the shape of a value is not known from example_inputs")
+            raise _NotRunnable("the shape of a value is not known from example_inputs")
         if not known.is_floating_point():
-            raise _Unknown(f"it reads a value of {known.dtype}")
+            raise _NotRunnable(f"it reads a value of {known.dtype}")
         self.inputs.append(known)
-        self.story.append(f"input {_look(known)}")
+        self.description.append(f"input {_layout(known)}")
         return self.graph.placeholder(f"x{len(self.inputs)}")
 
-    def hold(self, thing: Any, op: str) -> Any:
-        """A tensor's value, or the name of a module."""
-        name = f"held_{len(self.held)}"
-        self.held[name] = thing
+    def attribute(self, value: Any, op: str) -> Any:
+        """Add an attribute; returns the node that reads a tensor, or the name of a module."""
+        name = f"attribute_{len(self.attributes)}"
+        self.attributes[name] = value
         if op == "get_attr":
-            self.story.append(f"tensor {_look(thing)}")
+            self.description.append(f"tensor {_layout(value)}")
             return self.graph.get_attr(name)
         return name
 
     def call(self, op: str, target: Any, args: Any, kwargs: Any = None) -> fx.Node:
-        """A call of something: a module by itself, not by its path."""
-        what = target if isinstance(target, str) else getattr(target, "__name__", repr(target))
+        """Add a call; the target is a function, the name of a method, or a module itself."""
+        name = target if isinstance(target, str) else getattr(target, "__name__", repr(target))
         if isinstance(target, nn.Module):
-            what, target = repr(target), self.hold(target, op)
-        self.story.append(f"{what} {args} {kwargs}")
+            name, target = repr(target), self.attribute(target, op)
+        self.description.append(f"{name} {args} {kwargs}")
         return self.graph.create_node(op, target, args, kwargs)
 
     def copy(self, node: fx.Node) -> None:
-        """The same call on the values of this part."""
+        """Add the same call on the values of the excerpt."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.value)
         target: Any = node.target
         if node.op == "call_module":
             target = self.view.submodule(str(target))
-        self.made[node] = self.call(node.op, target, args, kwargs)
+        self.copies[node] = self.call(node.op, target, args, kwargs)
 
-    def readers(self, plan: Plan) -> None:
-        """What reads views of one result, which may take longer than reading values apart."""
+    def copy_readers(self, plan: Plan) -> None:
+        """Add the readers of several roots, which may take longer to read views of one result."""
         for root in plan.roots if plan.outputs else ():
             for user in root.users:
-                if user in plan.region or user in self.made or not _runs_apart(self.view, user):
+                if user in plan.region or user in self.copies:
+                    continue
+                if not _is_repeatable(self.view, user):
                     continue
                 try:
                     self.copy(user)
-                except _Unknown:
+                except _NotRunnable:
                     continue
 
     def finish(self, results: Iterable[Any]) -> _Excerpt:
-        """End it: the results are kept until then, as they are in the model."""
+        """Return the results, so that they are alive until the end as they are in the model."""
         last = [node for node in self.graph.nodes if node.op != "placeholder" and not node.users]
         self.graph.output(tuple(dict.fromkeys((*results, *last))))
         return self
 
     def run(self) -> Callable[[], Any]:
-        """A call of it, on random values."""
-        module = fx.GraphModule(self.held, self.graph)
+        """A function that runs the excerpt on random values."""
+        module = fx.GraphModule(self.attributes, self.graph)
         inputs = [_random(like) for like in self.inputs]
         return lambda: module(*inputs)
 
 
-def _old(plan: Plan, view: View, values: Values) -> _Excerpt:
-    part = _Excerpt(view, values)
+def _excerpt_before(plan: Plan, view: View, values: Values) -> _Excerpt:
+    """The region of a plan."""
+    excerpt = _Excerpt(view, values)
     for source in dict.fromkeys(piece.source for piece in plan.pieces):
-        part.value(source)  # both sides take the sources first: their stories then compare
+        excerpt.value(source)  # first on both sides, so that inputs have the same names
     for node in plan.region:
-        part.copy(node)
-    roots = [part.made[root] for root in plan.roots]
-    part.readers(plan)
-    return part.finish(roots)
+        excerpt.copy(node)
+    roots = [excerpt.copies[root] for root in plan.roots]
+    excerpt.copy_readers(plan)
+    return excerpt.finish(roots)
 
 
-def _new(plan: Plan, view: View, values: Values) -> _Excerpt:
-    part = _Excerpt(view, values)
+def _excerpt_after(plan: Plan, view: View, values: Values) -> _Excerpt:
+    """The replacement of a plan's region, with random weights."""
+    excerpt = _Excerpt(view, values)
     for source in dict.fromkeys(piece.source for piece in plan.pieces):
-        part.value(source)
-    modules = {f"new {i}": module for i, module in enumerate(blank(plan, view))}
+        excerpt.value(source)
+    modules = {f"new {i}": module for i, module in enumerate(random_layers(plan, view))}
 
     def make(op: str, target: Any, args: Any, kwargs: Any = None) -> fx.Node:
         if op == "call_module":
             target = modules.get(target) or view.submodule(target)
-        return part.call(op, target, args, kwargs)
+        return excerpt.call(op, target, args, kwargs)
 
-    _, roots = replacement(plan, list(modules), part.value, make)
-    part.made.update(zip(plan.roots, roots, strict=True))
-    part.readers(plan)
-    return part.finish(roots)
+    _, roots = replacement(plan, list(modules), excerpt.value, make)
+    excerpt.copies.update(zip(plan.roots, roots, strict=True))
+    excerpt.copy_readers(plan)
+    return excerpt.finish(roots)
 
 
-def _runs_apart(view: View, node: fx.Node) -> bool:
-    """Whether a call can be repeated without an effect on anything else."""
+def _is_repeatable(view: View, node: fx.Node) -> bool:
+    """Whether a call has no effect but its result."""
     if node.op == "call_module":
         return not opaque(node)
     known = node.op == "call_method" or node.op == "call_function"
     return known and not view.writes(node) and node.target is not operator.setitem
 
 
-def _look(tensor: Tensor) -> str:
-    """What a tensor is, its content aside."""
+def _layout(tensor: Tensor) -> str:
+    """The shape, strides, dtype and device of a tensor."""
     return f"{tuple(tensor.shape)} {tensor.stride()} {tensor.dtype} {tensor.device}"
 
 
 def _random(like: Tensor) -> Tensor:
     value = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
-    memory = value.untyped_storage()  # its elements may overlap: it may be expanded
+    memory = value.untyped_storage()  # filled as a whole: elements of an expanded value overlap
     generator = torch.Generator(like.device).manual_seed(0)
     whole = value.as_strided((len(memory) // value.itemsize,), (1,), 0)
     whole.normal_(generator=generator)
@@ -265,14 +271,14 @@ def _timed(old: _Excerpt, new: _Excerpt) -> Timing:
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.benchmark,
     )
-    key = (settings, tuple(old.story), tuple(new.story))
-    if key not in _known:
-        _known[key] = _measured(old.run(), new.run())
-    return _known[key]
+    key = (settings, tuple(old.description), tuple(new.description))
+    if key not in _timings:
+        _timings[key] = _measured(old.run(), new.run())
+    return _timings[key]
 
 
 def _measured(old: Callable[[], Any], new: Callable[[], Any]) -> Timing:
-    """Lower quartiles of times, in turns; torch's timer waits for the device."""
+    """The lower quartiles of the times; torch's timer waits for the device."""
     timers = [
         Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
         for run in (old, new)
@@ -282,14 +288,14 @@ def _measured(old: Callable[[], Any], new: Callable[[], Any]) -> Timing:
         slowest = max(min(timer.timeit(1).mean for _ in range(2)) for timer in timers)
         number = max(1, math.ceil(ROUND_SECONDS / max(slowest, 1e-6)))
         most = max(LEAST_ROUNDS, math.ceil(SECONDS / (2 * number * max(slowest, 1e-6))))
-        while len(rounds) < most and not _clear(rounds):
+        while len(rounds) < most and not _is_clear(rounds):
             rounds.append([timer.timeit(number).mean for timer in timers])
     before, after = (sorted(times)[len(times) // 4] for times in zip(*rounds, strict=True))
     return Timing(before, after)
 
 
-def _clear(rounds: Sequence[Sequence[float]]) -> bool:
-    """Whether one side has won by far, every time."""
+def _is_clear(rounds: Sequence[Sequence[float]]) -> bool:
+    """Whether one side is faster by far in every round."""
     if len(rounds) < CLEAR_ROUNDS:
         return False
     before, after = zip(*rounds, strict=True)

@@ -1,4 +1,4 @@
-"""Where the layers that fxrep makes are registered: at the paths of the layers they replace."""
+"""The paths of the layers that fxrep makes: those of the layers that they replace."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Names:
     """The paths of modules and tensors that a graph uses, or has used.
 
     Attributes:
-        module: to which the targets of the graph refer.
-        keep_modules: Python code may still reach into the module: nothing in it is replaced.
-        uses: how many nodes use each path, or one below it.
+        module: the module that the targets of the graph refer to.
+        keep_modules: Python code may still use the modules in it, so none of them is replaced.
+        uses: how many nodes use each path, or a path below it.
         retired: the paths that erased nodes called or read.
     """
 
@@ -31,12 +31,12 @@ class Names:
     uses: Counter[str] = field(default_factory=Counter)
     retired: list[str] = field(default_factory=list)
 
-    def made(self, node: fx.Node) -> None:
-        """Count a new node."""
+    def add(self, node: fx.Node) -> None:
+        """Count the path that a new node uses."""
         self._count(node, 1)
 
-    def erased(self, node: fx.Node) -> None:
-        """Count a node no more."""
+    def remove(self, node: fx.Node) -> None:
+        """Stop counting an erased node."""
         self._count(node, -1)
         if node.op in ("call_module", "get_attr"):
             self.retired.append(str(node.target))
@@ -46,7 +46,7 @@ class Names:
             for path in _prefixes(str(node.target)):
                 self.uses[path] += by
 
-    def place(self, plans: Sequence[Plan], layers: Sequence[Layer]) -> list[str]:
+    def paths_for(self, plans: Sequence[Plan], layers: Sequence[Layer]) -> list[str]:
         """Free paths for new layers.
 
         Args:
@@ -54,8 +54,8 @@ class Names:
             layers: the new layers.
 
         Returns:
-            For each layer the path of the only layer that it replaces, or one in the block that
-            the layers it replaces have in common.
+            For each layer the path of the layer that it replaces. If it replaces several, a path
+            in the innermost module that holds all of them.
         """
         region = {node for plan in plans for node in plan.region}
         reads = {source for node in region for source in node.all_input_nodes}
@@ -66,35 +66,35 @@ class Names:
                 dying.update(_prefixes(str(node.target)))
         paths: list[str] = []
         for layer in layers:
-            wanted = path = self._wanted(plans[0], layer.piece)
+            preferred = path = self._preferred_path(plans[0], layer.piece)
             number = 0
             while path in paths or self._taken(path, dying):
                 number += 1
-                path = f"{wanted}_{number}"
+                path = f"{preferred}_{number}"
             paths.append(path)
         return paths
 
-    def _wanted(self, plan: Plan, piece: Piece) -> str:
-        """The path a new layer would have if it were free."""
+    def _preferred_path(self, plan: Plan, piece: Piece) -> str:
+        """The path of a new layer, if no other node uses the path."""
         assert isinstance(piece.map, Map)
         word = "conv" if piece.map.axes else "linear"
         nodes = sorted(piece.layers)
         called = [str(node.target) for node in nodes if node.op == "call_module"]
         if self.keep_modules and called:
-            # Below the old layer: a new child of a Sequential would run when code iterates it.
+            # Below the old layer: code that iterates a Sequential would run a new child of it.
             return f"{called[0]}.{word}"
         if len(nodes) == 1 and called:
             return called[0]
         if len(plan.pieces) == 1 or not nodes:
             nodes = list(plan.expanded)
-        common = _owner(nodes[0])
+        common = _module_path(nodes[0])
         for node in nodes[1:]:
-            same = [a == b for a, b in zip(common, _owner(node), strict=False)]
+            same = [a == b for a, b in zip(common, _module_path(node), strict=False)]
             common = common[: same.index(False) if False in same else len(same)]
         return ".".join([*common, word])
 
     def _taken(self, path: str, dying: Counter[str]) -> bool:
-        """Whether a path has another user than the nodes that die."""
+        """Whether a path is in use, by other nodes than those that die or by Python code."""
         if self.uses[path] > dying[path]:
             return True
         owner, _, name = path.rpartition(".")
@@ -109,10 +109,10 @@ class Names:
 
 
 def names_of(graph: fx.Graph, module: nn.Module, keep_modules: bool) -> Names:
-    """The names that a graph uses as it stands."""
+    """The paths that the nodes of a graph use."""
     names = Names(module, keep_modules)
     for node in graph.nodes:
-        names.made(node)
+        names.add(node)
     return names
 
 
@@ -121,8 +121,8 @@ def _prefixes(path: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
 
 
-def _owner(node: fx.Node) -> list[str]:
-    """The module a node belongs to, as the parts of its path."""
+def _module_path(node: fx.Node) -> list[str]:
+    """The path of the module that a node belongs to, as a list of names."""
     if node.op == "call_module":
         return str(node.target).split(".")[:-1]
     path = scope(node)

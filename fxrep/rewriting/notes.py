@@ -1,4 +1,4 @@
-"""The report's words: what a rewrite replaced, and why the rest stayed as it was."""
+"""The entries of the report: the operations replaced, and why other nodes stayed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fxrep.rewriting.measure import Timing
 from fxrep.rewriting.part import Part
 from fxrep.rewriting.replacement import pads
 
-# --- what was rewritten --------------------------------------------------------------------------
+# --- rewrites ------------------------------------------------------------------------------------
 
 
 def planned(
@@ -56,12 +56,12 @@ def folded(rule: Pass, location: str, fold: Fold) -> Rewrite:
 
 
 def removed(rule: Pass, location: str, kind: str) -> Rewrite:
-    """The report's entry for an operation that nothing takes the place of."""
+    """The report's entry for an operation that was erased without a replacement."""
     return Rewrite(rule.name, location, (kind,), (), 0, 0, 0, 0, 0.0)
 
 
 def kinds(plan: Plan, view: View) -> tuple[str, ...]:
-    """The operations that a plan replaces, in the field's words."""
+    """The names of the operations that a plan replaces."""
     moved = {each.node: each.name for each in plan.moved}
     found = []
     for node in plan.region:
@@ -70,22 +70,22 @@ def kinds(plan: Plan, view: View) -> tuple[str, ...]:
             found.append(moved[node])
         elif isinstance(reading, Affine) and not reading.is_identity:
             found.append(reading.kind)
-        elif reading is None and plan.outputs:  # what follows each of several siblings
+        elif reading is None and plan.outputs:  # the same operation after each of several siblings
             found += moved.values()
     return tuple(found)
 
 
 def kind_of(part: Part, node: fx.Node) -> str:
-    """The operation of a node: in the field's words, or else by the name that torch gives it."""
-    reading = part.view.read(node)
-    if isinstance(reading, Affine) and not reading.is_identity:
+    """The name of a node's operation: that of its reading, or else that of torch."""
+    reading = part.view.affine(node)
+    if reading is not None and not reading.is_identity:
         return reading.kind
     target = node.meta.get("owner") or node.target
     return str(getattr(target, "__name__", target))
 
 
 def new_kinds(plan: Plan, layers: Sequence[Layer]) -> tuple[str, ...]:
-    """The operations that take their place."""
+    """The names of the operations that replace a plan's region."""
     found = ["pad" for layer in layers for _ in pads(layer.piece)]
     found += [_kind(layer) for layer in layers]
     joins = len(plan.pieces) - 1
@@ -102,11 +102,11 @@ def _kind(layer: Layer) -> str:
     return f"conv_transpose{len(shape.axes)}d" if shape.transposed else f"conv{len(shape.axes)}d"
 
 
-# --- what stayed, and why ------------------------------------------------------------------------
+# --- nodes that stayed ---------------------------------------------------------------------------
 
 
 def skips(part: Part, passes: Sequence[Pass]) -> Iterator[Skip]:
-    """Why parts of a graph stayed as they were: every BatchNorm that is left, every refusal."""
+    """Why nodes of a graph stayed: every refusal, and every BatchNorm that is left."""
     elsewhere = frozenset(rule.name for rule in passes if not rule.reports_layers)
     for node in part.program.graph.nodes:
         if node.op == "call_module" and node.meta.get("owner"):
@@ -122,8 +122,8 @@ def _note(part: Part, node: fx.Node, elsewhere: frozenset[str]) -> Skip | None:
     """The note of the pass that declined a node last.
 
     Args:
-        part: of the node.
-        node: that stayed.
+        part: the graph.
+        node: a node that stayed.
         elsewhere: names of the passes whose notes about a layer are reported at other nodes.
     """
     notes = part.notes.get(node, {})
@@ -144,7 +144,7 @@ def _inner_batchnorms(part: Part, node: fx.Node) -> Iterator[Skip]:
 def _batchnorm_note(part: Part, node: fx.Node) -> Skip:
     """Why a BatchNorm stayed that no pass declined.
 
-    The reason is that of the layer that it feeds, if a pass declined the layer.
+    If a pass declined a layer that reads the BatchNorm, the reason is the layer's.
     """
     place = part.where(node)
     readers = _readers(part, node)
@@ -167,7 +167,7 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 
 def _is_batchnorm(part: Part, node: fx.Node) -> bool:
-    """Whether a node is a BatchNorm, and one that a pass could have read."""
+    """Whether a node is a BatchNorm that has a reading or a refusal."""
     if part.view.read(node) is None:
         return False
     if node.op == "call_module":

@@ -1,4 +1,4 @@
-"""All that belongs to one graph while it is rewritten."""
+"""The state of one graph while it is rewritten."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fxrep.ops.calls import Calls
 from fxrep.planning.plan import Plan
 from fxrep.planning.walk import where
 from fxrep.reading.reader import read
-from fxrep.reading.view import Affine, View, double
+from fxrep.reading.view import View, double
 from fxrep.report import Skip
 from fxrep.rewriting.editor import Editor
 from fxrep.rewriting.layers import Layer, Lookup
@@ -30,40 +30,40 @@ from fxrep.rewriting.waiting import Waiting
 
 @dataclass(eq=False)
 class Part:
-    """A program in the making: its graph, the facts known of it, and its editor.
+    """One graph of the model while it is rewritten: the facts known of it, and its editor.
 
     Attributes:
-        program: its graph is changed by the editor alone.
+        program: the graph and its module; the editor alone changes the graph.
         values: the values of the graph, as far as example inputs tell.
         waiting: plans for layers that are called more than once.
         notes: why a node stayed as it is, by the name of the pass that declined it.
-        made: values that took the place of others and that no pass has seen yet.
+        new_values: values that took the place of others and that the pass has not seen yet.
         weight_users: the nodes that use a layer's weight, by the identity of the weight's owner: a
             module called twice, or a parameter that two modules share, is one weight with two
-            users. As captured: layers that fxrep makes are not among them.
+            users. Layers that fxrep makes are not counted.
     """
 
     program: Program
     values: Values
     waiting: Waiting = field(default_factory=Waiting)
     notes: dict[fx.Node, dict[str, Skip]] = field(default_factory=lambda: defaultdict(dict))
-    made: list[fx.Node] = field(default_factory=list)
+    new_values: list[fx.Node] = field(default_factory=list)
     weight_users: dict[int, set[fx.Node]] = field(default_factory=lambda: defaultdict(set))
 
     @cached_property
     def calls(self) -> Calls:
-        """What the nodes of the graph call."""
+        """The operators that the nodes of the graph call."""
         return Calls(self.program.module)
 
     @cached_property
     def editor(self) -> Editor:
-        """The only way to change the graph."""
+        """The editor, which makes all changes of the graph."""
         graph, module = self.program.graph, self.program.module
         return Editor(graph, module, names_of(graph, module, self.program.keep_modules))
 
     @cached_property
     def view(self) -> View:
-        """The facts known of the graph: analysed when first asked for, then kept up to date."""
+        """The facts known of the graph: analysed at the first use, then kept up to date."""
         graph, calls = self.program.graph, self.calls
         memory = aliasing.analyse(graph, calls)
         ranks = Ranks(graph, calls, self.values.ranks, self.program.ranks)
@@ -80,39 +80,39 @@ class Part:
         return self.path(where(node))
 
     def path(self, name: str) -> str:
-        """The path in the user's model of a path, or several, below the program's module."""
+        """A path below the program's module as a path in the user's model."""
         return ".".join(each for each in (self.program.path, name) if each)
 
     def is_identity(self, node: fx.Node) -> bool:
-        """Whether a node gives back its operand."""
-        reading = self.view.read(node)
-        return isinstance(reading, Affine) and reading.is_identity
+        """Whether a node returns its operand, at most in another shape or memory."""
+        reading = self.view.affine(node)
+        return reading is not None and reading.is_identity
 
     def is_layer(self, node: fx.Node) -> bool:
         """Whether a node is a convolution or linear layer."""
-        reading = self.view.read(node)
-        return isinstance(reading, Affine) and reading.is_layer
+        reading = self.view.affine(node)
+        return reading is not None and reading.is_layer
 
-    def shared(self, plan: Plan) -> dict[fx.Node, set[fx.Node]]:
+    def shared_layers(self, plan: Plan) -> dict[fx.Node, set[fx.Node]]:
         """Layers of a plan's region whose weight has users outside the region, with all users.
 
-        Another graph that calls such a layer keeps it; this graph may fold its own.
+        Users in other graphs do not count: they keep the layer, and this graph gets a new one.
         """
         shared = {}
         for node in plan.region:
-            reading = self.view.read(node)
-            if isinstance(reading, Affine) and reading.weight is not None:
+            reading = self.view.affine(node)
+            if reading is not None and reading.weight is not None:
                 users = {n for n in self.weight_users[id(reading.owner)] if not n._erased}
                 if not users <= set(plan.region):
                     shared[node] = users
         return shared
 
     def originals(self) -> Lookup:
-        """The user's tensors in float64, by path."""
+        """A lookup of the user's tensors in float64, by path."""
         return _remembered(lambda path: double(self.view.originals[path]))
 
     def exact(self) -> Lookup:
-        """All tensors in float64, by path: those that fxrep made are computed anew, not widened."""
+        """A lookup of all tensors in float64, by path; those that fxrep made are computed anew."""
         return _remembered(self._exact)
 
     def _exact(self, path: str) -> Tensor:
@@ -127,8 +127,8 @@ class Part:
     def count_weights(self) -> None:
         """Note which nodes use which weight."""
         for node in self.program.graph.nodes:
-            reading = self.view.read(node)
-            if isinstance(reading, Affine) and reading.weight is not None:
+            reading = self.view.affine(node)
+            if reading is not None and reading.weight is not None:
                 self.weight_users[id(reading.owner)].add(node)
 
     def carry_out(self, plans: Sequence[Plan], layers: Sequence[Layer]) -> list[str]:
@@ -138,7 +138,7 @@ class Part:
             The paths of the layers below the program's module.
         """
         view = self.view
-        targets = self.editor.names.place(plans, layers)
+        targets = self.editor.names.paths_for(plans, layers)
         for target, layer in zip(targets, layers, strict=True):
             self.editor.install(target, layer.module)
             for name, expr in zip(("weight", "bias"), layer.exprs, strict=True):
@@ -148,7 +148,7 @@ class Part:
             view.ranks.use_deferred_assumptions()
             for value in plan.assumes_batched:
                 view.ranks.use_assumption(value)
-            self.made.append(self.editor.carry_out(plan, targets))
+            self.new_values.append(self.editor.carry_out(plan, targets))
         return targets
 
     def store(self, node: fx.Node, value: Tensor, expr: Call) -> None:
@@ -159,13 +159,13 @@ class Part:
         if any(source.requires_grad for source in sources):
             self.view.trained.add(id(stored))
 
-    def take_made(self) -> list[fx.Node]:
-        """The values made since the last call."""
-        made, self.made = self.made, []
-        return made
+    def take_new_values(self) -> list[fx.Node]:
+        """The values that took the place of others since the last call."""
+        values, self.new_values = self.new_values, []
+        return values
 
     def guard(self) -> None:
-        """Make the graph refuse inputs of other ranks than those that its rewrites assume."""
+        """Make the graph raise at ranks other than those that its rewrites assume."""
         for node, rank in self.view.ranks.guards():
             self.editor.guard(node, rank)
 
@@ -173,7 +173,7 @@ class Part:
         """Make sure that the graph is well formed and that its targets exist.
 
         Raises:
-            PassError: it is not, as a pass must have changed it by itself.
+            PassError: it is not; a pass must have changed it without the editor.
         """
         graph, module = self.program.graph, self.program.module
         try:

@@ -1,7 +1,7 @@
-"""The rewrites that prepare a graph, before any pass sees it.
+"""Changes that prepare a graph for the passes.
 
-They compute nothing anew: a value is read where less is in the way of the passes. They are no
-passes, for the user asked for none of them, and they count in no report.
+They change no operation, only which of several equal values or sizes a node reads, so that the
+passes find more. They are no passes: the user did not ask for them, and no report names them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from fxrep.reading.sizes import operand_of_equal_size
 from fxrep.rewriting.part import Part
 
 
-def rename_written(part: Part) -> None:
-    """Let the readers of a value after an operation that wrote it read the operation's result.
+def read_after_write(part: Part) -> None:
+    """Let readers of a value that come after a write to it read the result of the write.
 
-    ``y.add_(a); return y`` becomes ``z = y.add_(a); return z``: both are one tensor, and the value
-    of y before the write is no longer in the way.
+    ``y.add_(a); return y`` becomes ``z = y.add_(a); return z``: y and z are one tensor, but the
+    node of y now only has readers before the write.
     """
     for node in part.program.graph.nodes:
         source = written_operand(node, part.calls)
@@ -27,14 +27,14 @@ def rename_written(part: Part) -> None:
             continue
         for reader in list(source.users):
             if node < reader:
-                part.editor.reread(reader, source, node)
+                part.editor.replace_input(reader, source, node)
 
 
-def read_early(part: Part) -> None:
-    """Let the readers of a size read it of the first value that has it.
+def read_sizes_early(part: Part) -> None:
+    """Let a node that reads a size read it from the earliest value of that size.
 
-    Before attention ``b, c, h, w = norm(x).shape`` becomes ``b, c, h, w = x.shape``, so that only
-    the layers of the attention read the normalised value.
+    Before an attention ``b, c, h, w = norm(x).shape`` becomes ``b, c, h, w = x.shape``, so that
+    only the layers of the attention read the normalised value.
     """
     for node in list(part.program.graph.nodes):
         if not part.view.reads_size(node):
@@ -44,12 +44,12 @@ def read_early(part: Part) -> None:
         while (operand := operand_of_equal_size(part.view, source)) is not None:
             source = operand
         if source is not value:
-            part.editor.reread(node, value, source)
+            part.editor.replace_input(node, value, source)
 
 
 PREPARATIONS: tuple[Callable[[Part], None], ...] = (
-    rename_written,  # first: which values share memory is found out in the renamed graph
-    read_early,  # asks what each node computes
+    read_after_write,  # first: the analysis of memory, which readings need, must see its result
+    read_sizes_early,
 )
 
 
@@ -57,8 +57,8 @@ def prepared(program: Program, values: Values) -> Part:
     """A program ready for the passes.
 
     Args:
-        program: its graph is changed in place.
-        values: the values of its graph, as far as example inputs tell.
+        program: the program, whose graph is changed in place.
+        values: the values of the graph, as far as example inputs tell.
     """
     part = Part(program, values)
     for prepare in PREPARATIONS:

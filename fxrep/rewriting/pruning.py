@@ -1,11 +1,11 @@
-"""What stays of a module tree: what its graphs call and read, and what code that stays can reach.
+"""Removal of modules and tensors that no graph calls or reads any more.
 
 Given: a model whose forward became a graph, with a BatchNormAct2d at ``bn`` of which only the
 activation is still called, at ``bn.act``.
 
-Result: a `Container` at ``bn`` that holds ``act`` and nothing else: it is no BatchNorm any more, is
-not called, and prints what it has. Of a model that keeps its class, as its forward is Python code
-or has hooks, only what was merged is taken away.
+Result: a `Container` at ``bn`` that holds ``act`` and nothing else. It is no BatchNorm any more, is
+not called, and prints its children. A module that keeps its class, because its forward is Python
+code or has hooks, loses only the layers that were merged.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from fxrep.capture.skeleton import named_tensors
 
 
 class Container(nn.Module):
-    """What is left of a module whose forward became part of a graph; it cannot be called.
+    """The rest of a module whose forward became part of a graph; it cannot be called.
 
-    It prints under the name of the module's class and has its plain attributes, the submodules and
-    the tensors that are still used, at their old names: ``blocks[2]`` is the child named ``2``.
+    It prints under the name of the module's class. It has the module's plain attributes and, under
+    their old names, the submodules and tensors that are still used: ``blocks[2]`` is the child
+    named ``2``.
     """
 
     def __init__(self, name: str) -> None:
@@ -36,7 +37,7 @@ class Container(nn.Module):
         return self._name
 
     def extra_repr(self) -> str:
-        """The tensors that are left of its own, by shape."""
+        """The shapes of its own tensors, by name."""
         own = {**self._parameters, **self._buffers}
         return ", ".join(f"{n}={tuple(t.shape)}" for n, t in own.items() if t is not None)
 
@@ -63,20 +64,20 @@ class Container(nn.Module):
 
 
 def prune(captured: Capture, retired: Mapping[str, list[str]]) -> None:
-    """Take away what nothing calls or reads.
+    """Remove modules and tensors that no graph calls or reads.
 
     Args:
-        captured: with its graphs rewritten; the skeleton is pruned in place.
-        retired: by a program's path, the paths below it that erased nodes called or read.
+        captured: the model, its graphs rewritten; its tree of modules is pruned in place.
+        retired: the paths that erased nodes called or read, by the path of the program.
     """
-    taken: list[tuple[nn.Module, dict[str, Any]]] = []
+    saved: list[tuple[nn.Module, dict[str, Any]]] = []
     for program in captured.programs:
         if not program.keep_modules:
             if not program.is_root:
-                taken.append((program.module, dict(program.module.__dict__)))
+                saved.append((program.module, dict(program.module.__dict__)))
             _Pruning(program, retired.get(program.path, [])).run()
-    if taken and not _prints(captured.tree):
-        for module, attributes in taken:  # somebody prints what was merged: it stays
+    if saved and not _can_print(captured.tree):
+        for module, attributes in saved:  # a class prints a layer that was merged: keep them all
             module.__dict__.update(attributes)
 
 
@@ -88,8 +89,8 @@ class _Pruning:
     retired: list[str]
     called: set[int] = field(default_factory=set)  # ids of modules
     read: dict[int, set[str]] = field(default_factory=dict)  # names of tensors, by their owner
-    merged: set[int] = field(default_factory=set)  # ids of modules that lost something
-    left: dict[int, nn.Module | None] = field(default_factory=dict)
+    merged: set[int] = field(default_factory=set)  # ids of modules on retired paths
+    results: dict[int, nn.Module | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         root = self.program.module
@@ -114,7 +115,7 @@ class _Pruning:
         root = self.program.module
         stays = not self.program.is_root
         children = {
-            name: self._left(child, stays) if child is not None else None
+            name: self._pruned(child, stays) if child is not None else None
             for name, child in root._modules.items()
         }
         root._modules = {
@@ -130,22 +131,27 @@ class _Pruning:
                 if name in self.read.get(id(root), ()) or (stays and name not in gone)
             })  # fmt: skip
 
-    def _left(self, module: nn.Module, keep: bool) -> nn.Module | None:
-        """What stays of a module; with `keep`, all of it where nothing was merged."""
+    def _pruned(self, module: nn.Module, keep: bool) -> nn.Module | None:
+        """The module, a container of its rest, or None.
+
+        Args:
+            module: the module.
+            keep: the module stays as it is unless a part of it was merged.
+        """
         if id(module) in self.called:
             return module
         if keep and id(module) not in self.merged:
             return module
-        if id(module) not in self.left:
-            self.left[id(module)] = self._container(module)
-        return self.left[id(module)]
+        if id(module) not in self.results:
+            self.results[id(module)] = self._container(module)
+        return self.results[id(module)]
 
     def _container(self, module: nn.Module) -> nn.Module | None:
         stays = not self.program.is_root
         children = {}
         for name, child in module._modules.items():
             if child is not None:
-                found = self._left(child, stays and any(True for _ in named_tensors(child)))
+                found = self._pruned(child, stays and any(True for _ in named_tensors(child)))
                 if found is not None:
                     children[name] = found
         read = self.read.get(id(module), set())
@@ -166,7 +172,7 @@ class _Pruning:
 
 
 def _holds_modules(value: object, depth: int = 0) -> bool:
-    """Whether a plain attribute is, or holds, modules or tensors."""
+    """Whether a plain attribute is a module or tensor, or a collection that holds some."""
     if isinstance(value, nn.Module | torch.Tensor):
         return True
     if isinstance(value, dict):
@@ -176,8 +182,8 @@ def _holds_modules(value: object, depth: int = 0) -> bool:
     return False
 
 
-def _prints(module: nn.Module) -> bool:
-    """Whether `repr` works: a class may print what was merged."""
+def _can_print(module: nn.Module) -> bool:
+    """Whether `repr` works: the `extra_repr` of a class may read a layer that was merged."""
     try:
         repr(module)
     except Exception:

@@ -1,4 +1,4 @@
-"""What takes a plan's place, call by call: put in the graph, run to validate it, or timed."""
+"""The calls that replace a plan's region: made in the graph, run for validation, or timed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fxrep.planning.pieces import Piece
 from fxrep.planning.plan import Plan
 from fxrep.reading.commuting import Commuter
 
-# Makes a call: operation and target as in fx, then its arguments.
+# Makes a call from an op and a target as in fx, args, and kwargs.
 Make = Callable[..., Any]
 
 
@@ -25,9 +25,9 @@ def replacement(
     """Make the calls that take the place of a plan's region.
 
     Args:
-        plan: what to replace.
-        targets: of the new layers, in the order of its pieces.
-        value: what stands for a source.
+        plan: the plan.
+        targets: the targets of the new layers, in the order of the plan's pieces.
+        value: gives the value of a source.
         make: makes a call and gives its result: ``make("call_function", torch.add, (a, b))``.
 
     Returns:
@@ -62,13 +62,13 @@ def replacement(
 
 
 def _moved(found: Commuter, value: Any, make: Make) -> Any:
-    """The call of an operation that commutes, on another value."""
+    """The call of an operation that maps were moved over, on another value."""
     args, kwargs = fx.map_arg((found.node.args, found.node.kwargs), lambda _: value)
     return make(found.node.op, found.node.target, args, kwargs)
 
 
 def pads(piece: Piece) -> list[tuple[tuple[int, ...], str, float | None]]:
-    """Arguments, modes and values of each F.pad that a layer needs before it."""
+    """The arguments (pad, mode, value) of each F.pad that a layer needs before it."""
     assert isinstance(piece.map, Map)
     shape = symmetric(piece.map)
     found: list[tuple[tuple[int, ...], str, float | None]] = []

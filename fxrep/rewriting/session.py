@@ -1,4 +1,4 @@
-"""The driver: the passes run over the graphs of a capture until none of them changes anything."""
+"""The driver: the passes run over the graphs of a capture until none of them changes a graph."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor, fx
 
-from fxrep.analysis.values import Examples, watched
+from fxrep.analysis.values import Examples, recorded_run
 from fxrep.capture.islands import Capture
 from fxrep.errors import FxrepError, PassError
 from fxrep.planning.cost import CostModel
@@ -26,20 +26,20 @@ from fxrep.rewriting.part import Part
 from fxrep.rewriting.preparing import prepared
 from fxrep.rewriting.pruning import prune
 
-# A rewrite can open the way for another pass; real models settle in two or three rounds.
+# A rewrite may enable another pass. Real models reach the fixpoint in two or three rounds.
 MOST_ROUNDS = 100
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to rewrite.
+    """The options of a session.
 
     Attributes:
-        passes: in order.
-        costs: decide which rewrites are worth it: one cost model after the other, until none
-            finds any more.
-        validate: check each rewrite.
-        measures: time each rewrite whose profit is in doubt.
+        passes: the passes, in order.
+        costs: cost models, which decide which rewrites pay. The passes run with one after the
+            other until none of them allows another rewrite.
+        validate: whether each rewrite is checked.
+        measures: whether rewrites whose profit is in doubt are timed.
     """
 
     passes: tuple[Pass, ...]
@@ -49,11 +49,17 @@ class Settings:
 
 
 def rewrite(captured: Capture, settings: Settings, example_inputs: object = None) -> Session:
-    """Rewrite the graphs of a capture in place."""
-    with torch.no_grad():  # weight_norm's weight is computed to be read, and must not be tracked
+    """Rewrite the graphs of a capture in place.
+
+    Args:
+        captured: the model and its graphs.
+        settings: the options.
+        example_inputs: as given to `optimize`.
+    """
+    with torch.no_grad():  # reading the weight of a weight_norm computes it
         examples = Examples(example_inputs)
         if settings.measures:
-            examples = watched(captured, example_inputs)
+            examples = recorded_run(captured, example_inputs)
         parts = [prepared(program, examples.values(program)) for program in captured.programs]
         session = Session(captured, settings, parts)
         for part in parts:
@@ -64,7 +70,14 @@ def rewrite(captured: Capture, settings: Settings, example_inputs: object = None
 
 @dataclass(eq=False)
 class Session:
-    """One call of `optimize`, or one graph of `torch.compile`."""
+    """The rewriting of one model by `optimize`, or of one graph by `torch.compile`.
+
+    Attributes:
+        captured: the model and its graphs.
+        settings: the options.
+        parts: the graphs.
+        rewrites: the entries of the report so far.
+    """
 
     captured: Capture
     settings: Settings
@@ -81,7 +94,7 @@ class Session:
             changed = any([self.to_fixpoint(part, cost) for cost in costs]) and len(costs) > 1
 
     def to_fixpoint(self, part: Part, cost: CostModel) -> bool:
-        """Run the passes until none changes anything; returns whether any did."""
+        """Run the passes until none changes the graph; returns whether any did."""
         for turn in range(MOST_ROUNDS):
             changed = [rule.name for rule in self.settings.passes if self.sweep(rule, part, cost)]
             if not changed:
@@ -90,9 +103,9 @@ class Session:
         raise PassError(f"the passes {names} keep rewriting each other's result: leave one out")
 
     def sweep(self, rule: Pass, part: Part, cost: CostModel) -> bool:
-        """Ask a pass about every node, from the outputs to the inputs; whether the graph changed.
+        """Ask a pass about every node; returns whether the graph changed.
 
-        The largest region is met first that way.
+        The order is from the outputs to the inputs, so that the largest region comes first.
         """
         changed = False
         part.waiting.groups.clear()
@@ -109,21 +122,22 @@ class Session:
             except Exception as error:
                 raise _failure(rule, part, node, f"{type(error).__name__}: {error}") from error
             changed = changed or not (answer is None or refusal)
-            # The plans that end at an identity end at its operand too, whose note is enough.
-            if refusal is not None and (isinstance(answer, Same) or not part.is_identity(node)):
+            # A plan whose root is an identity is also one for its operand, where it is reported.
+            quiet = part.is_identity(node) and not isinstance(answer, Same)
+            if refusal is not None and not quiet:
                 part.notes[node][rule.name] = Skip(rule.name, part.where(node), refusal.reason)
             else:
                 part.notes.get(node, {}).pop(rule.name, None)
-            ahead += part.take_made()  # the values that took a node's place
+            ahead += part.take_new_values()
         return changed
 
     # --- the answers of a pass -------------------------------------------------------------------
 
     def carry_out(self, rule: Pass, part: Part, node: fx.Node, answer: object) -> Refusal | None:
-        """Do as a pass answered for a node.
+        """Carry out the answer of a pass about a node.
 
         Returns:
-            Why not, if the pass or the driver refused.
+            The refusal of the pass or of the driver; None if there is none.
 
         Raises:
             PassError: the answer cannot be carried out.
@@ -146,18 +160,17 @@ class Session:
             case Same():
                 return self.try_same(rule, part, answer)
             case _:
-                what = f"its answer {answer!r} is none of {ANSWERS}"
-                raise _failure(rule, part, node, what)
+                raise _failure(rule, part, node, f"its answer {answer!r} is none of {ANSWERS}")
         return None
 
     def try_plan(self, rule: Pass, part: Part, plan: Plan) -> Refusal | None:
-        """Carry out a plan; a plan for a layer called more than once waits for its equals."""
-        plans = part.waiting.gather(plan, part.shared(plan))
+        """Carry out a plan; if a layer is called more than once, with equal plans for all calls."""
+        plans = part.waiting.gather(plan, part.shared_layers(plan))
         return plans if isinstance(plans, Refusal) else self.commit(rule, part, plans)
 
     def try_joint(self, rule: Pass, part: Part, joint: Joint) -> Refusal | None:
         """Carry out plans that pay together: all or none."""
-        if any(part.shared(plan) for plan in joint.plans):
+        if any(part.shared_layers(plan) for plan in joint.plans):
             return Refusal("a layer that reads it is called more than once")
         ready = []
         for plan in joint.plans:
@@ -171,13 +184,13 @@ class Session:
         return None
 
     def fold(self, rule: Pass, part: Part, fold: Fold) -> None:
-        """Store the value of a constant expression, or write it where it is read."""
+        """Store the value of a constant expression, or inline it if it is no tensor."""
         location = part.where(fold.node)
         if isinstance(fold.value, Tensor):
             part.store(fold.node, fold.value, fold.expr)
         else:
             part.view.depends_on_content(fold.expr)
-            part.editor.write(fold.node, fold.value)
+            part.editor.inline(fold.node, fold.value)
         self.rewrites.append(notes.folded(rule, location, fold))
 
     def drop(self, rule: Pass, part: Part, drop: Drop) -> None:
@@ -195,8 +208,8 @@ class Session:
         if node.op == "output":
             raise _failure(rule, part, node, "the output of a graph has no equal")
         if value._erased or value.graph is not node.graph or not value < node:
-            what = f"the value {value.name} that is to be read instead is no earlier node"
-            raise _failure(rule, part, node, what)
+            reason = f"the value {value.name} that is to be read instead is no earlier node"
+            raise _failure(rule, part, node, reason)
         refusal = sharing.refusal(part.view, same)
         if refusal is not None:
             return refusal
@@ -243,7 +256,7 @@ class Session:
     # --- the end ---------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Guard the assumptions made, and remove the modules that nothing calls any more.
+        """Guard the assumptions, check the graphs, and remove modules that are no longer called.
 
         Raises:
             PassError: a graph is broken.
@@ -254,7 +267,7 @@ class Session:
         prune(self.captured, {p.program.path: p.editor.names.retired for p in self.parts})
 
     def report(self) -> Report:
-        """The rewrites by pass, from the inputs to the outputs, and the reasons for the rest."""
+        """The rewrites by pass, from the inputs to the outputs, and why other nodes stayed."""
         order = [rule.name for rule in self.settings.passes]
         rewrites = sorted(reversed(self.rewrites), key=lambda r: order.index(r.pass_name))
         skipped = [*self.captured.skipped]
@@ -266,6 +279,6 @@ class Session:
 ANSWERS = ", ".join(getattr(each, "__name__", "None") for each in get_args(Answer))
 
 
-def _failure(rule: Pass, part: Part, node: fx.Node, what: str) -> PassError:
-    place = part.where(node)
-    return PassError(f"pass {rule.name!r} failed at node {place!r} ({node.format_node()}): {what}")
+def _failure(rule: Pass, part: Part, node: fx.Node, reason: str) -> PassError:
+    place, text = part.where(node), node.format_node()
+    return PassError(f"pass {rule.name!r} failed at node {place!r} ({text}): {reason}")

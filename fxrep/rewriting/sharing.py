@@ -1,4 +1,4 @@
-"""Whether a value may be read in place of an equal one, as far as memory goes.
+"""Whether a value may be read in place of an equal value without an effect on shared memory.
 
 Given::
 
@@ -18,7 +18,7 @@ def refusal(view: View, answer: Same) -> Refusal | None:
     """Why `answer.value` must not be read in place of `answer.node`, or None."""
     node, value, memory = answer.node, answer.value, view.aliasing
     itself = answer.itself or memory.gives_back(node, value)
-    if not itself and memory.acts(node):
+    if not itself and memory.has_effects(node):
         return Refusal("it writes in place, or runs code or hooks that are not torch's")
     if memory.stale(node):
         return Refusal("it is written in place before its last reader")

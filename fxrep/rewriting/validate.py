@@ -1,8 +1,8 @@
-"""Translation validation: what was there and what replaces it, run side by side.
+"""Translation validation: the original nodes and their replacement, run side by side.
 
-A rewrite is checked where it happens and without user input: the old nodes themselves and the new
+A rewrite is checked where it happens and without user input. The old nodes themselves and the new
 layers run in float64 on random values, at as many consecutive small sizes as the stride has
-residues, so that a wrong stride, padding or border has nowhere to hide.
+residues: a wrong stride, padding or border shows at one of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fxrep.algebra.maps import Diagonal, Map, channel_map, lifted, points
+from fxrep.algebra.maps import Diagonal, Map, channel_map, pointwise_axes, with_channels
 from fxrep.capture.skeleton import call_arguments, does_not_run, skeleton
 from fxrep.capture.state import unchanged_random_state
 from fxrep.errors import EquivalenceError
@@ -32,20 +32,23 @@ from fxrep.report import Report
 from fxrep.rewriting.layers import Layer, Lookup
 from fxrep.rewriting.replacement import replacement
 
-# Both sides are float64 and only the order of summation differs.
+# Both sides are float64, and only the order of summation differs.
 TOLERANCE = 1e-10
-# The new layer in its own dtype, in epsilons of it: rounding a weight once stays far below.
+# For weights in the dtype of the layer, in epsilons of it: rounding them once stays far below.
 ROUNDED_TOLERANCE = 1000
 
 
 def check(plan: Plan, layers: Sequence[Layer], view: View, exact: Lookup) -> float | Refusal:
-    """The largest relative error of the rounded layers, or why the plan is wrong.
+    """Run a plan's region and its replacement, and compare the results.
 
     Args:
         plan: the rewrite, not yet carried out.
-        layers: its layers.
-        view: the graph it belongs to.
+        layers: the new layers.
+        view: the graph of the plan.
         exact: gives the float64 value of a tensor of the traced module by its path.
+
+    Returns:
+        The largest relative error of the layers with rounded weights, or why the plan is wrong.
     """
     device = layers[0].exact[0].device if layers else torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
@@ -58,25 +61,15 @@ def check(plan: Plan, layers: Sequence[Layer], view: View, exact: Lookup) -> flo
         }
         with torch.no_grad():
             try:
-                expected = _run(plan, view, dict(values), exact, calls)
+                expected = _original_results(plan, view, dict(values), exact, calls)
             except (RuntimeError, ValueError, IndexError) as error:
                 failure = str(error).splitlines()[0]
-                continue  # the original refuses this size: nothing to keep
-            try:
-                got = _replacement(plan, layers, values, view, rounded=False)
-                rounded = _replacement(plan, layers, values, view, rounded=True)
-            except RuntimeError as error:
-                return Refusal(f"validation failed: the replacement raises {error}")
+                continue  # the original raises at this size: nothing to compare
+            difference = _difference(plan, layers, view, values, expected)
+        if isinstance(difference, Refusal):
+            return difference
         compared += 1
-        for mine, own, wanted in zip(got, rounded, expected, strict=True):
-            if mine.shape != wanted.shape:
-                return Refusal(
-                    f"validation failed: shape {tuple(mine.shape)} instead of {tuple(wanted.shape)}"
-                )
-            difference = relative_error(mine, wanted)
-            if not difference <= TOLERANCE:
-                return Refusal(f"validation failed: relative error {difference:.1e} in float64")
-            worst = max(worst, relative_error(own, wanted))
+        worst = max(worst, difference)
     if not compared:
         reason = f"validation failed: the original could not be run ({failure})"
         return Refusal(plan.apart or reason)
@@ -88,13 +81,48 @@ def check(plan: Plan, layers: Sequence[Layer], view: View, exact: Lookup) -> flo
     return worst
 
 
+def _difference(
+    plan: Plan,
+    layers: Sequence[Layer],
+    view: View,
+    values: dict[fx.Node, Tensor],
+    expected: Sequence[Tensor],
+) -> float | Refusal:
+    """The relative error of the rounded layers on these values of the sources, or a refusal."""
+    try:
+        exact = _new_results(plan, layers, values, view, rounded=False)
+        rounded = _new_results(plan, layers, values, view, rounded=True)
+    except RuntimeError as error:
+        return Refusal(f"validation failed: the replacement raises {error}")
+    worst = 0.0
+    for got, got_rounded, wanted in zip(exact, rounded, expected, strict=True):
+        if got.shape != wanted.shape:
+            return Refusal(
+                f"validation failed: shape {tuple(got.shape)} instead of {tuple(wanted.shape)}"
+            )
+        difference = relative_error(got, wanted)
+        if not difference <= TOLERANCE:
+            return Refusal(f"validation failed: relative error {difference:.1e} in float64")
+        worst = max(worst, relative_error(got_rounded, wanted))
+    return worst
+
+
 def compare(
     model: nn.Module, optimized: nn.Module, example_inputs: object, report: Report
 ) -> Report:
-    """Compare whole models on the user's inputs, each with the original in float64.
+    """Compare the original and the optimized model with the original in float64.
+
+    Args:
+        model: the original.
+        optimized: the optimized model.
+        example_inputs: as given to `optimize`.
+        report: the report so far.
+
+    Returns:
+        The report with the relative errors of both models.
 
     Raises:
-        InputError: the original does not run on them.
+        InputError: the original does not run on the inputs.
         EquivalenceError: the optimized model is further from float64 than rounding explains.
     """
     args, kwargs = call_arguments(example_inputs)
@@ -106,9 +134,9 @@ def compare(
         try:
             double = copy.deepcopy(skeleton(model)).double()
             wide = _outputs(double, _widened(args), _widened(kwargs))
-        except RuntimeError:  # it fixes a dtype itself: the original in its own dtype must do
+        except RuntimeError:  # the model sets a dtype itself: compare with its own results
             wide = original
-        # A copy: a forward may count its calls, and the result starts where the original does.
+        # A copy: a forward may count its calls, and the user's first call must be the first.
         try:
             got = _outputs(copy.deepcopy(optimized), args, kwargs)
         except Exception as error:
@@ -144,7 +172,7 @@ def _outputs(model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest magnitude expected; NaN and inf must be the same."""
+    """The largest difference over the largest magnitude expected; inf if NaN or inf differ."""
     got, expected = got.to(torch.float64), expected.to(torch.float64)
     finite = expected.isfinite()
     if not torch.equal(got[~finite].nan_to_num(), expected[~finite].nan_to_num()):
@@ -157,14 +185,14 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 def _shapes(plan: Plan, view: View) -> Iterator[dict[fx.Node, tuple[int, ...]]]:
-    """Shapes of the sources, one set for each pair of sizes to run at."""
+    """The shapes of the sources, for each run."""
     first: dict[fx.Node, Piece] = {}
     for piece in sorted(plan.pieces, key=lambda p: isinstance(p.map, Diagonal)):
         first.setdefault(piece.source, piece)
     maps = [piece.map for piece in plan.pieces if isinstance(piece.map, Map)]
-    if not maps:  # values put together again
+    if not maps:  # sources that are concatenated or added as they are
         channels = max((p.rows or (0, _channels(p, 0)))[1] for p in plan.pieces)
-        maps = [lifted(channel_map(points(-plan.axis - 1)), channels)]
+        maps = [with_channels(channel_map(pointwise_axes(-plan.axis - 1)), channels)]
     rank, outputs = len(maps[0].axes), maps[0].outputs
     if rank == 0:
         known = view.rank(plan.root)[0] or 2
@@ -173,7 +201,7 @@ def _shapes(plan: Plan, view: View) -> Iterator[dict[fx.Node, tuple[int, ...]]]:
         return
     for sizes, residues in _sizes(maps, plan.moved):
         for each in plan.moved:
-            sizes = list(each.below(tuple(sizes)))
+            sizes = list(each.operand_sizes(tuple(sizes)))
         yield {
             source: (
                 1,
@@ -200,9 +228,10 @@ def _size(piece: Piece, axis: int, outputs: int, residue: int) -> int:
 
 
 def _sizes(maps: Sequence[Map], moved: Sequence[Commuter]) -> Iterator[tuple[list[int], list[int]]]:
-    """Output sizes and residues per axis: the smallest, and one at which every tap is read.
+    """Output sizes and residues per axis: small sizes, and sizes at which every tap reads inputs.
 
-    One position alone never shows the stride, so the larger has two at the least.
+    A residue is the number of positions that the last window leaves unread. One output position
+    does not show the stride, so the larger sizes are at least two.
     """
     rank = len(maps[0].axes)
     windows = (*(each.axes for each in moved), *(m.axes for m in maps))
@@ -212,7 +241,7 @@ def _sizes(maps: Sequence[Map], moved: Sequence[Commuter]) -> Iterator[tuple[lis
         for i, axis in enumerate(m.axes):
             padding = max(axis.low, axis.high, 0)
             visible = max(axis.reach + 1 - padding, 1)
-            if m.padding_mode != "zeros":  # reflected and circular values need an input this long
+            if m.padding_mode != "zeros":  # reflect and circular padding take no shorter input
                 visible = max(visible, padding + 1)
             while axis.needed(large[i]) < visible and not m.transposed:
                 large[i] += 1
@@ -225,10 +254,18 @@ def _sizes(maps: Sequence[Map], moved: Sequence[Commuter]) -> Iterator[tuple[lis
 Modules = dict[str, Callable[..., Any]]
 
 
-def _run(
+def _original_results(
     plan: Plan, view: View, values: dict[fx.Node, Tensor], exact: Lookup, calls: Modules
 ) -> list[Tensor]:
-    """The values that the old nodes give the roots, as they stand in the graph, in float64."""
+    """The values of the roots in float64, computed by the nodes of the graph.
+
+    Args:
+        plan: the rewrite.
+        view: the graph.
+        values: the values of the sources; gets those of the nodes.
+        exact: gives tensors of the model in float64.
+        calls: the modules called so far, in float64, by path.
+    """
 
     def value(arg: fx.Node) -> Any:
         if arg in values:
@@ -236,7 +273,7 @@ def _run(
         if arg.op == "get_attr":
             return exact(str(arg.target))
         target: Any = arg.target
-        if target in (getattr, operator.getitem):  # a size that is read on the way
+        if target in (getattr, operator.getitem):  # a read of a size
             return target(*fx.map_arg(arg.args, value))
         if arg.op == "call_method" and view.reads_metadata(arg):
             owner, *rest = fx.map_arg(arg.args, value)
@@ -253,9 +290,9 @@ def _run(
             values[node] = calls[path](*args, **kwargs)
         elif node.op == "call_method":
             owner, *rest = args
-            # A clone, since the method may write in place what is compared later.
+            # A clone, since the method may write in place.
             values[node] = getattr(owner.clone(), str(node.target))(*rest, **kwargs)
-        elif node.target is operator.setitem:  # its very purpose
+        elif node.target is operator.setitem:  # on the value itself: later nodes read the write
             operator.setitem(*args)
         else:
             copies = [a.clone() if isinstance(a, Tensor) else a for a in args]
@@ -264,7 +301,7 @@ def _run(
 
 
 def _in_float64(module: nn.Module, path: str, exact: Lookup) -> Callable[..., Any]:
-    """A module's call with all its tensors in float64."""
+    """The call of a module with all its tensors in float64."""
     tensors = {
         name: exact(f"{path}.{name}")
         for name, _ in (*module.named_parameters(), *module.named_buffers())
@@ -279,16 +316,16 @@ def _in_float64(module: nn.Module, path: str, exact: Lookup) -> Callable[..., An
     def call(*args: Any, **kwargs: Any) -> Any:
         result = torch.func.functional_call(module, tensors, args, kwargs)
         for hook in weight_hooks(module):
-            hook(module, None)  # it left the float64 weight on the module
+            hook(module, None)  # sets the weight that it replaced by one in float64
         return result
 
     return call
 
 
-def _replacement(
+def _new_results(
     plan: Plan, layers: Sequence[Layer], values: dict[fx.Node, Tensor], view: View, *, rounded: bool
 ) -> list[Tensor]:
-    """The values that the new layers give the roots, with their weights exact or rounded."""
+    """The values of the roots, computed by the replacement, with exact or rounded weights."""
     targets = [f"new {i}" for i in range(len(layers))]
     new = dict(zip(targets, layers, strict=True))
 

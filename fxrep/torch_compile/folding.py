@@ -149,11 +149,13 @@ def fold(
                 _call(graph, node, root.get_submodule(str(node.target)))
         looked = {
             statics[path]: view.originals[path].detach().clone()
-            for path in view.looked
+            for path in view.content_read
             if path in statics
         }
     graph.lint()
-    sources = {path for each in derived.values() for path in each.recipe.paths} | set(view.looked)
+    sources = {path for each in derived.values() for path in each.recipe.paths} | set(
+        view.content_read
+    )
     inputs_by_name = {node.name: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     overwritten = tuple(inputs_by_name[node.name] for node in _overwritten(graph, view))
     normalizing = {n for node in graph.nodes if normalizes(node) for n in node.all_input_nodes}

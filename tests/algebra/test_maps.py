@@ -377,10 +377,10 @@ def test_slices_of_concatenations_pick_their_rows() -> None:
     whole = torch.cat([convolve(m, w, x) for m, w in zip(maps_, weights, strict=True)], 1)
     firsts = (0, 2)
     for i, j in itertools.product(range(2), range(3, 7)):  # some of both: see above
-        cut = Map((shapes.POINT,), shapes.selection_band(range(i, j), 6))
+        cut = Map((shapes.POINTWISE,), shapes.selection_band(range(i, j), 6))
         parts, used = [], []
         for first, each, weight in zip(firsts, maps_, weights, strict=True):
-            place = Map((shapes.POINT,), shapes.placement_band(first, each.outputs, 6))
+            place = Map((shapes.POINTWISE,), shapes.placement_band(first, each.outputs, 6))
             outer = composed(cut, place, biased=True)
             shape = composed(outer, each, biased=True)
             parts.append(shape)

@@ -208,7 +208,7 @@ def other_operand_is_kept(s: Any, x: Any) -> Any:
     return y * z
 
 
-# forward, values that are pinned, those of them that may still be replaced, writes seen as pure
+# forward, pinned values, those of them that may still be replaced, other replaceable writes
 TABLE = [
     (add_to_alias, "conv iadd", "conv", ""),
     (later_write, "", "", "iadd"),
@@ -238,9 +238,9 @@ TABLE = [
 
 
 @pytest.mark.parametrize(
-    ("forward", "pinned", "replaceable", "pure"), TABLE, ids=[row[0].__name__ for row in TABLE]
+    ("forward", "pinned", "replaceable", "writes"), TABLE, ids=[row[0].__name__ for row in TABLE]
 )
-def test_writes(forward: _Forward, pinned: str, replaceable: str, pure: str) -> None:
+def test_writes(forward: _Forward, pinned: str, replaceable: str, writes: str) -> None:
     found, nodes = known(forward)
     expected = set(pinned.split())
     values = {name: node for name, node in nodes.items() if node.op != "output"}
@@ -250,7 +250,7 @@ def test_writes(forward: _Forward, pinned: str, replaceable: str, pure: str) -> 
     )
     kept = {name for name in calls if not found.replaceable(nodes[name])}
     assert kept == calls - set(replaceable.split())
-    assert all(found.pure(nodes[name]) for name in pure.split())
+    assert all(found.replaceable(nodes[name]) for name in writes.split())
 
 
 def test_attributes_written_through_views_and_under_other_names() -> None:
@@ -272,7 +272,7 @@ def test_tied_tensors_are_one() -> None:
     graph.output(graph.call_function(torch.mul, (x, a)))
     found = aliasing.analyse(graph, Calls(model))
     assert found.writes_attribute(a)
-    assert not found.pure(b)
+    assert not found.replaceable(b)
 
 
 def test_statistics_updated_by_batch_norm_are_written() -> None:
@@ -330,7 +330,7 @@ def test_two_arguments_may_be_one_tensor() -> None:
 
 def test_a_module_may_keep_what_it_returns() -> None:
     found, nodes = known(lambda s, x: s.relu(s.opaque(s.conv(x))))
-    assert not found.pure(nodes["relu"])
+    assert not found.replaceable(nodes["relu"])
     assert not found.pinned(nodes["conv"])
 
 
@@ -365,7 +365,7 @@ def test_a_new_node_is_written_by_what_writes_it_now() -> None:
     conv.replace_all_uses_with(fresh)
     graph.erase_node(conv)
     assert found.stale(fresh) and found.written(fresh) and found.pinned(fresh)
-    assert found.replaceable(fresh) and found.pure(fresh)
+    assert found.replaceable(fresh)
     assert not found.pinned(other) and not found.written(other)
     bn = next(node for node in graph.nodes if node.name == "bn")
     assert found.writes_between(fresh, bn, [fresh])

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from fxrep.analysis.channels import Channels
 from fxrep.analysis.ranks import Ranks
-from fxrep.analysis.values import watched
+from fxrep.analysis.values import recorded_run
 from fxrep.capture.islands import capture
 from fxrep.ops.calls import Calls
 from support.steps import Net
@@ -26,7 +26,7 @@ FAMILIES = (
 def contradictions(model: nn.Module, inputs: Any) -> list[str]:
     """Ranks and sizes that are said of values that have others, of all graphs of a model."""
     captured = capture(model)
-    examples = watched(captured, inputs)
+    examples = recorded_run(captured, inputs)
     found = []
     for program in captured.programs:
         calls, values = Calls(program.module), examples.values(program)

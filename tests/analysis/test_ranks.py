@@ -202,7 +202,7 @@ def test_new_nodes_join_the_class_of_what_they_replace() -> None:
     ranks = Ranks(graph, Calls(program.module))
     with graph.inserting_before(wider):
         new, other = graph.call_module("conv", (x,)), graph.call_module("conv", (x,))
-    ranks.same(new, wider)
+    ranks.replacing(new, wider)
     assert ranks.assumed(new) == 5
     assert ranks.assumed(other) is None
     ranks.use_assumption(new)

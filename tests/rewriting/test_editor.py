@@ -107,7 +107,7 @@ def test_a_constant_is_decided_anew_below_a_change() -> None:
     part = part_of(lambda m, x: x * ((m.scale + 1) * 2).relu(), scale=nn.Parameter(torch.ones(8)))
     fill(part)
     add = node_of(part, operator.add)
-    part.editor.write(add, 3.0)
+    part.editor.inline(add, 3.0)
     assert not [n for n in part.view.constants if n.target == "relu"]
 
 
@@ -145,7 +145,7 @@ def test_every_change_is_announced() -> None:
         def invalidate(self, *nodes: fx.Node) -> None:
             heard.extend(nodes)
 
-        def same(self, new: fx.Node, old: fx.Node) -> None: ...
+        def replacing(self, new: fx.Node, old: fx.Node) -> None: ...
 
         def installed(self, path: str) -> None: ...
 
@@ -153,7 +153,7 @@ def test_every_change_is_announced() -> None:
     part.editor.listeners.append(Listener())
     layer, relu = node_of(part, "a"), node_of(part, "relu")
     (add,) = relu.users
-    part.editor.write(relu, 1.0)
+    part.editor.inline(relu, 1.0)
     assert {layer, relu, add} <= set(heard)
 
 

@@ -72,7 +72,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, before: float, after: float) -> list[
         asked.append((old(), new()))  # both run
         return Timing(before, after)
 
-    monkeypatch.setattr(measure, "_known", {})
+    monkeypatch.setattr(measure, "_timings", {})
     monkeypatch.setattr(measure, "_measured", clock)
     return asked
 

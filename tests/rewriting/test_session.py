@@ -204,7 +204,8 @@ def test_a_write_that_changes_nothing_is_removed(over: Any) -> None:
 
 REFUSED: dict[str, tuple[Any, str, str]] = {
     "it writes another": (
-        lambda m, x: (y := m.a(x), torch.abs(y, out=torch.empty_like(y)).tanh())[1], "abs", "in place",
+        lambda m, x: (y := m.a(x), torch.abs(y, out=torch.empty_like(y)).tanh())[1],
+        "abs", "in place",
     ),
     "a part was written before": (
         lambda m, x: (y := m.a(x), y[:, :2].add_(1), y.abs())[2], "abs", "written in place before",

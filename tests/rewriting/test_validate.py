@@ -115,14 +115,14 @@ def test_nan_is_never_small() -> None:
 def test_large_inputs_are_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check is cheap because it looks at few positions, whatever the model is made for."""
     sizes: list[int] = []
-    real = validate._run
+    real = validate._original_results
 
     def watching(plan: Any, view: Any, values: Any, *rest: Any) -> list[Tensor]:
         sizes.extend(v.numel() // v.shape[1] for v in values.values())
         return real(plan, view, values, *rest)
 
     model = Sum(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)).eval()
-    monkeypatch.setattr(validate, "_run", watching)
+    monkeypatch.setattr(validate, "_original_results", watching)
     fxrep.optimize(model, torch.randn(1, 4, 64, 64))
     assert sizes and max(sizes) <= 64
 
