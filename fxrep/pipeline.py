@@ -68,7 +68,7 @@ def optimize(
         )
     captured = capture(model, example_inputs)
     # Running a model on inputs may draw numbers; nothing that is computed has a gradient.
-    with unchanged_random_state(whoever_draws=example_inputs is not None), torch.no_grad():
+    with unchanged_random_state(despite_other_threads=example_inputs is not None), torch.no_grad():
         report = rewrite(captured, settings, example_inputs).report()
         result = assemble(captured)
         if example_inputs is not None:
