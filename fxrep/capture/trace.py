@@ -190,13 +190,13 @@ def _has_tensor(value: object) -> bool:
 
 
 # If random numbers were drawn, the forward may have drawn them, or another thread: trace again.
-_MAX_TRIALS = 3
+_MOST_TRIALS = 3
 
 
 def _trace(module: nn.Module, arguments: Arguments) -> Traced:
     """Trace, again if another thread may have drawn random numbers meanwhile."""
-    for trial in range(_MAX_TRIALS):
-        last = trial == _MAX_TRIALS - 1
+    for trial in range(_MOST_TRIALS):
+        last = trial == _MOST_TRIALS - 1
         try:
             traced = _trace_once(module, arguments)
         except Untraceable as error:
