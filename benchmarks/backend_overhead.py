@@ -25,7 +25,7 @@ from tabulate import tabulate
 
 from fxrep.cli.models import load
 from fxrep.torch_compile.backend import compile_graph
-from fxrep.torch_compile.compiled import Folded, _Compiled, _Kept
+from fxrep.torch_compile.compiled import Folded, _CachedWeights, _Compiled
 
 MODELS = ("timm:resnet18", "timm:repvgg_a0", "timm:mobileone_s0")
 BUDGET = 0.05
@@ -59,22 +59,24 @@ class Switched:
     def __init__(self, graph: Folded) -> None:
         self.graph = graph
         self.started = 0.0
-        ((key, kept),) = graph.kept.items()
-        self.kept = kept
+        ((key, cached),) = graph.cache.items()
+        self.cached = cached
 
         def take(args: Sequence[Any]) -> tuple[Any, ...]:  # the first thing after the checks
             Switched.seconds += perf_counter() - self.started
-            return kept.compiled.take(args)
+            return cached.compiled.take(args)
 
-        fields = {name: getattr(kept, name) for name in _Kept.__dataclass_fields__}
-        graph.kept[key] = _Kept(**fields | {"compiled": _Compiled(kept.compiled.run, take)})
+        fields = {name: getattr(cached, name) for name in _CachedWeights.__dataclass_fields__}
+        graph.cache[key] = _CachedWeights(
+            **fields | {"compiled": _Compiled(cached.compiled.run, take)}
+        )
 
     def __call__(self, *args: Any) -> Any:
         if self.checks:
             self.started = perf_counter()
             return self.graph(*args)
-        compiled = self.kept.compiled
-        return compiled.run(*compiled.take(args), *self.kept.folded)
+        compiled = self.cached.compiled
+        return compiled.run(*compiled.take(args), *self.cached.folded)
 
 
 def _measure(name: str, inner: str, seconds: float) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def _measure(name: str, inner: str, seconds: float) -> dict[str, Any]:
     return {
         "model": name,
         "graphs": len(graphs),
-        "weights": sum(len(graph.kept.storages) for graph in graphs),
+        "weights": sum(len(graph.cached.storages) for graph in graphs),
         "calls": len(times["with"]),
         f"{inner}_ms": medians["plain"] * 1e3,
         "fxrep_ms": medians["with"] * 1e3,

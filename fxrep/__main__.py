@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: those after ``python -m fxrep``; the process's own by default.
+        arguments: the words after ``python -m fxrep``; by default those of the process.
 
     Returns:
         0, or 1 after printing why the model could not be optimized.
@@ -116,7 +116,7 @@ def _setting(inputs: tuple[Any, ...]) -> str:
 def _interleaved(
     first: nn.Module, second: nn.Module, inputs: tuple[Any, ...]
 ) -> tuple[float, float]:
-    """Median milliseconds of one forward of each, measured in turns."""
+    """Median milliseconds of one forward of each model, measured in turns."""
     threads = torch.get_num_threads()
     timers = [_timer(model, inputs, threads) for model in (first, second)]
     with torch.no_grad():

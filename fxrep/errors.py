@@ -1,6 +1,6 @@
 """Every exception fxrep raises on purpose. Catch :class:`FxrepError` to catch them all.
 
-A message says what is wrong, where (argument or module path), the value found, and a way out.
+A message says what is wrong, where (argument or module path), the value found, and how to fix it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ class FxrepError(Exception):
 class ModelError(FxrepError):
     """The model cannot be optimized as it is.
 
-    It is no ``torch.nn.Module``, is in training mode, holds lazy (not yet materialised) or meta
-    parameters, or is a ScriptModule.
+    It is no ``torch.nn.Module``, is a ScriptModule, is in training mode, holds lazy (not yet
+    materialised), meta or fake parameters, or cannot be copied.
     """
 
 
@@ -38,12 +38,12 @@ class EquivalenceError(FxrepError):
 
 
 class SpecializationError(FxrepError):
-    """An argument whose value the optimized forward relies on was given another one at run time.
+    """The optimized forward was called with another value for an argument that is a constant.
 
-    Tracing fixes arguments that are not tensors (flags, ``None``, sizes): another value needs its
-    own call of :func:`fxrep.optimize`.
+    Tracing makes arguments that are not tensors (flags, ``None``, sizes) constants of the graph:
+    another value needs its own call of :func:`fxrep.optimize`.
     """
 
 
 class ReportError(FxrepError):
-    """:func:`fxrep.report` was given a module that :func:`fxrep.optimize` did not make."""
+    """:func:`fxrep.report` was given a module that fxrep neither optimized nor compiled."""

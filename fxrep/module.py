@@ -1,4 +1,4 @@
-"""Where pickles made before fxrep had folders look for what rebuilds a module."""
+"""Names in pickles of modules that were made before fxrep had folders."""
 
 from __future__ import annotations
 

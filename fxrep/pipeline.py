@@ -1,4 +1,4 @@
-"""The pipeline: capture -> rewrite -> validate -> module."""
+"""The public calls `optimize` and `report`: capture, rewrite, assemble, compare."""
 
 from __future__ import annotations
 
@@ -32,24 +32,26 @@ def optimize(
     """Re-parameterize a trained model: one convolution for each linear block.
 
     Args:
-        model: any module in eval mode. It is not changed: not its weights, flags, hooks or state.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword inputs. Optional; with
-            them the whole model is also compared before and after, in their dtype, with float64.
+        model: any module in eval mode. Nothing in it is changed: weights, flags, hooks, state.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them,
+            the optimized model and the original, both in the dtype of the inputs, are also compared
+            with the original in float64.
         passes: the passes to run, in order, or their names; `fxrep.default_passes` is all of them.
         cost: "macs" (never more multiply-accumulates, memory traffic or convolutions), "always"
-            (whenever legal), "measure" (what is faster on `example_inputs`, where the model is: a
-            rewrite whose profit is in doubt is timed), or a `fxrep.CostModel`.
-        validate: check every rewrite in float64 on the spot and drop one that differs.
+            (whenever legal), "measure" (rewrites whose profit is in doubt are timed on
+            `example_inputs`, on the device of the model), or a `fxrep.CostModel`.
+        validate: compare every rewrite with the original in float64, and drop it if they differ.
 
     Returns:
         A `torch.fx.GraphModule` when the whole forward traces, otherwise a copy of the model whose
-        traceable submodules run their rewritten graphs. It shares nothing with `model`, and
-        `fxrep.report` tells what was done, and what was not and why.
+        traceable submodules run their rewritten graphs. It shares nothing with `model`.
+        `fxrep.report` returns its report.
 
     Raises:
         ModelError: `model` is no module in eval mode with real weights.
         InputError: `example_inputs` do not fit the model.
         OptionError: `passes` or `cost` name something that does not exist.
+        PassError: a pass raised, or gave an answer that cannot be carried out.
         EquivalenceError: the result differs on `example_inputs`.
 
     Example:
@@ -67,8 +69,8 @@ def optimize(
             "the shapes the model will see, or cost='macs'"
         )
     captured = capture(model, example_inputs)
-    # Running a model on inputs may draw numbers; nothing that is computed has a gradient.
-    with unchanged_random_state(whoever_draws=example_inputs is not None), torch.no_grad():
+    # The model may draw random numbers when it runs on the inputs; no result needs a gradient.
+    with unchanged_random_state(despite_other_threads=example_inputs is not None), torch.no_grad():
         report = rewrite(captured, settings, example_inputs).report()
         result = assemble(captured)
         if example_inputs is not None:
@@ -78,15 +80,15 @@ def optimize(
 
 
 def report(optimized: nn.Module | Callable[..., Any]) -> Report:
-    """What was done to a module, and what was left alone and why.
+    """What was rewritten in a module, what was left alone and why.
 
     Args:
-        optimized: what `fxrep.optimize` returned, or a copy of it; or a module that has run in
-            ``torch.compile(..., backend="fxrep")``: then the graphs its weights went through. A
-            compiled function stands for the modules in its closure and its globals.
+        optimized: the result of `fxrep.optimize`, or a copy of it; or a module that has run in
+            ``torch.compile(..., backend="fxrep")``, whose report covers all graphs that have run on
+            its weights. A compiled function stands for the modules in its closure and globals.
 
     Raises:
-        ReportError: it was neither made by `fxrep.optimize` nor compiled here.
+        ReportError: `optimized` was neither made by `fxrep.optimize` nor compiled here.
     """
     found = attached(optimized) if isinstance(optimized, nn.Module) else None
     found = found or compiled_report(optimized)
@@ -99,10 +101,10 @@ def report(optimized: nn.Module | Callable[..., Any]) -> Report:
 
 
 def chosen_passes(passes: Sequence[Pass | str]) -> tuple[Pass, ...]:
-    """The passes that `passes` names.
+    """The passes, looked up where they are given by name.
 
     Raises:
-        OptionError: it is no sequence, or names something else.
+        OptionError: `passes` is no sequence, or an entry is neither a pass nor the name of one.
     """
     known = {p.name: p for p in default_passes}
     if isinstance(passes, (str, Pass)) or not isinstance(passes, Iterable):

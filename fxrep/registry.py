@@ -1,6 +1,6 @@
-"""The graphs that `torch.compile` had fxrep compile and that still exist, for the public calls.
+"""The graphs that the torch.compile backend has compiled and that still exist.
 
-Apart from the backend itself: that needs dynamo, which takes seconds to import.
+A module of its own, because the backend imports dynamo, which takes seconds.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class Graph(Protocol):
 
     @property
     def report(self) -> Report:
-        """What was done."""
+        """What was rewritten, what was not and why."""
 
     def uses(self, tensors: set[int]) -> bool:
-        """Whether it has been called with one of these tensors, by identity."""
+        """Whether the graph has run on one of these tensors, given by id."""
 
-    def forget(self, tensors: set[int] | None) -> None:
-        """Compute anew what was made from these tensors, or everything."""
+    def invalidate(self, tensors: set[int] | None) -> None:
+        """Compute folded weights anew: those made from these tensors, given by id, or all."""
 
 
 graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
@@ -35,19 +35,23 @@ graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
 def refresh(compiled: object = None) -> None:
     """Let compiled graphs compute their folded weights anew at the next call.
 
-    For changes that leave no trace: ``p.data.mul_(2)`` and other writes through ``.data``, NumPy
-    or a kernel of one's own. All others are seen without this call.
+    For changes that PyTorch does not count as writes: ``p.data.mul_(2)`` and other writes through
+    ``.data``, NumPy or custom kernels. All other changes are seen without this call.
 
     Args:
-        compiled: a module, compiled or not, whose weights have changed; all if it is left out.
+        compiled: a module, compiled or not, whose weights have changed; without it, all graphs
+            compute their folded weights anew.
     """
     tensors = _tensors([compiled]) if isinstance(compiled, nn.Module) else None
     for graph in list(graphs):
-        graph.forget(tensors)
+        graph.invalidate(tensors)
 
 
 def compiled_report(compiled: object) -> Report | None:
-    """What was done in the graphs that the weights of a module or function went through, if any."""
+    """The reports of the graphs that have run on the weights of a module or function, as one.
+
+    None if there are no such graphs.
+    """
     tensors = _tensors(_modules(compiled))
     reports = [graph.report for graph in list(graphs) if graph.uses(tensors)]
     if not reports:
@@ -59,7 +63,7 @@ def compiled_report(compiled: object) -> Report | None:
 
 
 def _modules(compiled: object) -> list[nn.Module]:
-    """A module, or those that a function finds by itself: its own, in its closure, by a name."""
+    """A module itself; of a function, the modules it is bound to, closes over or names."""
     if isinstance(compiled, nn.Module):
         return [compiled]
     function = inspect.unwrap(compiled) if callable(compiled) else None
@@ -72,4 +76,5 @@ def _modules(compiled: object) -> list[nn.Module]:
 
 
 def _tensors(modules: Iterable[nn.Module]) -> set[int]:
-    return {id(it) for module in modules for it in (*module.parameters(), *module.buffers())}
+    """The ids of all parameters and buffers."""
+    return {id(each) for module in modules for each in (*module.parameters(), *module.buffers())}

@@ -1,4 +1,4 @@
-"""What was rewritten, what was not and why, and how far the results moved."""
+"""The report: rewrites with their errors, and the operations left alone, with reasons."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 
 from tabulate import tabulate
 
-_PLACES_SHOWN = 12  # of one reason, or one operation removed; the fields of `Report` hold all
+_PLACES_SHOWN = 12  # in one cell of a printed table; the fields of `Report` hold all
 
 
 @dataclass(frozen=True)
 class Rewrite:
-    """One collapse that was applied.
+    """One rewrite that was applied.
 
     Args:
-        pass_name: the pass that made it.
-        where: module path of what it replaced, such as ``stages.0.1.conv``.
-        before: operation names that went away, one entry per operation.
-        after: operation names that replaced them.
+        pass_name: the pass that made the rewrite.
+        where: module path of the operations replaced, such as ``stages.0.1.conv``.
+        before: names of the operations replaced, one entry per operation.
+        after: names of the operations that replace them.
         macs_before: multiply-accumulates per output position before.
         macs_after: the same after.
-        parameters_before: elements of the weights and biases read before.
+        parameters_before: elements of weights and biases before.
         parameters_after: the same after.
-        error: largest error of the new operation, with its weights rounded, relative to the old
-            ones in float64; None when it was not validated.
+        error: largest error of the new operations, with their weights rounded, relative to the old
+            operations in float64; None without validation.
         seconds_before: time before, on the example inputs; None when it was not measured.
         seconds_after: the same after.
     """
@@ -47,12 +47,12 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Skip:
-    """Something that looked collapsible and was left alone.
+    """An operation, or a module, that looked rewritable and was left alone.
 
     Args:
         pass_name: the pass that declined.
-        where: module path of what stayed.
-        reason: why, with the value that forbade it.
+        where: its module path.
+        reason: why, with the value that forbids the rewrite.
     """
 
     pass_name: str
@@ -65,13 +65,14 @@ class Report:
     """The outcome of one :func:`fxrep.optimize`; ``print`` it to read it.
 
     Args:
-        rewrites: what was applied, in order. A later one may take in the result of an earlier one,
-            so add up differences (``removed``, ``macs_saved``), not the ``before`` columns.
-        skipped: what was left alone, with reasons.
+        rewrites: in the order they were applied. A later rewrite may replace the result of an
+            earlier one, so add up differences (``removed``, ``macs_saved``), not the ``before``
+            columns.
+        skipped: operations and modules left alone.
         error: largest relative error of the whole optimized model against the original run in
-            float64; None when no example inputs were given.
-        baseline_error: the same for the original model, in the dtype of the inputs: what rounding
-            alone costs.
+            float64; None without example inputs.
+        baseline_error: the same for the original model in the dtype of the inputs: the error of
+            rounding alone.
     """
 
     rewrites: tuple[Rewrite, ...]
@@ -81,12 +82,12 @@ class Report:
 
     @property
     def removed(self) -> dict[str, int]:
-        """Operations gone, by name; a negative count says that so many were added."""
+        """Number of operations removed, by name; a negative number counts operations added."""
         count: Counter[str] = Counter()
         for rewrite in self.rewrites:
             count.update(rewrite.before)
             count.subtract(rewrite.after)
-        count.pop("constant", None)  # stored, not run
+        count.pop("constant", None)  # a constant is stored, not run
         return {name: n for name, n in sorted(count.items(), key=lambda item: -item[1]) if n}
 
     @property
@@ -157,10 +158,10 @@ def _rewrite_table(name: str, rewrites: Sequence[Rewrite]) -> str:
     timed = any(rewrite.seconds_before is not None for rewrite in rewrites)
     places: dict[tuple[object, ...], list[str]] = {}
     for number, rewrite in enumerate(rewrites):
-        # A row for each; but operations that are just gone share a row, as there may be hundreds.
-        own = number if rewrite.after else None
+        # A row for each rewrite, but equal removals share a row: there may be hundreds.
+        own_row = number if rewrite.after else None
         cells = (*_cells(rewrite), *([_times(rewrite)] if timed else ()))
-        places.setdefault((own, *cells), []).append(rewrite.where or "(root)")
+        places.setdefault((own_row, *cells), []).append(rewrite.where or "(root)")
     rows = [(_places(where), *cells) for (_, *cells), where in places.items()]
     headers = ["where", "operations", "MACs per position", "parameters", "error"]
     headers += ["time in ms"] if timed else []
@@ -200,7 +201,7 @@ def _skip_table(skipped: Sequence[Skip]) -> str:
 
 
 def _places(where: Sequence[str]) -> str:
-    """One cell of several lines, so that what the places share is said once."""
+    """All places in one cell, a line for each, as they share the other cells of the row."""
     shown = list(where[:_PLACES_SHOWN])
     if len(where) > _PLACES_SHOWN:
         shown.append(f"... and {len(where) - _PLACES_SHOWN} more")
@@ -218,7 +219,7 @@ def _change(before: int, after: int) -> str:
 
 
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:
-    """Tuples to lists and non-finite numbers to None: what JSON can say."""
+    """Tuples to lists and non-finite numbers to None, for JSON."""
     return {
         key: list(value) if isinstance(value, tuple) else _finite(value)
         for key, value in fields.items()

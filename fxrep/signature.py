@@ -1,4 +1,4 @@
-"""Where pickles made before fxrep had folders look for the arguments of a forward."""
+"""Names in pickles of arguments that were made before fxrep had folders."""
 
 from __future__ import annotations
 

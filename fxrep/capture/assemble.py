@@ -1,8 +1,8 @@
 """From rewritten graphs back to a module that looks like the user's.
 
-A whole graph becomes a `torch.fx.GraphModule` with the model's class name, attributes, hooks and
-signature. An island only gets a new `forward` on the object that was there: its class, attributes
-and methods stay, because parents read them.
+The graph of a whole model becomes a `torch.fx.GraphModule` with the model's class name, attributes
+and signature. A module whose graph is an island keeps its class, attributes and methods, because
+the code above it reads them; only its `forward` is replaced.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 from torch.fx.graph_module import _forward_from_src
 
-from fxrep.capture.islands import Capture, Program
+from fxrep.capture.islands import Capture
 from fxrep.capture.signature import Arguments, KeepSignature, same_value
 from fxrep.capture.skeleton import empty_dicts
 from fxrep.report import Report
@@ -28,19 +28,18 @@ _REPORT = "_fxrep_report"
 
 
 def assemble(capture: Capture) -> nn.Module:
-    """Build the optimized module; nothing in it is shared with the user's model.
+    """Build the optimized module, which shares nothing with the user's model.
 
     Args:
-        capture: programs with their graphs rewritten, submodules added to or removed from
-            `program.module`.
+        capture: the rewritten programs; `program.module` has the submodules that they call.
 
     Returns:
         A GraphModule when the whole forward was traced, otherwise the model's own class.
     """
     for program in capture.programs:
-        if isinstance(program.module, fx.GraphModule):  # it is copied by what its graph reads
+        if isinstance(program.module, fx.GraphModule):  # a copy holds only what its graph reads
             program.module.__dict__["_graph"] = program.graph
-    memo = _own_tensors(capture)
+    memo = _copy_memo(capture)
     tree: nn.Module = copy.deepcopy(capture.tree, memo)
     for program in capture.programs:
         if program.is_root:
@@ -54,18 +53,18 @@ def assemble(capture: Capture) -> nn.Module:
 
 
 def attach(module: nn.Module, report: Report) -> None:
-    """Keep the report on the module; copies and pickles carry it along."""
+    """Store the report on the module, and thereby in its copies and pickles."""
     module.__dict__[_REPORT] = report
 
 
 def attached(module: nn.Module) -> Report | None:
-    """The report kept on the module, if any."""
+    """The report stored on the module, if any."""
     found = module.__dict__.get(_REPORT)
     return found if isinstance(found, Report) else None
 
 
-def _own_tensors(capture: Capture) -> dict[int, Any]:
-    """A deepcopy memo that copies the user's tensors and keeps those made by the rewrite."""
+def _copy_memo(capture: Capture) -> dict[int, Any]:
+    """A deepcopy memo with which the user's tensors are copied, those of rewrites are not."""
     users: set[int] = set()
     storages: set[int] = set()
     for tensor in _tensors(capture.model):
@@ -107,16 +106,16 @@ def _compile(graph: fx.Graph, arguments: Arguments) -> Callable[..., Any]:
 
 
 def _sign(forward: Callable[..., Any], arguments: Arguments) -> None:
-    """inspect.signature answers what the original forward's did, annotations included."""
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    if arguments.parameters and arguments.parameters[0].kind is own.POSITIONAL_ONLY:
-        own = own.replace(kind=own.POSITIONAL_ONLY)
-    parameters = [own, *arguments.parameters]
+    """Give a forward the signature of the original forward, annotations included."""
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if arguments.parameters and arguments.parameters[0].kind is first.POSITIONAL_ONLY:
+        first = first.replace(kind=first.POSITIONAL_ONLY)
+    parameters = [first, *arguments.parameters]
     forward.__signature__ = inspect.Signature(parameters, return_annotation=arguments.returns)  # type: ignore[attr-defined]
 
 
 class RewrittenModule(fx.GraphModule):
-    """A GraphModule that keeps the root's attributes, hooks and signature, copied or pickled."""
+    """A GraphModule with the root's attributes and signature; copies and pickles keep them."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph, arguments: Arguments) -> None:
         super().__init__(nn.Module(), fx.Graph(), type(root).__name__)
@@ -149,7 +148,7 @@ class RewrittenModule(fx.GraphModule):
         return _new(self, type(self).__name__, None, body, copy.deepcopy(graph))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # the state comes after the object, so that submodules may refer back to it
+        # The state follows the object, so that submodules may refer back to it.
         return _empty, (type(self).__name__,), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -166,6 +165,7 @@ class RewrittenModule(fx.GraphModule):
 
 
 def _empty(name: str) -> RewrittenModule:
+    """A module without state; pickles name this function."""
     module = RewrittenModule.__new__(RewrittenModule)
     nn.Module.__init__(module)
     type(module).__name__ = name
@@ -179,6 +179,7 @@ def _new(
     body: dict[str, Any],
     graph: fx.Graph,
 ) -> RewrittenModule:
+    """A deep copy of a module where there is a memo, otherwise a shallow copy."""
     module = _empty(name)
     if memo is not None:
         memo[id(source)] = module
@@ -192,10 +193,9 @@ def _new(
 
 
 class GraphForward:
-    """The forward of an island: runs the graph on the module it belongs to.
+    """The forward of an island: runs the graph on its module.
 
-    A call whose arguments are not those the graph was specialised to runs the forward of the
-    module's class.
+    A call with other arguments than the constants of the graph runs the original forward.
     """
 
     def __init__(self, module: nn.Module, graph: fx.Graph, arguments: Arguments) -> None:
@@ -208,23 +208,21 @@ class GraphForward:
         self.arguments = arguments
         self.run = _compile(graph, arguments)
         self.__signature__ = arguments.signature
-        names = [p.name for p in arguments.parameters]
-        kinds = [p.kind is p.KEYWORD_ONLY for p in arguments.parameters]
-        self.places = dict(zip(names, range(len(names)), strict=True))
-        self.keywords = {n for n, keyword in zip(names, kinds, strict=True) if keyword}
-        self.checked = [
-            (name, None if name in self.keywords else self.places[name], value)
+        self.positions = {p.name: index for index, p in enumerate(arguments.parameters)}
+        keywords = {p.name for p in arguments.parameters if p.kind is p.KEYWORD_ONLY}
+        self.max_positional = len(self.positions) - len(keywords)
+        self.constants = [
+            (name, None if name in keywords else self.positions[name], value)
             for name, value in arguments.specialized.items()
         ]
-        self.most = len(names) - len(self.keywords)
 
     @property
     def __code__(self) -> Any:
-        """The code of the function it runs: torch.export asks every forward for it."""
+        """The code of the function that runs the graph: torch.export reads it of every forward."""
         return self.run.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph, or the class's forward for arguments it was not made for."""
+        """Run the graph or, for arguments that it does not fit, the original forward."""
         if self._fits(args, kwargs):
             return self.run(self.module, *args, **kwargs)
         if self.original is not None:
@@ -232,24 +230,25 @@ class GraphForward:
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def _fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if len(args) > self.most:
+        """Whether the graph computes what the original forward computes of these arguments."""
+        if len(args) > self.max_positional:
             return False
         for name in kwargs:
-            if name not in self.places:
+            if name not in self.positions:
                 return False
-        for name, place, value in self.checked:
-            if place is not None and place < len(args):
-                if not same_value(args[place], value):
+        for name, position, value in self.constants:
+            if position is not None and position < len(args):
+                if not same_value(args[position], value):
                     return False
             elif name in kwargs and not same_value(kwargs[name], value):
                 return False
         for name in self.arguments.required:
-            place = self.places[name]
-            if (kwargs.get(name) if place >= len(args) else args[place]) is None:
+            position = self.positions[name]
+            if (args[position] if position < len(args) else kwargs.get(name)) is None:
                 return False
         for name in self.arguments.tensors:
-            place = self.places[name]
-            given = kwargs.get(name) if place >= len(args) else args[place]
+            position = self.positions[name]
+            given = args[position] if position < len(args) else kwargs.get(name)
             if not isinstance(given, torch.Tensor | fx.Proxy):
                 return False
         return True
@@ -277,8 +276,8 @@ class GraphForward:
 
 
 # --- graphs in pickles ----------------------------------------------------------------------
-# fx pickles the generated source and traces it again, which loses what a Proxy cannot express
-# (baked-in arguments, in-place operators); plain node records give back the same graph.
+# fx pickles the generated source and traces it again. That loses constant arguments and in-place
+# operators, which a Proxy cannot express; records of the nodes rebuild the same graph.
 
 
 @dataclass(frozen=True)
@@ -302,7 +301,7 @@ class _NodeRecord:
     wrapped: bool
 
 
-def _named(node: fx.Node) -> Any:
+def _name_of(node: fx.Node) -> Any:
     return _NodeName(node.name)
 
 
@@ -313,9 +312,10 @@ def encode(graph: fx.Graph) -> list[_NodeRecord]:
         target = node.target
         if node.op == "call_function":
             target = _torch_name(target) or target
-        args, kwargs = (_plain(fx.map_arg(entry, _named)) for entry in (node.args, node.kwargs))
+        args, kwargs = (_plain(fx.map_arg(entry, _name_of)) for entry in (node.args, node.kwargs))
         stack = [
-            (k, (p, _type_name(t))) for k, (p, t) in node.meta.get("nn_module_stack", {}).items()
+            (key, (path, _type_name(kind)))
+            for key, (path, kind) in node.meta.get("nn_module_stack", {}).items()
         ]
         wrapped = bool(node.meta.get("is_wrapped"))
         records.append(_NodeRecord(node.op, node.name, target, args, kwargs, stack, wrapped))
@@ -323,7 +323,7 @@ def encode(graph: fx.Graph) -> list[_NodeRecord]:
 
 
 def decode(records: list[_NodeRecord]) -> fx.Graph:
-    """The graph that `encode` was given."""
+    """The graph of the records that `encode` made."""
     graph = fx.Graph()
     made: dict[str, fx.Node] = {}
 
@@ -366,7 +366,7 @@ def _plain(value: Any) -> Any:
 
 
 def _torch_name(target: Any) -> _TorchName | None:
-    """Name a function of torch: pickle cannot find some of its builtins by itself."""
+    """The name of a function of torch, for builtins that pickle cannot find by itself."""
     home = getattr(target, "__module__", None) or "torch"
     name = getattr(target, "__name__", "")
     if home != "torch" and not home.startswith("torch."):
@@ -382,13 +382,3 @@ def _torch_name(target: Any) -> _TorchName | None:
 
 def _type_name(kind: Any) -> str:
     return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
-
-
-__all__ = [
-    "GraphForward",
-    "Program",
-    "RewrittenModule",
-    "assemble",
-    "attach",
-    "attached",
-]

@@ -1,10 +1,11 @@
-"""ATen operators as the functions and methods that make them: one spelling for all that follows.
+"""ATen operators rewritten as the public functions and methods of torch, which the passes know.
 
 Given: a `GraphModule` of `torch.ops.aten` calls, as `torch.export` or `make_fx` writes it.
-Result: one that calls ``torch.conv2d`` and so on, with the same arguments. An exported program's
-module checks its inputs in hooks, which cannot be traced: the sizes it fixed are asserted instead.
+Result: a `GraphModule` that calls ``torch.conv2d`` and so on, with the same arguments. An exported
+program's module checks its inputs in hooks, which cannot be traced: asserts on the sizes that the
+export fixed replace them.
 
-What the table of operators does not know stays as it is, an operator nobody looks into.
+An operator that the table of operators does not know stays as it is.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ _aten = torch.ops.aten
 
 
 def respelled(model: nn.Module) -> nn.Module:
-    """A module of ATen operators in torch's spelling; any other as it is.
+    """A module of ATen operators as a module of torch's functions; any other module as it is.
 
-    It shares its parameters and buffers with `model`, which is not changed.
+    The result shares its parameters and buffers with `model`, which is not changed.
     """
     if not isinstance(model, fx.GraphModule) or not any(map(_is_aten, model.graph.nodes)):
         return model
@@ -51,7 +52,7 @@ def respelled(model: nn.Module) -> nn.Module:
     if exported:
         _assert_sizes(graph)
     result = fx.GraphModule(model, graph, type(model).__name__)
-    # An exported program says of each BatchNorm whether it trains; it has no mode of its own.
+    # Each BatchNorm of an exported program says whether it trains; `model.training` means nothing.
     result.training = model.training and not exported
     return result
 
@@ -68,8 +69,9 @@ def _checks_inputs(model: nn.Module, node: fx.Node) -> bool:
 
 
 def _respell(graph: fx.Graph, node: fx.Node, model: nn.Module) -> None:
+    """Put a call of torch's function or method in the place of an ATen operator, if known."""
     schema_name = node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
-    reader, function = _SPECIAL.get(node.target), _function(schema_name)
+    reader, function = _READERS.get(node.target), _torch_function(schema_name)
     if reader is not None:
         call = reader(node, model)
     elif function is not None:
@@ -84,7 +86,7 @@ def _respell(graph: fx.Graph, node: fx.Node, model: nn.Module) -> None:
     with graph.inserting_before(node):
         new = graph.create_node(op, target, args, kwargs)
     new.meta = dict(node.meta)
-    if node.target in _FIRST_OF_SEVERAL:
+    if node.target in _SEVERAL_RESULTS:
         for user in list(node.users):
             user.replace_all_uses_with(new)
             graph.erase_node(user)
@@ -115,7 +117,7 @@ def _shape(weight: Any, model: nn.Module) -> torch.Size | None:
 
 
 def _only_first(node: fx.Node) -> bool:
-    """Whether nobody reads any other of several results."""
+    """Whether no node reads any but the first of several results."""
     return all(
         user.target is operator.getitem and (user.args[1] == 0 or not user.users)
         for user in node.users
@@ -157,21 +159,21 @@ def _slice(node: fx.Node, model: nn.Module) -> _Call | None:
 def _linear(node: fx.Node, model: nn.Module) -> _Call | None:
     """``addmm(bias, x, weight.t())``, as a linear layer decomposes."""
     given: tuple[Any, ...] = node.args
-    bias, source, turned = given
-    if node.kwargs or not isinstance(turned, fx.Node) or not turned.args:
+    bias, source, matrix = given
+    if node.kwargs or not isinstance(matrix, fx.Node) or not matrix.args:
         return None
-    by_t = turned.target in (torch.t, _aten.t.default)
-    by_dims = turned.target in (torch.permute, _aten.permute.default) and turned.args[1] == [1, 0]
+    by_t = matrix.target in (torch.t, _aten.t.default)
+    by_dims = matrix.target in (torch.permute, _aten.permute.default) and matrix.args[1] == [1, 0]
     if not (by_t or by_dims) or len(_shape(bias, model) or (0, 0)) != 1:
         return None
-    return "call_function", F.linear, (source, turned.args[0], bias), {}
+    return "call_function", F.linear, (source, matrix.args[0], bias), {}
 
 
 def _dropout(node: fx.Node, model: nn.Module) -> _Call:
     return "call_function", F.dropout, node.args, {}
 
 
-_SPECIAL: dict[Any, Callable[[fx.Node, nn.Module], _Call | None]] = {
+_READERS: dict[Any, Callable[[fx.Node, nn.Module], _Call | None]] = {
     _aten.convolution.default: _convolution,
     _aten._native_batch_norm_legit_no_training.default: _batch_norm,
     _aten.native_batch_norm.default: _batch_norm,
@@ -182,7 +184,7 @@ _SPECIAL: dict[Any, Callable[[fx.Node, nn.Module], _Call | None]] = {
     _aten.dropout.default: _dropout,
 }
 
-_FIRST_OF_SEVERAL = {
+_SEVERAL_RESULTS = {
     _aten.native_batch_norm.default,
     _aten._native_batch_norm_legit_no_training.default,
     _aten.max_pool2d_with_indices.default,
@@ -190,8 +192,8 @@ _FIRST_OF_SEVERAL = {
 
 
 @functools.cache
-def _function(name: str) -> Any:
-    """The function of torch that is an operator's own binding, and takes its very arguments."""
+def _torch_function(name: str) -> Any:
+    """The function of torch that binds an ATen operator and takes the same arguments."""
     if name in _RENAMED:
         return _RENAMED[name]
     for home in (torch, torch._C._nn):
@@ -202,7 +204,7 @@ def _function(name: str) -> Any:
 
 
 _RENAMED: dict[str, Any] = {
-    "split": torch.split,  # written in Python, but takes the same
+    "split": torch.split,  # written in Python, but takes the same arguments
     "_adaptive_avg_pool2d": F.adaptive_avg_pool2d,
 }
 
@@ -210,7 +212,7 @@ _METHODS = words("add_ sub_ mul_ div_ view reshape expand contiguous")
 
 
 def _assert_sizes(graph: fx.Graph) -> None:
-    """Refuse inputs of other sizes than those that were fixed while exporting."""
+    """Assert that inputs have the sizes that the export fixed."""
     inputs = graph.find_nodes(op="placeholder")
     first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
     with graph.inserting_before(first):

@@ -1,8 +1,8 @@
-"""A module tree that is being traced: tensors read are traced values, and calls are the tracer's.
+"""A hollow module tree: modules whose tensors and calls are replaced by the tracer's.
 
-Given: the skeleton of a model, which is the tracer's own copy. Result: ``self.weight`` gives a
-traced value, ``self.conv(x)`` asks the tracer, and what a forward writes is noticed; all that
-without a change to any class, so that no other thread ever meets it.
+Given: the skeleton of a model, which is the tracer's own copy.
+Result: ``self.weight`` gives a traced value, ``self.conv(x)`` asks the tracer, and a forward that
+writes attributes is refused. No class is changed, so that other threads are not affected.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class _Registered(dict[str, Any]):
-    """What a module registers under one of `_parameters`, `_buffers`, `_modules`: not written."""
+    """A module's `_parameters`, `_buffers` or `_modules` that refuses to be written."""
 
     error: type[Unfaithful] = Unfaithful
 
@@ -51,7 +51,7 @@ class _Registered(dict[str, Any]):
 
 
 class _Buffers(_Registered):
-    """Buffers by name: each read is a node of the graph."""
+    """The buffers of a module, which are read as traced values."""
 
     def __getitem__(self, name: str) -> Any:
         return self.tracer.attribute(super().__getitem__(name))
@@ -61,50 +61,52 @@ class _Buffers(_Registered):
 
 
 class _Parameters(_Buffers):
-    """Parameters by name."""
+    """The parameters of a module, which are read as traced values."""
 
     error = ParameterWrite
 
 
 class Hollow:
-    """The modules of a tree while they are traced.
+    """The modules of a tree, hollow from `install` to `uninstall`.
 
     Args:
-        root: of a skeleton.
+        root: a module of the skeleton.
         tracer: asked for every tensor that is read, and for every module that is called.
     """
 
     def __init__(self, root: nn.Module, tracer: Tracer) -> None:
         self.tracer = tracer
         self.modules = list(root.modules())
-        self.hidden = _hidden(self.modules)
+        self.unregistered = _unregistered(self.modules)
         self.originals = [dict(module.__dict__) for module in self.modules]
         self.hooks = {id(module): _Hooks(module) for module in self.modules}
-        self.filled: dict[int, dict[str, Any]] = {}
+        self.installed: dict[int, dict[str, Any]] = {}
         self._below: dict[int, list[nn.Module]] = {}
 
-    def fill(self) -> None:
+    def install(self) -> None:
         """Put the tracer between the modules and their tensors and calls."""
         for module in self.modules:
             own = module.__dict__
             own["_parameters"] = _Parameters(own["_parameters"], self.tracer)
             own["_buffers"] = _Buffers(own["_buffers"], self.tracer)
             own["_modules"] = _Registered(own["_modules"], self.tracer)
-            # what torch.compile's in-place form uses: a call that is not the class's own
+            # `nn.Module.__call__` hands the call to this attribute, which `Module.compile` sets.
             own["_compiled_call_impl"] = functools.partial(self._call, module)
-            self.filled[id(module)] = dict(own)
-        for module in self.hidden:
-            module.__dict__["_compiled_call_impl"] = functools.partial(self._call_hidden, module)
+            self.installed[id(module)] = dict(own)
+        for module in self.unregistered:
+            module.__dict__["_compiled_call_impl"] = functools.partial(
+                self._call_unregistered, module
+            )
 
-    def empty(self) -> None:
-        """Give every module back all that it had. Calling it again changes nothing."""
+    def uninstall(self) -> None:
+        """Give every module its own attributes back. A second call changes nothing."""
         for module, original in zip(self.modules, self.originals, strict=True):
-            _assign(module, original)
+            _replace_attributes(module, original)
             self.hooks[id(module)].restore()
-        for module in self.hidden:
+        for module in self.unregistered:
             module.__dict__.pop("_compiled_call_impl", None)
 
-    def _call_hidden(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _call_unregistered(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if foreign_hooks(module) or any(True for _ in module.state_dict()):
             name = type(module).__name__
             raise self.tracer.refuse(Unfaithful(f"forward calls a {name} that no module registers"))
@@ -114,24 +116,25 @@ class Hollow:
         return self.tracer.call(module, args, kwargs)
 
     def below(self, root: nn.Module) -> list[nn.Module]:
-        """A module and all below it."""
+        """A module and all modules below it."""
         if id(root) not in self._below:
             self._below[id(root)] = list(root.modules())
         return self._below[id(root)]
 
-    def written(self, root: nn.Module) -> str | None:
-        """An attribute that was set or deleted, at a module or one below it, if there is one."""
+    def written_attribute(self, root: nn.Module) -> str | None:
+        """The name of an attribute that was set or deleted at a module or below, if any."""
         return next((name for m in self.below(root) for name in self._changes(m)), None)
 
     def restore(self, root: nn.Module) -> None:
-        """Undo what was set or deleted at a module and below."""
+        """Undo all that was set or deleted at a module and below."""
         for module in self.below(root):
             if any(True for _ in self._changes(module)):
-                _assign(module, self.filled[id(module)])
+                _replace_attributes(module, self.installed[id(module)])
                 self.hooks[id(module)].restore()
 
     def _changes(self, module: nn.Module) -> Iterator[str]:
-        now, before = module.__dict__, self.filled[id(module)]
+        """The names of the attributes of one module that were set or deleted."""
+        now, before = module.__dict__, self.installed[id(module)]
         same: Callable[..., bool] = operator.is_
         if self.hooks[id(module)].changed():
             yield "_forward_hooks"
@@ -143,7 +146,7 @@ class Hollow:
 
 
 class _Hooks:
-    """The hooks of a module, which a forward may register: dicts that are written in place."""
+    """The hooks of a module: registering a hook writes a dict in place, not an attribute."""
 
     def __init__(self, module: nn.Module) -> None:
         self.dicts = [v for v in module.__dict__.values() if type(v) is OrderedDict]
@@ -155,7 +158,7 @@ class _Hooks:
         return sum(map(len, self.dicts)) != self.count
 
     def restore(self) -> None:
-        """Remove what was registered, register what was removed."""
+        """Remove the hooks that were registered, register those that were removed."""
         if self.changed():
             for each in self.dicts:
                 each.clear()
@@ -163,8 +166,8 @@ class _Hooks:
                 each.update(saved)
 
 
-def _hidden(modules: list[nn.Module]) -> list[nn.Module]:
-    """Modules that those of a tree keep in lists and other plain containers, and all below them."""
+def _unregistered(modules: list[nn.Module]) -> list[nn.Module]:
+    """Modules that a tree keeps in plain attributes and containers, and all modules below them."""
     known = {id(module) for module in modules}
     found: list[nn.Module] = []
     plain = nn.Module().__dict__.keys()
@@ -186,7 +189,7 @@ def _hidden(modules: list[nn.Module]) -> list[nn.Module]:
     return found
 
 
-def _assign(module: nn.Module, values: dict[str, Any]) -> None:
+def _replace_attributes(module: nn.Module, values: dict[str, Any]) -> None:
     own = module.__dict__
     own.clear()
     own.update(values)

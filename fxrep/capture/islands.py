@@ -1,9 +1,9 @@
 """From a user's model to graphs: one graph of the whole model, or islands where it does not trace.
 
-The user's model is neither run nor changed: everything happens on a skeleton, a copy of the module
-tree that shares the parameters and buffers. A forward that a trace would not reproduce (control
-flow on values, state kept between calls, autocast, random numbers) stays as it is, and its
-submodules are captured on their own: a graph of a submodule is an island in Python code.
+The user's model is neither run nor changed: capture works on a skeleton, a copy of the module tree
+that shares the parameters and buffers. A forward that a graph cannot reproduce (control flow on
+values, state kept between calls, autocast, random numbers) stays Python code, and its submodules
+are captured one by one. The graph of such a submodule is an island: Python code calls it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxrep.capture.aten import respelled
-from fxrep.capture.mentions import Mentions
+from fxrep.capture.mentions import Mentions, Use
 from fxrep.capture.signature import Arguments
 from fxrep.capture.skeleton import (
     check,
@@ -25,19 +25,18 @@ from fxrep.capture.skeleton import (
     unwrap,
 )
 from fxrep.capture.state import restore_tensors
-from fxrep.capture.substitution import with_names
+from fxrep.capture.substitution import with_traceable_names
 from fxrep.capture.trace import Traced, Untraceable, trace
 from fxrep.ops.owner import foreign_hooks, is_leaf
 from fxrep.report import Skip
 
 _PASS = "capture"
 
-
 _GRAPH_MODULE_NAMES = set(dir(fx.GraphModule)) - set(dir(nn.Module))
 
 
 def _attributes(module: nn.Module) -> set[str]:
-    """The names a module itself gives to submodules, tensors and everything else."""
+    """The names of a module's own submodules, tensors and other attributes."""
     return {*vars(module), *module._modules, *module._parameters, *module._buffers}
 
 
@@ -47,11 +46,11 @@ class Program:
 
     Attributes:
         path: module path in the tree; '' for the whole model.
-        module: the skeleton's module whose forward is traced; targets are relative to it.
+        module: the skeleton's module whose forward is traced; targets of nodes start there.
         graph: the trace; its nodes carry `meta["nn_module_stack"]`.
         arguments: the forward's arguments; specialised ones are constants of the graph.
-        keep_modules: other code still calls or reads the submodules, so that none may be removed.
-        ranks: the ranks of tensors in the graph, as far as they are certain from outside.
+        keep_modules: other code still calls or reads the submodules: none may be removed.
+        ranks: ranks of values that the caller guarantees.
     """
 
     path: str
@@ -65,8 +64,8 @@ class Program:
     def is_root(self) -> bool:
         """Whether the graph becomes the whole model as a GraphModule.
 
-        Hooks need the class they were made for, and attributes named like a GraphModule's own
-        (`code`, `graph`, `meta`) need one that has them free.
+        A model keeps its class if it has hooks, which may rely on the class, or attributes that a
+        GraphModule needs for itself (`code`, `graph`, `meta`).
         """
         taken = _GRAPH_MODULE_NAMES & _attributes(self.module)
         is_graph_module = isinstance(self.module, fx.GraphModule)
@@ -79,10 +78,10 @@ class Capture:
     """A model's graphs.
 
     Attributes:
-        model: the user's model, without wrappers.
+        model: the user's model, without the wrappers of torch.compile and DataParallel.
         tree: its skeleton.
         programs: the graphs, parents before children.
-        skipped: the modules that were not captured, and why.
+        skipped: the modules that stay Python code, and why.
     """
 
     model: nn.Module
@@ -110,118 +109,125 @@ def capture(model: nn.Module, example_inputs: object = None) -> Capture:
     model = respelled(unwrap(model))
     check(model)
     tree = skeleton(model)
-    given = named_inputs(tree, example_inputs)
-    explorer = _Explorer(Capture(model, tree), given)
-    with_names(tree, lambda: explorer.explore(tree, "", (), mode="whole", keep=False))
+    examples = named_inputs(tree, example_inputs)
+    explorer = _Explorer(Capture(model, tree), examples)
+    with_traceable_names(
+        tree, lambda: explorer.explore(tree, "", (), use="whole", keep_modules=False)
+    )
     restore_tensors(tree, model)
-    _keep_shared(explorer.capture.programs)
+    _keep_shared_modules(explorer.capture.programs)
     return explorer.capture
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _PythonForward:
     """A forward above an island that still runs as Python code.
 
     Attributes:
         path: path of its module in the tree.
-        module: whose forward it is.
-        code: the names that the forward mentions.
+        module: the module.
+        mentions: the names in its code.
     """
 
     path: str
     module: nn.Module
-    code: Mentions
+    mentions: Mentions
 
     @classmethod
-    def of(cls, path: str, module: nn.Module) -> _Reader:
+    def of(cls, path: str, module: nn.Module) -> _PythonForward:
         """The forward of a module."""
         return cls(path, module, Mentions.of_forward(module))
 
 
 class _Explorer:
-    """Captures a module, or goes on with its children if it does not trace; each module once."""
+    """Captures a module or, if it does not trace, the modules below it; each module once.
 
-    def __init__(self, capture: Capture, given: Mapping[str, object]) -> None:
+    Args:
+        capture: takes the programs and the skipped modules.
+        examples: the example inputs of the whole model, by argument.
+    """
+
+    def __init__(self, capture: Capture, examples: Mapping[str, object]) -> None:
         self.capture = capture
-        self.given = given
+        self.examples = examples
         self.seen: set[int] = set()
 
     def explore(
         self,
         module: nn.Module,
         path: str,
-        readers: tuple[_Reader, ...],
+        above: tuple[_PythonForward, ...],
         *,
-        mode: str,
-        keep: bool,
+        use: Use,
+        keep_modules: bool,
     ) -> None:
         """Capture the module, or the modules below it.
 
         Args:
             module: a module of the skeleton.
             path: its path in the tree.
-            readers: the Python code above it that still runs.
-            mode: how that code uses a Sequential: called 'whole', by 'items', 'both', or 'unknown'.
-            keep: the code above may reach into the module's children.
+            above: the forwards above it that still run, from the root down.
+            use: how the code above uses the module, if it is a Sequential.
+            keep_modules: the code above may read the module's children.
         """
         if id(module) in self.seen:
             return
         self.seen.add(id(module))
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
-            self._children(module, path, readers)
+            self._explore_children(module, path, above)
             return
         if path and (is_leaf(module) or not any(True for _ in named_tensors(module))):
             return
         hooks = foreign_hooks(module)
-        reason = _weights_are_read(readers, hooks)
+        reason = _reads_weights(above, hooks)
         if reason is not None:
             self._skip(path, reason)
             return
-        if mode == "items" and isinstance(module, nn.Sequential):
-            self._children(module, path, readers)
+        if use == "items" and isinstance(module, nn.Sequential):
+            self._explore_children(module, path, above)
             return
         try:
-            traced = trace(module, self.given if not path else None)
+            traced = trace(module, self.examples if not path else None)
         except Untraceable as error:
-            self._leave_as_it_is(module, path, readers, error)
+            self._leave_as_it_is(module, path, above, error)
             return
-        # A hook is given the module, and may reach into it.
-        self._add_program(module, path, readers, traced, keep=keep or bool(hooks))
+        # A hook is called with the module, and may read its children.
+        self._add_program(module, path, above, traced, keep_modules=keep_modules or bool(hooks))
         if path and traced.arguments.are_narrowed:
-            readers = (*readers, _Reader.of(path, module))
-        self._opaque(path, readers, traced)
-        if mode == "both" and isinstance(module, nn.Sequential):
-            self._children(module, path, readers)
+            above = (*above, _PythonForward.of(path, module))
+        self._explore_opaque(path, above, traced)
+        if use == "both" and isinstance(module, nn.Sequential):
+            self._explore_children(module, path, above)
 
     def _leave_as_it_is(
-        self, module: nn.Module, path: str, readers: tuple[_Reader, ...], error: Untraceable
+        self, module: nn.Module, path: str, above: tuple[_PythonForward, ...], error: Untraceable
     ) -> None:
-        """Go on below a module that does not trace, unless it writes parameters."""
+        """Explore the children of a module that does not trace, unless it writes parameters."""
         if error.frozen:
             self._skip(path, f"left alone: {error.reason}")
             return
         self._skip(path, f"runs as it is: {error.reason}")
-        self._children(module, path, (*readers, _Reader.of(path, module)))
+        self._explore_children(module, path, (*above, _PythonForward.of(path, module)))
 
     def _add_program(
         self,
         module: nn.Module,
         path: str,
-        readers: tuple[_Reader, ...],
+        above: tuple[_PythonForward, ...],
         traced: Traced,
         *,
-        keep: bool,
+        keep_modules: bool,
     ) -> None:
         program = Program(path, module, traced.graph, traced.arguments)
         program.keep_modules = (
-            keep
+            keep_modules
             or (traced.arguments.are_narrowed and not program.is_root)
-            or any(reader.code.reaches(module) for reader in readers)
+            or any(forward.mentions.reaches(module) for forward in above)
         )
         self.capture.programs.append(program)
 
-    def _opaque(self, path: str, readers: tuple[_Reader, ...], traced: Traced) -> None:
-        """Go on with the modules that a graph calls as they are."""
+    def _explore_opaque(self, path: str, above: tuple[_PythonForward, ...], traced: Traced) -> None:
+        """Explore the modules that a graph calls as they are."""
         for opaque in traced.opaque:
             where = f"{path}.{opaque.path}" if path else opaque.path
             if opaque.frozen:
@@ -230,41 +236,41 @@ class _Explorer:
                 continue
             if opaque.reason == "hook registered":
                 self._skip(where, "hook registered: captured on its own")
-            self.explore(opaque.module, where, readers, mode="whole", keep=False)
+            self.explore(opaque.module, where, above, use="whole", keep_modules=False)
 
-    def _children(self, module: nn.Module, path: str, readers: tuple[_Reader, ...]) -> None:
-        """Go on with the children of a module."""
-        direct = bool(readers) and readers[-1].module is module
+    def _explore_children(
+        self, module: nn.Module, path: str, above: tuple[_PythonForward, ...]
+    ) -> None:
+        is_own_forward = bool(above) and above[-1].module is module
         for name, child in module.named_children():
             where = f"{path}.{name}" if path else name
-            mode, keep = "whole", False
+            use: Use = "whole"
             if isinstance(child, nn.Sequential):
-                mode = readers[-1].code.use(name) if direct else "unknown"
-                keep = mode != "whole"
-            self.explore(child, where, readers, mode=mode, keep=keep)
+                use = above[-1].mentions.use_of(name) if is_own_forward else "unknown"
+            self.explore(child, where, above, use=use, keep_modules=use != "whole")
 
     def _skip(self, path: str, reason: str) -> None:
         self.capture.skipped.append(Skip(_PASS, path, reason))
 
 
-def _weights_are_read(readers: tuple[_Reader, ...], hooks: Sequence[Any]) -> str | None:
-    """Why the weights of a module must stay: Python code that still runs reads weights by name."""
+def _reads_weights(above: tuple[_PythonForward, ...], hooks: Sequence[Any]) -> str | None:
+    """Why a module must stay as it is: Python code that still runs reads weights by name."""
     names = Mentions.of_hooks(hooks).weights(None) if hooks else ""
     if names:
         return f"a hook reads {names} below it"
-    for reader in readers:
-        names = reader.code.weights(reader.module)
+    for forward in above:
+        names = forward.mentions.weights(forward.module)
         if names:
-            where = reader.path or "the model"
+            where = forward.path or "the model"
             return f"the forward of {where} stays and reads {names} of modules"
     return None
 
 
-def _keep_shared(programs: list[Program]) -> None:
-    """Keep the modules that several programs call: none may take them away from the others."""
+def _keep_shared_modules(programs: list[Program]) -> None:
+    """Keep all modules of programs that use a module together: each needs it as it was."""
     users: dict[int, list[Program]] = {}
     for program in programs:
-        for key in {id(module) for module in _called(program)}:
+        for key in {id(module) for module in _used_modules(program)}:
             users.setdefault(key, []).append(program)
     islands = {id(program.module) for program in programs}
     for key, sharing in users.items():
@@ -273,7 +279,7 @@ def _keep_shared(programs: list[Program]) -> None:
                 program.keep_modules = True
 
 
-def _called(program: Program) -> Iterator[nn.Module]:
+def _used_modules(program: Program) -> Iterator[nn.Module]:
     """The modules that a graph calls, or whose tensors it reads."""
     for node in program.graph.nodes:
         if node.op == "call_module":

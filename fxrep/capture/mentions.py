@@ -1,6 +1,7 @@
-"""What a piece of Python code mentions, read from its bytecode.
+"""The attribute names that Python code mentions, read from its bytecode.
 
-A forward that does not trace stays Python code: what it reads by name must stay where it is.
+A forward that does not trace stays Python code: the submodules and weights that it reads by name
+must stay where they are.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -29,18 +30,29 @@ _TREE = words("modules named_modules children named_children _modules get_submod
 _LOADS = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR", "LOAD_SUPER_ATTR")
 
 
+# How Python code uses a child module: it calls the child as a whole, its items, or both.
+Use = Literal["whole", "items", "both", "unknown"]
+
+
 @dataclass(frozen=True)
 class Mentions:
-    """The attribute names a piece of Python code mentions, and how it uses those of `self`."""
+    """The attribute names that Python code mentions, and how it uses the attributes of `self`.
 
-    elsewhere: frozenset[str]  # attributes of anything but self, and string constants
-    own: frozenset[str]  # attributes read from self
-    calls: frozenset[str]  # self.NAME(...)
-    others: frozenset[str]  # self.NAME used in any other way
+    Attributes:
+        elsewhere: attributes of any object but self, and string constants.
+        own: attributes of self.
+        called: those that are called: ``self.NAME(...)``.
+        used_otherwise: those that are used in another way: ``for block in self.NAME``.
+    """
+
+    elsewhere: frozenset[str]
+    own: frozenset[str]
+    called: frozenset[str]
+    used_otherwise: frozenset[str]
 
     @classmethod
     def of_forward(cls, module: nn.Module) -> Mentions:
-        """What a module's forward and the functions it uses mention."""
+        """The mentions of a module's forward and of the functions it uses."""
         own = module.__dict__.get("forward")
         start = own if own is not None else type(module).forward
         kinds = {type(m): None for m in module.modules() if not is_leaf(m)}
@@ -48,45 +60,46 @@ class Mentions:
 
     @classmethod
     def of_hooks(cls, hooks: Sequence[Any]) -> Mentions:
-        """What hooks mention."""
+        """The mentions of hooks."""
         return cls._scan(list(hooks), type(None), [])
 
     @classmethod
     def _scan(cls, start: list[Any], owner: type, below: list[type]) -> Mentions:
         elsewhere: set[str] = set()
         own: set[str] = set()
-        calls: set[str] = set()
-        others: set[str] = set()
-        for code, is_own in _reached(start, owner, below):
+        called: set[str] = set()
+        used_otherwise: set[str] = set()
+        for code, is_own in _reachable_code(start, owner, below):
             first = code.co_varnames[0] if code.co_argcount else None
             previous: dis.Instruction | None = None
             for step in dis.get_instructions(code):
                 if step.opname in _LOADS:
                     name = str(step.argval)
-                    if is_own and _loads(previous, first):
+                    if is_own and _loads_variable(previous, first):
                         own.add(name)
-                        (calls if _is_call(step) else others).add(name)
+                        (called if _is_call(step) else used_otherwise).add(name)
                     else:
                         elsewhere.add(name)
                 previous = step
             elsewhere.update(c for c in code.co_consts if isinstance(c, str) and c.isidentifier())
-        return cls(frozenset(elsewhere), frozenset(own), frozenset(calls), frozenset(others))
+        return cls(*map(frozenset, (elsewhere, own, called, used_otherwise)))
 
     def weights(self, module: nn.Module | None) -> str:
-        """The weight-like names mentioned, but for the module's own parameters."""
+        """The names of weights that are mentioned, without the module's own; "" for none."""
         found = set(self.elsewhere & _WEIGHTS)
         for name in self.own & _WEIGHTS:
             if module is None or (name not in module._parameters and name not in module._buffers):
                 found.add(name)
         return ", ".join(f"'{name}'" for name in sorted(found))
 
-    def use(self, name: str) -> str:
-        """How the code uses its child `name`: called as a whole, by items, or both."""
-        if name in self.elsewhere or (name not in self.calls and name not in self.others):
+    def use_of(self, child: str) -> Use:
+        """How the code uses a child of its module."""
+        called, used_otherwise = child in self.called, child in self.used_otherwise
+        if child in self.elsewhere or not (called or used_otherwise):
             return "unknown"
-        if name not in self.others:
+        if not used_otherwise:
             return "whole"
-        return "both" if name in self.calls else "items"
+        return "both" if called else "items"
 
     def reaches(self, island: nn.Module) -> bool:
         """Whether the code may read the island's own submodules."""
@@ -94,29 +107,38 @@ class Mentions:
         return bool(_TREE & (self.elsewhere | self.own)) or any(n in self.elsewhere for n in names)
 
 
-def _reached(
+def _reachable_code(
     start: list[Any], owner: type, below: list[type]
 ) -> Iterator[tuple[types.CodeType, bool]]:
-    """All code that may run, and whether it is a method's of `owner`."""
-    stack = [(entry, True) for thing in start for entry in _functions(thing)]
+    """All code that may run from the functions in `start`.
+
+    Args:
+        start: functions that have an `owner` for self.
+        owner: the class of self; its methods are followed by name.
+        below: classes of submodules; their methods are followed by name too.
+
+    Yields:
+        Code, and whether its self is the owner.
+    """
+    stack = [(entry, True) for thing in start for entry in _python_functions(thing)]
     seen: set[types.CodeType] = set()
     while stack:
         function, is_own = stack.pop()
-        for code in _codes(function.__code__):
+        for code in _with_nested(function.__code__):
             if code in seen:
                 continue
             seen.add(code)
             yield code, is_own
             for name in code.co_names:
                 mine = inspect.getattr_static(owner, name, None)
-                stack.extend((entry, is_own) for entry in _functions(mine))
+                stack.extend((entry, is_own) for entry in _python_functions(mine))
                 other = [inspect.getattr_static(k, name, None) for k in below if name != "forward"]
                 other.append(function.__globals__.get(name))
-                stack.extend((entry, False) for value in other for entry in _functions(value))
+                stack.extend((f, False) for value in other for f in _python_functions(value))
 
 
-def _functions(thing: object) -> list[types.FunctionType]:
-    """The Python functions behind a callable, but for torch's own."""
+def _python_functions(thing: object) -> list[types.FunctionType]:
+    """The Python functions behind a callable or property, without those of torch."""
     if isinstance(thing, property):
         return [f for f in (thing.fget, thing.fset) if isinstance(f, types.FunctionType)]
     thing = getattr(thing, "__func__", thing)
@@ -132,14 +154,15 @@ def _functions(thing: object) -> list[types.FunctionType]:
     return [] if home == "torch" or home.startswith("torch.") else [found]
 
 
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+def _with_nested(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code, and that of the functions and comprehensions inside."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
+            yield from _with_nested(constant)
 
 
-def _loads(step: dis.Instruction | None, name: str | None) -> bool:
+def _loads_variable(step: dis.Instruction | None, name: str | None) -> bool:
     return step is not None and step.opname.startswith("LOAD_FAST") and step.argval == name
 
 

@@ -1,8 +1,8 @@
-"""What torch's modes notice while a forward is traced. They belong to the thread that traces.
+"""Torch's modes, which watch a forward while it is traced; they belong to the tracing thread.
 
-Gradients, inference, autocast: a graph has no place for such a context, so a forward that enters
-one is not traced. Real tensors: a forward may draw random numbers, which a graph would bake in,
-and write what belongs to the model, which is the user's; both are stopped before they happen.
+Gradients, inference, autocast: a graph cannot express such a context, so a forward that enters a
+context is refused. Real tensors: random numbers would be constants of the graph, and writes would
+reach the tensors of the user's model; both are refused before they happen.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ if TYPE_CHECKING:
 
 
 def contexts() -> tuple[object, ...]:
-    """What surrounds an operation now, but for gradients; equal for equal surroundings."""
-    # The count of nested autocasts: one that changes nothing now may do so at another call. It can
-    # only be read by changing it, there and back in one instruction: nothing comes in between.
-    _, nested = tuple(map(operator.call, _THERE_AND_BACK))
-    return torch.is_inference_mode_enabled(), nested
+    """Inference mode and autocast as they are now, to be compared."""
+    # The depth of nested autocasts, not their values: an autocast that changes nothing now may do
+    # so at another call. The depth can only be read by changing it; one instruction does so and
+    # undoes it, so that no interrupt comes in between.
+    _, depth = tuple(map(operator.call, _UP_AND_DOWN))
+    return torch.is_inference_mode_enabled(), depth
 
 
-_THERE_AND_BACK = (torch.autocast_increment_nesting, torch.autocast_decrement_nesting)
+_UP_AND_DOWN = (torch.autocast_increment_nesting, torch.autocast_decrement_nesting)
 
 
-class _Gradients(TorchFunctionMode):
-    """Refuses to have gradients switched on or off."""
+class _GradientGuard(TorchFunctionMode):
+    """Refuses a forward that switches gradients on or off."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -50,13 +51,13 @@ class _Gradients(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses operations on real tensors that draw random numbers or write the model's."""
+class _RealTensorGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses operations on real tensors that draw random numbers or write tensors of the model."""
 
     def __init__(self, tracer: Tracer, tensors: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tracer = tracer
-        self.memory = {place for tensor in tensors if (place := _memory(tensor)) is not None}
+        self.memory = {place for tensor in tensors if (place := _storage_id(tensor)) is not None}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -72,12 +73,12 @@ class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 continue
             given = args[i] if i < len(args) else kwargs.get(argument.name)
             for value in tree_leaves(given):
-                if isinstance(value, Tensor) and _memory(value) in self.memory:
+                if isinstance(value, Tensor) and _storage_id(value) in self.memory:
                     return True
         return False
 
 
-def _memory(tensor: Tensor) -> int | None:
+def _storage_id(tensor: Tensor) -> int | None:
     try:
         return int(tensor.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):  # no storage of its own
@@ -85,20 +86,25 @@ def _memory(tensor: Tensor) -> int | None:
 
 
 class Watch:
-    """The modes of one trace."""
+    """The modes of one trace.
+
+    Args:
+        tracer: is told of violations.
+        tensors: the tensors of the model, which must not be written.
+    """
 
     def __init__(self, tracer: Tracer, tensors: Iterable[Tensor]) -> None:
-        self.gradients, self.writes = _Gradients(tracer), _Writes(tracer, tensors)
+        self.gradients, self.writes = _GradientGuard(tracer), _RealTensorGuard(tracer, tensors)
         self.depths = _depths()
 
-    def begin(self) -> None:
-        """Start to notice."""
-        # Not by `with`: that sets flags of the process, which other threads' torch.compile reads.
+    def start(self) -> None:
+        """Enter the modes."""
+        # Not by `with`: that sets flags of the process, which torch.compile reads in other threads.
         torch._C._push_on_torch_function_stack(self.gradients)
         torch._C._push_on_torch_dispatch_stack(self.writes)
 
-    def end(self) -> None:
-        """Stop to notice. Calling it again changes nothing."""
+    def stop(self) -> None:
+        """Leave the modes. A second call changes nothing."""
         functions, dispatches = self.depths
         while torch._C._len_torch_function_stack() > functions:
             torch._C._pop_torch_function_stack()
@@ -107,4 +113,5 @@ class Watch:
 
 
 def _depths() -> tuple[int, int]:
+    """How many function modes and dispatch modes are active."""
     return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()

@@ -1,4 +1,4 @@
-"""Traced values: in-place operators, types and lengths as a model's own code sees them.
+"""Traced values (fx proxies): in-place operators, types and lengths as the model's code sees them.
 
 Given: `b = a; b += x; use(a)`. torch.fx's Proxy has no `__iadd__`, so Python rebinds b to a sum
 and the trace uses the old a.
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 
 class Unfaithful(fx.proxy.TraceError):
-    """A trace would not do what the forward does."""
+    """The graph would not do what the forward does."""
 
 
 class ParameterWrite(Unfaithful):
-    """A forward that replaces its own parameters."""
+    """The forward replaces parameters."""
 
 
-class _InPlace:
-    """What a Proxy lacks: in-place operators, known lengths, and no silent attribute writes."""
+class _TracedMixin:
+    """In-place operators and known lengths, which a Proxy lacks; writes of attributes refused."""
 
     tracer: Tracer
     node: fx.Node
@@ -65,7 +65,7 @@ def _in_place(name: str) -> Callable[[Any, object], Any]:
     fresh = getattr(operator, name[1:], None) or getattr(operator, name[1:] + "_")
 
     def record(self: Any, other: object) -> Any:
-        # `n = x.shape[2]; n += 1` rebinds n: an int has no in-place operators
+        # `n = x.shape[2]; n += 1` rebinds n: an int has no in-place operators.
         target = fresh if is_size(self.tracer.calls, self.node) else changed
         return self.tracer.create_proxy("call_function", target, (self, other), {})
 
@@ -73,17 +73,17 @@ def _in_place(name: str) -> Callable[[Any, object], Any]:
 
 
 for _name in words("iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift"):
-    setattr(_InPlace, f"__{_name}__", _in_place(_name))
+    setattr(_TracedMixin, f"__{_name}__", _in_place(_name))
 
 
-class TracedAttribute(_InPlace, Attribute):  # type: ignore[misc]
+class TracedAttribute(_TracedMixin, Attribute):  # type: ignore[misc]
     """`x.shape`, `x.data`: an attribute of a traced value."""
 
     def __getattr__(self, name: str) -> TracedAttribute:
         return TracedAttribute(self, name)
 
 
-class TracedValue(_InPlace, fx.Proxy):  # type: ignore[misc]
+class TracedValue(_TracedMixin, fx.Proxy):  # type: ignore[misc]
     """A traced value."""
 
     def __getattr__(self, name: str) -> TracedAttribute:
@@ -91,21 +91,21 @@ class TracedValue(_InPlace, fx.Proxy):  # type: ignore[misc]
 
 
 def is_instance(value: Any, kinds: Any) -> bool:
-    """`isinstance` as a model's own code sees it: a traced tensor is a tensor.
+    """`isinstance` as the model's code sees it: a traced tensor is a tensor.
 
-    It stands in for the builtin by name, in the modules a model is written in. A `__class__` that
-    answers for the proxy would also be asked by torch's C++ argument parser, which then crashes.
+    It replaces the builtin by name, in the Python modules that the model is written in. (If the
+    proxy's `__class__` were Tensor, torch's C++ argument parser would see it too, and crash.)
     """
-    if not isinstance(value, _InPlace) or isinstance(value, kinds):
+    if not isinstance(value, _TracedMixin) or isinstance(value, kinds):
         return isinstance(value, kinds)
     kind = value_type(value.tracer.calls, value.node)
     if kind is None:
         raise value.tracer.refuse(Unfaithful("forward asks for the type of a traced value"))
     if value.node.op == "placeholder":
-        value.tracer.tensors.add(str(value.node.target))
+        value.tracer.tensor_arguments.add(str(value.node.target))
     return issubclass(kind, kinds)
 
 
 def is_tensor(value: Any) -> bool:
-    """`torch.is_tensor` for traced values too."""
+    """`torch.is_tensor`, for which a traced tensor is a tensor."""
     return is_instance(value, torch.Tensor)

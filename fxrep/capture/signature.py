@@ -1,4 +1,4 @@
-"""Arguments of a traced forward: the signature kept, baked-in arguments guarded at run time."""
+"""Arguments of a traced forward: the signature stays, and each call checks constant arguments."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 @dataclass(frozen=True, eq=False)
 class Arguments:
-    """What a traced forward takes: its parameters in order, and the ones that are constants.
+    """The arguments of a traced forward.
 
-    `specialized` maps the name of an argument to the value the graph was traced with; `required`
-    names arguments whose default (None) does not hold any more, as they were traced as tensors;
-    `tensors` names those that code asked the type of and that were taken for tensors;
-    `takes_more` says that the forward has `*args` or `**kwargs`, which the graph has not.
+    Attributes:
+        parameters: all of them in order, but for `*args` and `**kwargs`.
+        specialized: by name, the arguments that are constants of the graph, and their values.
+        required: names of arguments that default to None but are inputs of the graph.
+        tensors: names of arguments that the forward took for tensors when it asked for their type.
+        returns: the return annotation.
+        takes_more: the forward has `*args` or `**kwargs`, which the graph does not take.
     """
 
     parameters: tuple[inspect.Parameter, ...]
@@ -47,12 +50,12 @@ class Arguments:
 
     @property
     def values(self) -> tuple[str, ...]:
-        """The arguments that are values of the graph."""
+        """The arguments that are inputs of the graph."""
         return tuple(p.name for p in self.parameters if p.name not in self.specialized)
 
     @property
     def are_narrowed(self) -> bool:
-        """Whether the forward takes arguments that the graph does not."""
+        """Whether the forward takes arguments that the graph does not take."""
         return bool(self.specialized or self.required or self.tensors or self.takes_more)
 
     @property
@@ -64,19 +67,19 @@ class Arguments:
             if p.default is None and self.specialized.get(p.name, ...) is None
         )
 
-    def given(self, name: str) -> Arguments:
-        """The same with a value for an argument that was left out."""
+    def with_input(self, name: str) -> Arguments:
+        """The same with an input for an argument that was left out."""
         left = {key: value for key, value in self.specialized.items() if key != name}
         return replace(self, specialized=left, required=self.required | {name})
 
-    def omitted(self, name: str) -> Arguments:
-        """The same without an argument that was `given`."""
+    def without_input(self, name: str) -> Arguments:
+        """The same without an argument that `with_input` added."""
         specialized = {**self.specialized, name: None}
         return replace(self, specialized=specialized, required=self.required - {name})
 
     @property
     def signature(self) -> inspect.Signature:
-        """The signature without `self`, as `inspect.signature(module.forward)` answers."""
+        """The signature without `self`, as `inspect.signature(module.forward)` returns it."""
         return inspect.Signature(list(self.parameters), return_annotation=self.returns)
 
     def default(self, name: str) -> Any:
@@ -97,12 +100,13 @@ class Arguments:
 def _picklable(annotation: Any) -> Any:
     try:
         pickle.dumps(annotation)
-    except Exception:  # an annotation with a local class is not worth losing the model for
+    except Exception:  # an annotation with a local class must not keep a model from being pickled
         return inspect.Parameter.empty
     return annotation
 
 
 def _arguments(parameters: Any, *others: Any) -> Arguments:
+    """Rebuild `Arguments`; pickles name this function."""
     declared = tuple(
         inspect.Parameter(name, kind, default=default, annotation=annotation)
         for name, kind, default, annotation in parameters
@@ -111,7 +115,7 @@ def _arguments(parameters: Any, *others: Any) -> Arguments:
 
 
 def is_literal(value: object) -> bool:
-    """Whether generated code can spell the value."""
+    """Whether generated code can write the value out."""
     if isinstance(value, tuple | list):
         return type(value) in (tuple, list) and all(is_literal(item) for item in value)
     return value is None or value is ... or type(value) in _LITERALS
@@ -123,19 +127,19 @@ def is_variadic(parameter: inspect.Parameter) -> bool:
 
 
 def same_value(given: object, value: object) -> bool:
-    """Whether a caller's value is the one baked in; 1, 1.0 and True are three values."""
+    """Whether a caller's value is that of the graph; 1, 1.0 and True are three values."""
     if given is value:
         return True
     return type(given) is type(value) and is_literal(given) and given == value
 
 
 def expect(name: str, given: object, value: object) -> None:
-    """Refuse a call whose argument differs from the value the graph was specialised to.
+    """Refuse a call whose argument differs from the value that is a constant of the graph.
 
     Raises:
-        SpecializationError: the argument is not the value baked in.
+        SpecializationError: the argument has another value.
     """
-    if isinstance(given, fx.Proxy):  # a later symbolic trace keeps the guard
+    if isinstance(given, fx.Proxy):  # a later symbolic trace keeps the check
         given.tracer.create_proxy("call_function", expect, (name, given, value), {})
         return
     if not same_value(given, value):
@@ -147,7 +151,7 @@ def expect(name: str, given: object, value: object) -> None:
 
 
 def expect_given(name: str, given: object) -> None:
-    """Refuse a call that leaves out an argument the graph was traced with.
+    """Refuse a call that leaves out an input of the graph.
 
     Raises:
         SpecializationError: the argument is None.
@@ -160,7 +164,7 @@ def expect_given(name: str, given: object) -> None:
 
 
 def expect_tensor(name: str, given: object) -> None:
-    """Refuse a call that passes something else where the forward asked for a tensor.
+    """Refuse a call that passes no tensor for an argument that the forward took for a tensor.
 
     Raises:
         SpecializationError: the argument is no tensor.
@@ -173,7 +177,7 @@ def expect_tensor(name: str, given: object) -> None:
 
 
 class KeepSignature(CodeGen):
-    """Code generation that keeps keyword-only arguments and guards baked-in ones."""
+    """Code generation that keeps the signature and checks constant arguments."""
 
     def __init__(self, arguments: Arguments) -> None:
         super().__init__()
@@ -184,29 +188,37 @@ class KeepSignature(CodeGen):
     ) -> str:
         if not free_vars or free_vars[0] != "self":
             free_vars.insert(0, "self")
-        given = dict(zip((p.name for p in self.arguments.parameters), free_vars[1:], strict=True))
+        head = ", ".join(self._head(free_vars[1:]))
+        first = f"def {self._func_name}({head}){maybe_return_annotation}:"
+        return "\n".join([first, *self._checks()])
+
+    def _head(self, written: list[str]) -> list[str]:
+        """The parameters of the generated function, given as fx writes them, with * and /."""
         head = ["self"]
         star = False
-        for parameter in self.arguments.parameters:
+        for parameter, text in zip(self.arguments.parameters, written, strict=True):
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not star:
                 head.append("*")
                 star = True
-            head.append(given[parameter.name])
+            head.append(text)
             if parameter.default is not parameter.empty and not is_literal(parameter.default):
                 head[-1] = f"{parameter.name} = _fxrep_arguments.default({parameter.name!r})"
             if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
                 head = [entry for entry in head if entry != "/"] + ["/"]
-        lines = [f"def {self._func_name}({', '.join(head)}){maybe_return_annotation}:"]
+        return head
+
+    def _checks(self) -> list[str]:
+        """The first lines of the generated function."""
+        lines = []
         for name, value in self.arguments.specialized.items():
-            spelled = (
-                repr(value) if is_literal(value) else f"_fxrep_arguments.specialized[{name!r}]"
-            )
-            lines.append(f"    _fxrep_expect({name!r}, {name}, {spelled})")
+            constant = f"_fxrep_arguments.specialized[{name!r}]"
+            text = repr(value) if is_literal(value) else constant
+            lines.append(f"    _fxrep_expect({name!r}, {name}, {text})")
         for name in sorted(self.arguments.required):
             lines.append(f"    _fxrep_expect_given({name!r}, {name})")
         for name in sorted(self.arguments.tensors):
             lines.append(f"    _fxrep_expect_tensor({name!r}, {name})")
-        return "\n".join(lines)
+        return lines
 
     def additional_globals(self) -> list[tuple[str, Any]]:  # noqa: D102
         found: list[tuple[str, Any]] = [("_fxrep_arguments", self.arguments)]

@@ -16,9 +16,9 @@ from fxrep.errors import InputError, ModelError
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Take off torch.compile's and (Distributed)DataParallel's wrappers."""
+    """The model inside the wrappers of torch.compile and (Distributed)DataParallel."""
     while isinstance(model, nn.Module):
-        # by name: importing torch._dynamo takes seconds
+        # By name, because importing torch._dynamo takes seconds.
         if type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:
             model = model.get_submodule("_orig_mod")
         elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -29,10 +29,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def check(model: object) -> None:
-    """Refuse what cannot be optimized.
+    """Refuse a model that cannot be optimized.
 
     Raises:
-        ModelError: with the words to fix it.
+        ModelError: it is no module, a ScriptModule, in training mode, or without real weights.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, not {type(model).__name__}: {model!r}")
@@ -72,9 +72,12 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """Copy the tree and its Python attributes; parameters and buffers stay the user's own."""
+    """Copy the module tree and its Python attributes, but share its parameters and buffers.
+
+    Raises:
+        ModelError: an attribute cannot be copied.
+    """
     memo = empty_dicts(model)
-    kept: list[object] = []
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
@@ -82,14 +85,13 @@ def skeleton(model: nn.Module) -> nn.Module:
                     memo[id(tensor)] = tensor
         for value in module.__dict__.values():
             if isinstance(value, torch.Tensor) and id(value) not in memo and not value.is_leaf:
-                detached = value.detach().clone()  # deepcopy refuses tensors with a history
-                kept.append(detached)
-                memo[id(value)] = detached
+                # deepcopy refuses tensors that have an autograd history
+                memo[id(value)] = value.detach().clone()
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise ModelError(
-            f"model ({type(model).__name__}) cannot be copied{_uncopied(model, memo)}: "
+            f"model ({type(model).__name__}) cannot be copied{_cause(model, memo)}: "
             f"{type(error).__name__}: {error}; remove that attribute before optimizing"
         ) from error
 
@@ -104,7 +106,8 @@ def empty_dicts(model: nn.Module) -> dict[int, Any]:
     }
 
 
-def _uncopied(model: nn.Module, memo: dict[int, Any]) -> str:
+def _cause(model: nn.Module, memo: dict[int, Any]) -> str:
+    """The first attribute that cannot be copied, as part of a message."""
     for path, module in model.named_modules():
         for name, value in module.__dict__.items():
             if name == "_modules":
@@ -151,7 +154,7 @@ def named_inputs(model: nn.Module, example_inputs: object) -> dict[str, object]:
 
 
 def does_not_run(model: nn.Module, error: Exception) -> InputError:
-    """What to raise where the original does not run on the example inputs."""
+    """The error for a model that does not run on the example inputs."""
     return InputError(
         f"example_inputs: {type(model).__name__} does not run on them "
         f"({type(error).__name__}: {error}); pass inputs it accepts, or none"

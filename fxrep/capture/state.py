@@ -1,4 +1,4 @@
-"""State that a trial trace must leave as it was: containers, tensors and random numbers."""
+"""State that a trace must leave as it was: containers, tensors and random number generators."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from torch import fx, nn
 
 
 class Containers:
-    """The Python containers that modules hold, such as caches, as they were before a trace."""
+    """The Python containers that modules hold, such as caches, with their content before a trace.
+
+    Attributes:
+        saved: by id of a module, its containers, each with a copy.
+        owners: those modules, by id.
+    """
 
     def __init__(self, root: nn.Module) -> None:
         self.saved: dict[int, list[tuple[Any, Any]]] = {}
@@ -38,7 +43,7 @@ class Containers:
                     self._collect(item, found, depth + 1)
 
     def restore(self, root: nn.Module | None = None) -> None:
-        """Put back the content of the containers of `root` and below it; of all without a root."""
+        """Restore the content of the containers of `root` and below; of all without a root."""
         if not self.saved:
             return
         chosen = self.saved if root is None else {id(m) for m in root.modules()} & set(self.saved)
@@ -53,9 +58,9 @@ class Containers:
                     container.extend(saved)
 
     def written(self) -> tuple[nn.Module, str] | None:
-        """The first module whose containers hold state of the call, and why that matters.
+        """The first module whose forward has written into a container, and the reason to report.
 
-        New entries of a dict that do not depend on the forward's inputs are a cache, not state.
+        New entries of a dict that do not depend on the forward's inputs are a cache, not a write.
         """
         for key, entries in self.saved.items():
             for container, saved in entries:
@@ -101,10 +106,10 @@ def _on_cuda() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
-class DrawnNumbers:
-    """The state of the generators of `random` and NumPy, which the whole process shares.
+class GeneratorStates:
+    """The states of the generators of `random` and NumPy, which the whole process shares.
 
-    `fxrep.capture.modes` watches torch's own generators, call by call.
+    Torch's own generators are watched call by call, in `fxrep.capture.modes`.
     """
 
     def __init__(self) -> None:
@@ -112,17 +117,17 @@ class DrawnNumbers:
         numpy = sys.modules.get("numpy")
         self.numpy = None if numpy is None else numpy.random.get_state(legacy=True)
 
-    def moved(self) -> bool:
-        """Whether numbers were drawn since then, by this thread or another."""
-        now = DrawnNumbers()
+    def changed(self) -> bool:
+        """Whether this thread or another has drawn numbers since the states were recorded."""
+        now = GeneratorStates()
         if self.python != now.python:
             return True
         if self.numpy is None or now.numpy is None:
             return False
         return bool(self.numpy[2] != now.numpy[2] or (self.numpy[1] != now.numpy[1]).any())
 
-    def give_back(self) -> None:
-        """Set the generators to the state that was recorded."""
+    def restore(self) -> None:
+        """Set the generators to the states that were recorded."""
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
@@ -134,23 +139,25 @@ def is_only_thread() -> bool:
 
 
 @contextlib.contextmanager
-def unchanged_random_state(*, whoever_draws: bool = False) -> Iterator[None]:
-    """Set all generators back at the end, so that running a model draws no numbers of the user's.
+def unchanged_random_state(*, despite_other_threads: bool = False) -> Iterator[None]:
+    """Restore all random number generators at the end, so that running a model changes none.
+
+    Without `despite_other_threads` nothing is restored while other threads run.
 
     Args:
-        whoever_draws: do so even if other threads run; the numbers that they drew meanwhile are
-            then drawn a second time.
+        despite_other_threads: restore the generators even if other threads run; the numbers that
+            those threads draw meanwhile are then drawn a second time.
     """
-    if not whoever_draws and not is_only_thread():
+    if not despite_other_threads and not is_only_thread():
         yield
         return
-    drawn = DrawnNumbers()
+    states = GeneratorStates()
     devices = [torch.cuda.current_device()] if _on_cuda() else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
-        drawn.give_back()
+        states.restore()
 
 
 def tensor_versions(root: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor, int]]:
@@ -166,7 +173,7 @@ def tensor_versions(root: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor,
 def written_tensor(
     versions: list[tuple[nn.Module, str, torch.Tensor, int]],
 ) -> tuple[nn.Module, str] | None:
-    """The first module that has written into one of its tensors since, and why that matters."""
+    """The first module that has written into one of its tensors since, and the reason to report."""
     for module, name, tensor, version in versions:
         if tensor._version != version:
             return module, f"forward writes into the tensor attribute '{name}'"
@@ -174,7 +181,7 @@ def written_tensor(
 
 
 def restore_tensors(tree: nn.Module, model: nn.Module) -> None:
-    """Take the plain tensor attributes that a trial has written from the user's model."""
+    """Copy plain tensor attributes from the user's model where a trace has written into them."""
     for mine, theirs in zip(tree.modules(), model.modules(), strict=False):
         for name, value in theirs.__dict__.items():
             own = mine.__dict__.get(name)

@@ -1,13 +1,13 @@
-"""Names that have to answer for traced values, while somebody traces.
+"""Functions that must accept traced values: replaced by name while a model is captured.
 
 Given: ``isinstance(x, torch.Tensor)``, ``torch.is_tensor(x)``, ``math.sqrt(x.shape[1])`` and the
-functions that a library registered by `torch.fx.wrap`. Python looks such names up in the module the
-code stands in, and knows no place that belongs to one thread.
+functions that a library registered by `torch.fx.wrap`. Python looks such a name up in the global
+names of the Python module (its namespace), which all threads share.
 
-Result: while a model is captured they stand, in the modules it is written in, for functions that
-answer for traced values and call the original for anything else. Traced values never leave the
-thread that traces, so every other thread gets what it always got, from the same function. A name
-is put back when the last capture that needs it ends.
+Result: during a capture the names stand, in the namespaces of the model's code, for functions that
+accept traced values and call the original for any other value. Traced values never leave the
+tracing thread, so that the results in other threads stay the same. A name is restored when the
+last capture that needs it ends.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from fxrep.capture.proxies import is_instance, is_tensor
 _Result = TypeVar("_Result")
 
 
-def surely(run: Callable[[], _Result], undo: Callable[[], None]) -> _Result:
-    """Run, and undo whatever happens: if an interrupt hits the undoing, it is done again.
+def run_and_undo(run: Callable[[], _Result], undo: Callable[[], None]) -> _Result:
+    """Call `run`, then `undo`, whatever happens; if an interrupt hits `undo`, call it again.
 
     Args:
-        run: what to do; it may have got anywhere when it raises.
-        undo: gives back all that `run` may have changed; to call it twice is to call it once.
+        run: may raise at any point.
+        undo: restores all that `run` may have changed; a second call must change nothing.
     """
     try:
         try:
@@ -47,25 +47,25 @@ def surely(run: Callable[[], _Result], undo: Callable[[], None]) -> _Result:
         undo()
 
 
-def with_names(root: nn.Module, run: Callable[[], _Result]) -> _Result:
-    """Run something while the names that a model's code uses answer for traced values."""
+def with_traceable_names(root: nn.Module, run: Callable[[], _Result]) -> _Result:
+    """Call `run` while names in a model's code stand for functions that accept traced values."""
     token = object()
 
     def substituted() -> _Result:
         _substitute(token, root)
         return run()
 
-    return surely(substituted, lambda: _put_back(token))
+    return run_and_undo(substituted, lambda: _restore(token))
 
 
-_ABSENT = object()
+_NOT_SET = object()
 
 
 @dataclass(eq=False)
 class _Name:
-    """A name that stands for something else, and who needs that."""
+    """A name that is replaced, its original value, and the captures that need it replaced."""
 
-    home: dict[str, Any]
+    namespace: dict[str, Any]
     name: str
     original: object
     users: set[object] = field(default_factory=set)
@@ -77,88 +77,95 @@ _lock = threading.RLock()
 
 def _substitute(token: object, root: nn.Module) -> None:
     with _lock:
-        for home, name, value in _entries(root):
-            # Noted before it is changed: what is noted is put back, wherever this ends.
-            known = _names.setdefault((id(home), name), _Name(home, name, home.get(name, _ABSENT)))
+        for namespace, name, value in _replacements(root):
+            # Recorded before the change, so that an interrupt in between leaves nothing replaced.
+            known = _names.setdefault(
+                (id(namespace), name), _Name(namespace, name, namespace.get(name, _NOT_SET))
+            )
             known.users.add(token)
             if len(known.users) == 1:
-                home[name] = value
+                namespace[name] = value
 
 
-def _put_back(token: object) -> None:
+def _restore(token: object) -> None:
     with _lock:
         for key, known in list(_names.items()):
             known.users.discard(token)
             if known.users:
                 continue
-            if known.original is _ABSENT:
-                known.home.pop(known.name, None)
+            if known.original is _NOT_SET:
+                known.namespace.pop(known.name, None)
             else:
-                known.home[known.name] = known.original
+                known.namespace[known.name] = known.original
             del _names[key]
 
 
-def _entries(root: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """Where, which name, and what it stands for."""
+def _replacements(root: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """The namespaces, the names to replace in them, and the functions that replace them."""
     yield vars(torch), "is_tensor", is_tensor
-    for (_, name), home in list(fx_trace._wrapped_fns_to_patch.items()):
-        function = home.get(name, getattr(builtins, name, None))
+    for (_, name), namespace in list(fx_trace._wrapped_fns_to_patch.items()):
+        function = namespace.get(name, getattr(builtins, name, None))
         if function is not None:
-            yield home, name, fx_trace._create_wrapped_func(_original(home, name, function))
-    for home in _homes(root):
-        if _original(home, "isinstance", home.get("isinstance")) in (None, _ABSENT):
-            yield home, "isinstance", is_instance
-        for name, value in list(home.items()):
+            yield (
+                namespace,
+                name,
+                fx_trace._create_wrapped_func(_original(namespace, name, function)),
+            )
+    for namespace in _namespaces(root):
+        if _original(namespace, "isinstance", namespace.get("isinstance")) in (None, _NOT_SET):
+            yield namespace, "isinstance", is_instance
+        for name, value in list(namespace.items()):
             substitute = _SUBSTITUTES.get(id(value))
             if substitute is not None:
-                yield home, name, substitute
+                yield namespace, name, substitute
 
 
-def _original(home: dict[str, Any], name: str, value: object) -> Any:
-    """What a name stood for before anybody traced."""
-    known = _names.get((id(home), name))
+def _original(namespace: dict[str, Any], name: str, value: object) -> Any:
+    """The value of a name before the first capture."""
+    known = _names.get((id(namespace), name))
     return value if known is None else known.original
 
 
-def _homes(root: nn.Module) -> list[dict[str, Any]]:
-    """The global names of the packages a model is written in, and of the functions it calls."""
-    homes = {id(home): home for home in (*_packages(root), *_called(root))}
-    return list(homes.values())
+def _namespaces(root: nn.Module) -> list[dict[str, Any]]:
+    """The namespaces of the packages a model is written in, and of the functions it calls."""
+    found = (*_package_namespaces(root), *_function_namespaces(root))
+    return list({id(namespace): namespace for namespace in found}.values())
 
 
-def _called(root: nn.Module) -> Iterator[dict[str, Any]]:
-    """The global names of the functions that the methods of a model's classes lead to."""
-    kinds = {kind for module in root.modules() for kind in type(module).__mro__}
-    kinds -= {kind for kind in kinds if _is_torchs(kind)}
-    ahead = [value for kind in kinds for value in vars(kind).values()]
+def _function_namespaces(root: nn.Module) -> Iterator[dict[str, Any]]:
+    """The namespaces of all functions that the methods of a model's classes mention, in turn."""
+    classes = {cls for module in root.modules() for cls in type(module).__mro__}
+    classes -= {cls for cls in classes if _is_from_torch(cls)}
+    ahead = [value for cls in classes for value in vars(cls).values()]
     seen: set[types.CodeType] = set()
     while ahead:
         function = ahead.pop()
-        if not isinstance(function, types.FunctionType) or _is_torchs(function):
+        if not isinstance(function, types.FunctionType) or _is_from_torch(function):
             continue
         function = inspect.unwrap(function)
         names = function.__globals__
-        if function.__code__ in seen or names is _OWN:
+        if function.__code__ in seen or names is _OWN_NAMESPACE:
             continue
         seen.add(function.__code__)
         yield names
         mentioned = [names[name] for name in function.__code__.co_names if name in names]
         mentioned += inspect.getclosurevars(function).nonlocals.values()
         ahead += mentioned
-        for value in mentioned:  # helpers.scaled(x)
+        for value in mentioned:  # the function of a module that is mentioned: `helpers.scaled(x)`
             if isinstance(value, types.ModuleType) and not value.__name__.startswith("torch"):
                 ahead += [vars(value).get(name) for name in function.__code__.co_names]
 
 
-# Where the substitutes are: they call what they stand for.
-_OWN = vars(sys.modules[is_instance.__module__])
+# The namespace of the substitutes, which call the originals.
+_OWN_NAMESPACE = vars(sys.modules[is_instance.__module__])
 
 
-def _is_torchs(thing: Any) -> bool:
+def _is_from_torch(thing: Any) -> bool:
     return str(thing.__module__).partition(".")[0] in ("torch", "builtins")
 
 
-def _packages(root: nn.Module) -> list[dict[str, Any]]:
+def _package_namespaces(root: nn.Module) -> list[dict[str, Any]]:
+    """The namespaces of all modules of the packages that a model's classes come from."""
     files = {kind.__module__ for module in root.modules() for kind in type(module).__mro__}
     own = __name__.partition(".")[0]
     packages = {file.partition(".")[0] for file in files} - {"torch", "builtins", own}
@@ -171,9 +178,9 @@ def _packages(root: nn.Module) -> list[dict[str, Any]]:
 
 
 class _MathFunction:
-    """A function of math; of traced numbers it is an operation of the graph.
+    """A function of math that, called with traced numbers, becomes a node of the graph.
 
-    Copied or pickled it is the function itself: a model made meanwhile may keep it.
+    A copy or pickle is the original function: a model made during a capture may keep it.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
@@ -192,12 +199,12 @@ class _MathFunction:
 
 
 def getattr_of_math(name: str) -> Any:
-    """The function of math by its name, for pickles."""
+    """The function of math with this name, for pickles."""
     return getattr(math, name)
 
 
 def _math() -> types.ModuleType:
-    """The module math, whose functions of traced numbers are operations of the graph."""
+    """A module like math whose functions, called with traced numbers, become nodes of the graph."""
     stand_in = types.ModuleType("math", math.__doc__)
     for name, value in vars(math).items():
         public = callable(value) and not name.startswith("_")
@@ -207,7 +214,7 @@ def _math() -> types.ModuleType:
 
 _MATH = _math()
 
-# By the identity of what a name stands for; it may do so already, for another thread.
+# By the id of a name's value: the original, or already the substitute, for another thread.
 _SUBSTITUTES: dict[int, Any] = {
     id(each): substitute
     for original, substitute in (

@@ -1,4 +1,4 @@
-"""From a module's forward to a graph: which arguments are values, what a trace must not hide."""
+"""From a module's forward to a graph: which arguments are inputs, and when a trace is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fxrep.capture.state import (
     unchanged_random_state,
     written_tensor,
 )
-from fxrep.capture.tracer import Absent, Opaque, Restart, Tracer, explain
+from fxrep.capture.tracer import MissingTensor, Opaque, Restart, Tracer, explain
 from fxrep.errors import FxrepError
 from fxrep.ops.calls import Calls
 from fxrep.ops.effects import effect
@@ -27,26 +27,30 @@ from fxrep.ops.effects import effect
 
 @dataclass(frozen=True)
 class Traced:
-    """A graph, its arguments, and the modules it calls as they are.
+    """The graph of a forward.
 
-    `drew` says that numbers were drawn meanwhile, by a forward that is called as it is.
+    Attributes:
+        graph: the trace.
+        arguments: the forward's arguments.
+        opaque: the modules that the graph calls as they are.
+        drew_numbers: an opaque module, or another thread, drew random numbers during the trace.
     """
 
     graph: fx.Graph
     arguments: Arguments
     opaque: tuple[Opaque, ...]
-    drew: bool = False
+    drew_numbers: bool = False
 
 
 class Untraceable(FxrepError):
-    """A forward that cannot be traced as a root, and why.
+    """A forward that cannot be traced as a root.
 
     Attributes:
-        reason: for the report.
-        frozen: it writes parameters: nothing below it may be rewritten.
-        absent: it would not run either as it is called, without a tensor for some argument.
-        progress: how many nodes the trace had by then.
-        drew: numbers were drawn meanwhile.
+        reason: why, for the report.
+        frozen: the forward writes parameters: nothing below it may be rewritten.
+        lacks_tensor: the forward itself cannot run either without a tensor for some argument.
+        progress: how many nodes the trace had when it failed.
+        drew_numbers: the forward, or another thread, drew random numbers during the trace.
     """
 
     def __init__(
@@ -54,34 +58,33 @@ class Untraceable(FxrepError):
         reason: str,
         *,
         frozen: bool = False,
-        absent: bool = False,
+        lacks_tensor: bool = False,
         progress: int = 0,
-        drew: bool = False,
+        drew_numbers: bool = False,
     ) -> None:
         super().__init__(reason)
         self.reason = reason
         self.frozen = frozen
-        self.absent = absent
+        self.lacks_tensor = lacks_tensor
         self.progress = progress
-        self.drew = drew
+        self.drew_numbers = drew_numbers
 
 
-def trace(module: nn.Module, given: Mapping[str, object] | None = None) -> Traced:
+def trace(module: nn.Module, examples: Mapping[str, object] | None = None) -> Traced:
     """Trace one module's forward as a root.
 
     Args:
         module: a module of the skeleton.
-        given: example values of some of its arguments.
+        examples: example values of some of its arguments.
 
     Raises:
-        Untraceable: with the reason; `.frozen` is set where it writes parameters.
+        Untraceable: the forward does not trace, whether numbers are inputs or constants.
     """
-    trials = _arguments(module, given or {})
     best: Traced | None = None
     problem: Untraceable | None = None
-    for arguments in trials:
+    for arguments in _choices_of_inputs(module, examples or {}):
         try:
-            traced = _supplied(module, arguments)
+            traced = _trace_with_tensors(module, arguments)
         except Untraceable as error:
             problem = problem or error
             continue
@@ -95,12 +98,12 @@ def trace(module: nn.Module, given: Mapping[str, object] | None = None) -> Trace
     return best
 
 
-def _supplied(module: nn.Module, arguments: Arguments) -> Traced:
-    """Trace; an argument without which the forward cannot run is a tensor, whatever its default.
+def _trace_with_tensors(module: nn.Module, arguments: Arguments) -> Traced:
+    """Trace with a tensor for every argument without which the forward cannot run.
 
-    ``forward(self, image=None, labels=None)`` cannot run without an image: those of its arguments
-    that default to None are taken for tensors, in order, for as long as that gets the trace on.
-    Those that then turn out not to be needed are None again.
+    ``forward(self, image=None, labels=None)`` cannot run without an image. The arguments that
+    default to None are taken for tensors, in order, as long as each makes the trace reach further.
+    Arguments that turn out not to be needed are None again.
     """
     supplied: list[str] = []
     while True:
@@ -108,10 +111,10 @@ def _supplied(module: nn.Module, arguments: Arguments) -> Traced:
             return _trace(module, arguments)
         except Untraceable as error:
             problem = error
-        if not problem.absent:
+        if not problem.lacks_tensor:
             raise problem
         for name in arguments.left_out:
-            trial = arguments.given(name)
+            trial = arguments.with_input(name)
             try:
                 traced = _trace(module, trial)
             except Untraceable as error:
@@ -120,17 +123,17 @@ def _supplied(module: nn.Module, arguments: Arguments) -> Traced:
                     supplied.append(name)
                     break
             else:
-                return _without(module, traced, trial, supplied)
+                return _with_fewest_inputs(module, traced, trial, supplied)
         else:
             raise problem
 
 
-def _without(
+def _with_fewest_inputs(
     module: nn.Module, traced: Traced, arguments: Arguments, supplied: list[str]
 ) -> Traced:
-    """The trace that takes as few of the arguments supplied as it can do with."""
+    """The trace that takes as few of the supplied arguments as possible."""
     for name in supplied:
-        fewer = arguments.omitted(name)
+        fewer = arguments.without_input(name)
         try:
             traced, arguments = _trace(module, fewer), fewer
         except Untraceable:
@@ -138,8 +141,8 @@ def _without(
     return traced
 
 
-def _arguments(module: nn.Module, given: Mapping[str, object]) -> list[Arguments]:
-    """The ways to try a forward's arguments: numbers as values first, then baked in."""
+def _choices_of_inputs(module: nn.Module, examples: Mapping[str, object]) -> list[Arguments]:
+    """Which arguments may be inputs of the graph: numbers as inputs first, then as constants."""
     try:
         signature = inspect.signature(module.forward)
     except (TypeError, ValueError) as error:
@@ -147,14 +150,14 @@ def _arguments(module: nn.Module, given: Mapping[str, object]) -> list[Arguments
     declared = list(signature.parameters.values())
     parameters = tuple(p for p in declared if not is_variadic(p))
     variadic = [p for p in declared if is_variadic(p)]
-    if any(p.name in given and given[p.name] for p in variadic) or (variadic and not parameters):
+    if any(examples.get(p.name) for p in variadic) or (variadic and not parameters):
         raise Untraceable("forward takes *args or **kwargs")
     specialized: dict[str, object] = {}
     required: set[str] = set()
     numbers: dict[str, object] = {}
     for parameter in parameters:
-        if parameter.name in given:
-            value = given[parameter.name]
+        if parameter.name in examples:
+            value = examples[parameter.name]
             if _has_tensor(value):
                 if parameter.default is None:
                     required.add(parameter.name)
@@ -173,9 +176,9 @@ def _arguments(module: nn.Module, given: Mapping[str, object]) -> list[Arguments
     )
     if not numbers:
         return [first]
-    both = {**specialized, **numbers}
-    baked = {p.name: both[p.name] for p in parameters if p.name in both}
-    return [first, dataclasses.replace(first, specialized=baked)]
+    constants = {**specialized, **numbers}
+    in_order = {p.name: constants[p.name] for p in parameters if p.name in constants}
+    return [first, dataclasses.replace(first, specialized=in_order)]
 
 
 def _has_tensor(value: object) -> bool:
@@ -186,77 +189,89 @@ def _has_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-# Another thread that draws numbers meanwhile cannot be told from the forward, but by luck.
+# If random numbers were drawn, the forward may have drawn them, or another thread: trace again.
 _MOST_TRIALS = 3
 
 
 def _trace(module: nn.Module, arguments: Arguments) -> Traced:
+    """Trace, again if another thread may have drawn random numbers meanwhile."""
     for trial in range(_MOST_TRIALS):
         last = trial == _MOST_TRIALS - 1
         try:
             traced = _trace_once(module, arguments)
         except Untraceable as error:
-            if last or not error.drew or is_only_thread():
+            if last or not error.drew_numbers or is_only_thread():
                 raise
         else:
-            if last or not traced.drew or is_only_thread():
+            if last or not traced.drew_numbers or is_only_thread():
                 return traced
     raise AssertionError("the last trial returns or raises")
 
 
 def _trace_once(module: nn.Module, arguments: Arguments) -> Traced:
-    closed: dict[int, Opaque] = {}
+    """Trace; again, with one more submodule opaque, until no submodule stands in the way."""
+    known_opaque: dict[int, Opaque] = {}
     while True:
-        tracer = Tracer(module, arguments, closed)
+        tracer = Tracer(module, arguments, known_opaque)
         versions = tensor_versions(module)
         try:
             graph = tracer.run()
-            if tracer.violations:
-                raise tracer.violations[0]
-            tracer.expect_none_drawn(tracer.numbers)
-            if any(i._erased for node in graph.nodes for i in node.all_input_nodes):
-                raise Unfaithful("forward keeps values of a submodule that does not trace")
-            if any(t._version != version for t, version in tracer.constants.values()):
-                raise Unfaithful("forward changes a tensor of its own between two uses")
-            state = tracer.containers.written() or written_tensor(versions)
-            if state is not None and state[0] is module:
-                raise Unfaithful(state[1])
+            _refuse_unfaithful(tracer, graph)
+            written = tracer.containers.written() or written_tensor(versions)
+            if written is not None and written[0] is module:
+                raise Unfaithful(written[1])
         except Restart:
-            continue  # closed has grown
-        except (Exception, Absent) as error:
-            # What is called without any tensor is not traced but run: it raises what a call would.
-            runs = not arguments.values and not isinstance(error, Unfaithful)
-            raise Untraceable(
-                explain(error),
-                frozen=isinstance(error, ParameterWrite),
-                absent=isinstance(error, Absent) or runs,
-                progress=len(tracer.graph.nodes),
-                drew=tracer.drew,
-            ) from error
+            continue  # known_opaque has grown
+        except (Exception, MissingTensor) as error:
+            raise _untraceable(tracer, error) from error
         finally:
             tracer.containers.restore()
-        if state is not None:
-            if id(state[0]) in closed:  # the write is its parent's
-                raise Untraceable(state[1])
-            path = next(n for n, m in module.named_modules() if m is state[0])
-            closed[id(state[0])] = Opaque(state[0], path, state[1])
+        if written is not None:
+            submodule, reason = written
+            if id(submodule) in known_opaque:  # the write is that of a module above it
+                raise Untraceable(reason)
+            path = next(path for path, m in module.named_modules() if m is submodule)
+            known_opaque[id(submodule)] = Opaque(submodule, path, reason)
             continue
         _install_constants(module, graph, tracer.constants)
         if not arguments.values and _lacks_input(module, graph, arguments):
             raise Untraceable(
                 "no argument is left that could be its input",
-                absent=True,
+                lacks_tensor=True,
                 progress=len(graph.nodes),
             )
-        arguments = dataclasses.replace(arguments, tensors=frozenset(tracer.tensors))
-        return Traced(graph, arguments, tuple(tracer.opaque.values()), tracer.drew)
+        arguments = dataclasses.replace(arguments, tensors=frozenset(tracer.tensor_arguments))
+        return Traced(graph, arguments, tuple(tracer.opaque.values()), tracer.drew_numbers)
+
+
+def _refuse_unfaithful(tracer: Tracer, graph: fx.Graph) -> None:
+    """Refuse a finished trace whose graph would not do what the forward does."""
+    if tracer.violations:
+        raise tracer.violations[0]
+    tracer.refuse_drawn_numbers(tracer.generators)
+    if any(i._erased for node in graph.nodes for i in node.all_input_nodes):
+        raise Unfaithful("forward keeps values of a submodule that does not trace")
+    if any(t._version != version for t, version in tracer.constants.values()):
+        raise Unfaithful("forward changes a tensor of its own between two uses")
+
+
+def _untraceable(tracer: Tracer, error: BaseException) -> Untraceable:
+    # Without any input the trace runs the forward: its errors are those of a call without tensors.
+    runs = not tracer.arguments.values and not isinstance(error, Unfaithful)
+    return Untraceable(
+        explain(error),
+        frozen=isinstance(error, ParameterWrite),
+        lacks_tensor=isinstance(error, MissingTensor) or runs,
+        progress=len(tracer.graph.nodes),
+        drew_numbers=tracer.drew_numbers,
+    )
 
 
 def _lacks_input(module: nn.Module, graph: fx.Graph, arguments: Arguments) -> bool:
-    """Whether a graph that takes no values at all is one of a forward that does.
+    """Whether a graph without inputs comes from a forward that needs inputs.
 
-    A generator computes something, and runs as it is called; who defaults to an empty list waits
-    for one that is not.
+    A forward that needs none (a generator of anchors) calls operators and runs. A default that is
+    a tuple, list or dict stands for inputs that the caller is to pass.
     """
     if arguments.left_out and not any(node.op.startswith("call_") for node in graph.nodes):
         return True
@@ -266,11 +281,11 @@ def _lacks_input(module: nn.Module, graph: fx.Graph, arguments: Arguments) -> bo
 
 
 def _runs(module: nn.Module, graph: fx.Graph) -> bool:
-    """Whether a graph that takes no values at all runs; on a copy, for it is the user's code."""
+    """Whether a graph without inputs runs, tried on a copy of the module."""
     try:
         with torch.no_grad(), unchanged_random_state():
-            taken = [None] * len(graph.find_nodes(op="placeholder"))
-            fx.Interpreter(copy.deepcopy(module), graph=graph).run(*taken)
+            unused = [None] * len(graph.find_nodes(op="placeholder"))
+            fx.Interpreter(copy.deepcopy(module), graph=graph).run(*unused)
     except Exception:
         return False
     return True
@@ -279,7 +294,7 @@ def _runs(module: nn.Module, graph: fx.Graph) -> bool:
 def _install_constants(
     module: nn.Module, graph: fx.Graph, constants: dict[str, tuple[torch.Tensor, int]]
 ) -> None:
-    """Keep tensors the forward makes itself; a fresh copy per call where it writes into them."""
+    """Register the tensors that the forward makes itself; if it writes into one, clone per call."""
     calls = Calls(module)
     for node in list(graph.nodes):
         if node.op != "get_attr" or node.target not in constants:

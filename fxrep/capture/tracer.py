@@ -1,4 +1,8 @@
-"""Symbolic tracing that gives up on a submodule rather than on the model."""
+"""Symbolic tracing of one forward, submodule by submodule.
+
+A submodule of torch.nn is a leaf: one node of the graph. Any other submodule is traced into; where
+that fails, the graph calls the submodule as it is (opaque), and the trace of the root goes on.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,8 @@ from fxrep.capture.modes import Watch, contexts
 from fxrep.capture.proxies import ParameterWrite, TracedValue, Unfaithful
 from fxrep.capture.signature import Arguments, is_literal
 from fxrep.capture.skeleton import named_tensors
-from fxrep.capture.state import Containers, DrawnNumbers, is_only_thread
-from fxrep.capture.substitution import surely
+from fxrep.capture.state import Containers, GeneratorStates, is_only_thread
+from fxrep.capture.substitution import run_and_undo
 from fxrep.ops.absent import lacks_input, lacks_operand
 from fxrep.ops.calls import Calls
 from fxrep.ops.owner import called_class, foreign_hooks, is_leaf, weight_hooks
@@ -28,21 +32,29 @@ from fxrep.ops.values import item_count
 
 
 class Restart(BaseException):
-    """A module has to be opaque from the start; not an Exception, user code must not catch it."""
+    """A module that was traced into before has to be opaque: the root is traced again.
 
-    def __init__(self, module: nn.Module, reason: str) -> None:
-        super().__init__(reason)
-        self.module = module
-        self.reason = reason
+    No Exception, so that the user's code does not catch it.
+    """
 
 
-class Absent(BaseException):
-    """A call that cannot run, as it is given None for a tensor; user code must not catch it."""
+class MissingTensor(BaseException):
+    """A call is given None for a tensor and cannot run.
+
+    No Exception, so that the user's code does not catch it.
+    """
 
 
 @dataclass(frozen=True)
 class Opaque:
-    """A module called as it is; frozen: nothing below it may be rewritten."""
+    """A submodule that the graph calls as it is, because it does not trace.
+
+    Attributes:
+        module: the submodule.
+        path: its path below the root.
+        reason: why it does not trace, for the report.
+        frozen: nothing below it may be rewritten, because its forward writes parameters.
+    """
 
     module: nn.Module
     path: str
@@ -50,66 +62,97 @@ class Opaque:
     frozen: bool = False
 
 
-_PLAIN = frozenset({str, int, float, bool, type(None), torch.dtype, torch.device, complex})
+_PLAIN_TYPES = frozenset({str, int, float, bool, type(None), torch.dtype, torch.device, complex})
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """The state of a trace before a submodule is traced into."""
+
+    last: fx.Node | None
+    constants: frozenset[str]
+    num_calls: dict[str, int]
+    opaque: dict[int, Opaque]
+    inlined: set[int]
+    violations: int
 
 
 class Tracer(fx.Tracer):
-    """Symbolic tracing that gives up on a submodule rather than on the model."""
+    """One trace of a root's forward.
 
-    def __init__(self, root: nn.Module, arguments: Arguments, closed: dict[int, Opaque]) -> None:
+    Args:
+        root: a module of the skeleton.
+        arguments: its forward's arguments; specialised ones are constants of the graph.
+        known_opaque: by id, modules that earlier traces of the root found to be opaque.
+
+    Attributes:
+        opaque: by id, the modules that the graph calls as they are.
+        inlined: ids of the modules that were traced into.
+        constants: by name, tensors that the forward makes itself, and their versions when read.
+        violations: why the graph would not do what the forward does.
+        tensor_arguments: names of arguments that the forward took for tensors when it asked for
+            their type.
+        drew_numbers: random numbers were drawn meanwhile, by the forward or another thread.
+    """
+
+    def __init__(
+        self, root: nn.Module, arguments: Arguments, known_opaque: dict[int, Opaque]
+    ) -> None:
         super().__init__(param_shapes_constant=False)
         self.root = root
         self.calls = Calls(root)
         self.graph = fx.Graph(tracer_cls=Tracer)
         self.arguments = arguments
-        self.closed = closed
+        self.known_opaque = known_opaque
         self.opaque: dict[int, Opaque] = {}
         self.inlined: set[int] = set()
         self.constants: dict[str, tuple[torch.Tensor, int]] = {}
         self.violations: list[Unfaithful] = []
-        self.attributes: dict[str, fx.Proxy] = {}
+        self.attribute_proxies: dict[str, fx.Proxy] = {}
         self.leaves: dict[int, bool] = {}
-        self.tensors: set[str] = set()  # arguments whose type was asked for
-        self.tensor_attrs: dict[Any, str] = {}  # tensors the forward makes itself
+        self.tensor_arguments: set[str] = set()
+        self.tensor_attrs: dict[Any, str] = {}  # names of `constants`, in fx's own attribute
         self.script_object_map: dict[Any, str] = {}
         registered = list(named_tensors(root))
-        self.names = {id(t): name for name, t in reversed([*_plain_tensors(root), *registered])}
-        self.paths = {id(module): path for path, module in root.named_modules()}
+        self.tensor_names = {
+            id(t): name for name, t in reversed([*_plain_tensors(root), *registered])
+        }
+        self.module_paths = {id(module): path for path, module in root.named_modules()}
         self.containers = Containers(root)
         self.hollow = Hollow(root, self)
         self.watch = Watch(self, [tensor for _, tensor in registered])
-        self.numbers = DrawnNumbers()
-        self.drew = False
-        self.surroundings = contexts()
+        self.generators = GeneratorStates()
+        self.drew_numbers = False
+        self.contexts = contexts()
 
     def run(self) -> fx.Graph:
         """Trace the root's forward."""
-        return surely(self._run, self._end)
+        return run_and_undo(self._trace_root, self._restore)
 
-    def _run(self) -> fx.Graph:
-        self.hollow.fill()
+    def _trace_root(self) -> fx.Graph:
+        self.hollow.install()
         call = self._root_call()
-        self.watch.begin()
+        self.watch.start()
         result = call()
         self.create_node("output", "output", (self.create_arg(result),), {})
-        self._expect_unchanged(self.root)
+        self._refuse_written_attributes(self.root)
         return self.graph
 
-    def expect_none_drawn(self, numbers: DrawnNumbers) -> None:
-        """Refuse a forward while whose trace the process's generators were used."""
-        if numbers.moved():
-            self.drew = True
+    def refuse_drawn_numbers(self, generators: GeneratorStates) -> None:
+        """Refuse a forward if `random` or NumPy drew numbers since `generators` was recorded."""
+        if generators.changed():
+            self.drew_numbers = True
             if is_only_thread():
-                numbers.give_back()
+                generators.restore()
                 raise Unfaithful("forward draws random numbers")
             raise Unfaithful("forward, or another thread meanwhile, draws random numbers")
 
-    def _end(self) -> None:
-        self.watch.end()
-        self.hollow.empty()
+    def _restore(self) -> None:
+        self.watch.stop()
+        self.hollow.uninstall()
 
     def refuse(self, error: Unfaithful) -> Unfaithful:
-        """Note a violation, so that user code that catches the error does not hide it."""
+        """Record a violation and return it, to be raised: user code may catch the error."""
         self.violations.append(error)
         return error
 
@@ -119,31 +162,31 @@ class Tracer(fx.Tracer):
         return TracedValue(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:  # noqa: D102
-        if contexts() != self.surroundings:
+        if contexts() != self.contexts:
             which = "inference_mode" if torch.is_inference_mode_enabled() else "autocast"
             raise self.refuse(Unfaithful(f"forward uses 'with torch.{which}'"))
         if args[0] in ("call_function", "call_method") and lacks_operand(*args[1:4]):
             name = getattr(args[1], "__name__", args[1])
-            raise self._absent(f"forward passes None to {name}() for a tensor")
+            raise self._missing_tensor(f"forward passes None to {name}() for a tensor")
         node = super().create_node(*args, **kwargs)
         node.meta.setdefault("nn_module_stack", collections.OrderedDict())
         return node
 
     def attribute(self, value: Any) -> Any:
-        """The traced value of a parameter or buffer that a module was asked for."""
-        name = self.names.get(id(value)) if isinstance(value, torch.Tensor) else None
+        """The traced value of a parameter or buffer; any other value as it is."""
+        name = self.tensor_names.get(id(value)) if isinstance(value, torch.Tensor) else None
         return value if name is None else self._get_attr(name)
 
     def _get_attr(self, name: str) -> fx.Proxy:
-        """One node per tensor: a write into it is seen by every use."""
-        found = self.attributes.get(name)
+        """One node for each tensor, so that every use sees a write into it."""
+        found = self.attribute_proxies.get(name)
         if found is None:
-            found = self.attributes[name] = self.create_proxy("get_attr", name, (), {})
+            found = self.attribute_proxies[name] = self.create_proxy("get_attr", name, (), {})
         return found
 
     def create_arg(self, a: Any) -> Any:  # noqa: D102
         kind = type(a)
-        if kind in _PLAIN:
+        if kind in _PLAIN_TYPES:
             return a
         if isinstance(a, fx.Proxy):
             return a.node
@@ -152,9 +195,9 @@ class Tracer(fx.Tracer):
         if kind is list:
             return [self.create_arg(item) for item in a]
         if isinstance(a, torch.Tensor):
-            return self._tensor(a)
+            return self._tensor_arg(a)
         if isinstance(a, dict) and kind not in (dict, fx.immutable_collections.immutable_dict):
-            return self._mapping(a)
+            return self._mapping_arg(a)
         if (
             isinstance(a, list)
             and kind is not fx.immutable_collections.immutable_list
@@ -163,8 +206,8 @@ class Tracer(fx.Tracer):
             return self.create_node("call_function", kind, ([self.create_arg(i) for i in a],), {})
         return super().create_arg(a)
 
-    def _tensor(self, tensor: torch.Tensor) -> fx.Node:
-        name = self.names.get(id(tensor)) or self.tensor_attrs.get(tensor)
+    def _tensor_arg(self, tensor: torch.Tensor) -> fx.Node:
+        name = self.tensor_names.get(id(tensor)) or self.tensor_attrs.get(tensor)
         if name is None:
             if tensor.grad_fn is not None or isinstance(tensor, nn.Parameter):
                 raise self.refuse(
@@ -178,7 +221,7 @@ class Tracer(fx.Tracer):
             self.tensor_attrs[tensor] = name
         return self._get_attr(name).node
 
-    def _mapping(self, mapping: dict[Any, Any]) -> fx.Node:
+    def _mapping_arg(self, mapping: dict[Any, Any]) -> fx.Node:
         """An OrderedDict (torchvision's segmentation output) or ModelOutput keeps its type."""
         kind = type(mapping)
         if isinstance(mapping, collections.defaultdict):
@@ -208,28 +251,36 @@ class Tracer(fx.Tracer):
         return found
 
     def call(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a call of a module of the tree gives."""
-        path = self.paths[id(m)]
-        self._expect_unchanged(m)
-        with self._inside(m, path):
+        """The traced result of a call of a module of the tree."""
+        path = self.module_paths[id(m)]
+        self._refuse_written_attributes(m)
+        with self._module_scope(m, path):
             if self.is_leaf_module(m, path):
                 return self._call_leaf(m, path, args, kwargs)
-            closed = self._closed(m, path)
-            if closed is None:
-                closed, result = self._attempt(m, path, args, kwargs)
-                if closed is None:
+            opaque = self._find_opaque(m, path)
+            if opaque is None:
+                opaque, result = self._trace_into(m, path, args, kwargs)
+                if opaque is None:
                     return result
-            return self._call_opaque(closed, args, kwargs)
+            return self._call_opaque(opaque, args, kwargs)
 
-    def _expect_unchanged(self, m: nn.Module) -> None:
-        """Refuse a forward that sets attributes or hooks of what it calls: it may restore them."""
-        name = self.hollow.written(m)
+    def _refuse_written_attributes(self, m: nn.Module) -> None:
+        """Refuse a forward that sets attributes or hooks of a module that it calls.
+
+        Checked at each call, because the forward may set them back afterwards.
+        """
+        name = self.hollow.written_attribute(m)
         if name is not None:
             raise self.refuse(Unfaithful(f"forward sets the attribute '{name}' of a module"))
 
-    def _absent(self, message: str) -> BaseException:
-        """What to raise for None in a tensor's place: an argument may be the reason."""
-        return Absent(message) if self.arguments.left_out else self.refuse(Unfaithful(message))
+    def _missing_tensor(self, message: str) -> BaseException:
+        """The error for None in a tensor's place.
+
+        `MissingTensor` if an argument that was left out may be the reason.
+        """
+        return (
+            MissingTensor(message) if self.arguments.left_out else self.refuse(Unfaithful(message))
+        )
 
     def _call_leaf(
         self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -238,13 +289,16 @@ class Tracer(fx.Tracer):
         if own is not None and lacks_input(m, args, kwargs):
             if own is nn.Identity:
                 return None
-            raise self._absent(f"forward passes None to '{path}', a {own.__name__}, for a tensor")
+            raise self._missing_tensor(
+                f"forward passes None to '{path}', a {own.__name__}, for a tensor"
+            )
         proxy = self.create_proxy("call_module", path, args, kwargs)
         proxy.node.meta["owner"] = own
         return proxy
 
     @contextlib.contextmanager
-    def _inside(self, m: nn.Module, path: str) -> Iterator[None]:
+    def _module_scope(self, m: nn.Module, path: str) -> Iterator[None]:
+        """Let nodes made meanwhile carry the module in `meta["nn_module_stack"]`, as fx does."""
         stack, scope = dict(self.module_stack), copy.copy(self.scope)
         calls = self.num_calls.get(path, 0)
         self.num_calls[path] = calls + 1
@@ -257,63 +311,77 @@ class Tracer(fx.Tracer):
             self.module_stack.update(stack)
             self.scope.module_path, self.scope.module_type = scope.module_path, scope.module_type
 
-    def _closed(self, m: nn.Module, path: str) -> Opaque | None:
-        found = self.closed.get(id(m)) or self.opaque.get(id(m))
+    def _find_opaque(self, m: nn.Module, path: str) -> Opaque | None:
+        found = self.known_opaque.get(id(m)) or self.opaque.get(id(m))
         if found is None and (foreign_hooks(m) or weight_hooks(m)):
             found = Opaque(m, path, "hook registered")
         return found
 
-    def _attempt(
+    def _trace_into(
         self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Opaque | None, Any]:
-        before = next(iter(reversed(self.graph.nodes)), None)
-        calls = dict(self.num_calls)
-        constants = set(self.constants)
-        opaque_before, inlined = dict(self.opaque), set(self.inlined)
-        seen, numbers = len(self.violations), DrawnNumbers()
+        """Trace the forward of a submodule: (None, its result), or (why it is opaque, None).
+
+        Raises:
+            Restart: it does not trace now, but did at an earlier call.
+        """
+        checkpoint, generators = self._checkpoint(), GeneratorStates()
         try:
             result = m.forward(*args, **kwargs)
-            if len(self.violations) > seen:
-                raise self.violations[seen]
-            self.expect_none_drawn(numbers)
-            self._expect_unchanged(m)
+            if len(self.violations) > checkpoint.violations:
+                raise self.violations[checkpoint.violations]
+            self.refuse_drawn_numbers(generators)
+            self._refuse_written_attributes(m)
         except Exception as error:
-            del self.violations[seen:]
-            self._forget(before, constants)
-            self.num_calls = calls
-            self.opaque, self.inlined = opaque_before, inlined
-            self.hollow.restore(m)
-            self.containers.restore(m)
+            self._roll_back(checkpoint, m)
             opaque = Opaque(m, path, explain(error), isinstance(error, ParameterWrite))
             if id(m) in self.inlined:
-                self.closed[id(m)] = opaque
-                raise Restart(m, opaque.reason) from error
+                self.known_opaque[id(m)] = opaque
+                raise Restart(opaque.reason) from error
             return opaque, None
         self.inlined.add(id(m))
         return None, result
 
-    def _forget(self, before: fx.Node | None, constants: set[str]) -> None:
+    def _checkpoint(self) -> _Checkpoint:
+        return _Checkpoint(
+            next(iter(reversed(self.graph.nodes)), None),
+            frozenset(self.constants),
+            dict(self.num_calls),
+            dict(self.opaque),
+            set(self.inlined),
+            len(self.violations),
+        )
+
+    def _roll_back(self, checkpoint: _Checkpoint, m: nn.Module) -> None:
+        """Undo all that the trace of a submodule has changed."""
+        del self.violations[checkpoint.violations :]
         for node in reversed(self.graph.nodes):
-            if node is before:
+            if node is checkpoint.last:
                 break
             self.graph.erase_node(node)
-        for name in [name for name in self.constants if name not in constants]:
+        for name in [name for name in self.constants if name not in checkpoint.constants]:
             self.tensor_attrs.pop(self.constants.pop(name)[0], None)
-        self.attributes = {n: p for n, p in self.attributes.items() if not p.node._erased}
+        self.attribute_proxies = {
+            name: proxy for name, proxy in self.attribute_proxies.items() if not proxy.node._erased
+        }
+        self.num_calls = checkpoint.num_calls
+        self.opaque, self.inlined = checkpoint.opaque, checkpoint.inlined
+        self.hollow.restore(m)
+        self.containers.restore(m)
 
     def _call_opaque(
         self, opaque: Opaque, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> fx.Proxy:
         m = opaque.module
         if any(isinstance(a, list | dict | set) for a in (*args, *kwargs.values())):
-            # a graph builds a new list per call: what the callee writes into it would be lost
+            # The graph builds a new list at each call: a write of the callee into it would be lost.
             raise self.refuse(
                 Unfaithful(f"forward passes a list or dict to '{opaque.path}' ({opaque.reason})")
             )
         if type(m).__call__ is not nn.Module.__call__ and not isinstance(m, fx.GraphModule):
             raise self.refuse(Unfaithful(f"'{opaque.path}' has its own __call__"))
         proxy = self.create_proxy("call_module", opaque.path, args, kwargs)
-        proxy.node.meta["owner"] = None  # what it returns is not known
+        proxy.node.meta["owner"] = None  # no class of torch.nn: its result is not known
         self.opaque[id(m)] = opaque
         return proxy
 
@@ -322,8 +390,8 @@ class Tracer(fx.Tracer):
     def _root_call(self) -> Callable[[], Any]:
         """The call of the root's forward on placeholders under its own names.
 
-        What has the value of its default is left out, as a caller would leave it out; what follows
-        it is passed by name.
+        An argument that has the value of its default is left out, as a caller would leave it out;
+        the arguments after it are passed by name.
         """
         positional: list[Any] = []
         named: dict[str, Any] = {}
@@ -349,7 +417,7 @@ class Tracer(fx.Tracer):
 
 
 def _plain_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors that modules hold as plain attributes, by path."""
+    """The tensors that modules hold as plain attributes, and their paths."""
     for path, module in root.named_modules():
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor):
@@ -360,7 +428,7 @@ def explain(error: BaseException) -> str:
     """One line on why a forward does not trace, with the place in the user's code."""
     text = str(error).strip().splitlines()
     message = text[0] if text else ""
-    if not isinstance(error, Unfaithful | Absent):
+    if not isinstance(error, Unfaithful | MissingTensor):
         message = f"{type(error).__name__}: {message}"
     if len(message) > 160:
         message = message[:157] + "..."

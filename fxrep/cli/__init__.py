@@ -1,1 +1,1 @@
-"""What the command line runs."""
+"""Models for the command line and the benchmarks."""

@@ -36,7 +36,7 @@ class Block(nn.Module):
         self.act = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, I, H, W) to (N, O, H / stride, W / stride)."""
+        """Map (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
         y = self.dense(x) + self.pointwise(x)
         if self.identity is not None:
             y = y + self.identity(x)
@@ -79,10 +79,10 @@ class RepVGG(nn.Module):
 
 @torch.no_grad()
 def randomize_batchnorm(model: nn.Module, seed: int = 0) -> None:
-    """Give every BatchNorm statistics and an affine part as training would leave them, in place.
+    """Give every BatchNorm statistics, weight and bias as after training, in place.
 
-    Fresh ones (mean 0, variance 1, scale 1, shift 0) hide most mistakes. Variances stay in
-    0.5-1.5: far smaller ones make a deep net amplify float32 rounding by themselves.
+    Fresh values (mean 0, variance 1, weight 1, bias 0) hide most mistakes. Variances stay in
+    0.5-1.5: with far smaller variances a deep net amplifies float32 rounding.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -17,7 +17,7 @@ DEFAULT_SIZE = 224
 
 
 class UnknownModelError(FxrepError):
-    """A model name that leads nowhere, or whose library is not installed."""
+    """A model name that does not exist, or whose library is not installed."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ def load(name: str = BUILT_IN, size: int | None = None, batch: int = 1) -> Examp
     """Build a model; nothing is downloaded.
 
     Args:
-        name: ``timm:NAME``, ``torchvision:NAME``, ``package.module:factory``, or nothing for the
+        name: ``timm:NAME``, ``torchvision:NAME``, ``package.module:factory``; by default the
             built-in network. A factory takes no argument and returns a module, or a module and a
             tuple of its inputs.
-        size: height and width of the images; by default what the model was made for.
+        size: height and width of the images in pixels; by default those the model was made for.
         batch: number of images.
 
     Raises:
-        FxrepError: the name leads nowhere or the library it needs is missing.
+        UnknownModelError: the model does not exist, or the library it needs is missing.
     """
     torch.manual_seed(0)
     model: nn.Module
@@ -92,7 +92,7 @@ def _torchvision(name: str, size: int | None) -> tuple[nn.Module, tuple[int, ...
             f"torchvision:{name}: torchvision {torchvision.__version__} has no such model; {near}"
         )
     builder = models.get_model_builder(name)
-    # Without this the backbone of a segmentation or detection model would be downloaded.
+    # Without this option torchvision downloads the backbones of these models.
     kind = builder.__module__.removeprefix("torchvision.models.").partition(".")[0]
     options = {"weights_backbone": None} if kind in ("detection", "segmentation") else {}
     if name in ("googlenet", "inception_v3"):
@@ -107,6 +107,7 @@ def _torchvision(name: str, size: int | None) -> tuple[nn.Module, tuple[int, ...
 
 
 def _factory(module: str, name: str) -> tuple[nn.Module, tuple[Any, ...] | None]:
+    """The module that a factory makes, and its inputs if the factory returns any."""
     try:
         factory = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -143,7 +144,7 @@ def _library(name: str) -> Any:
         raise UnknownModelError(
             f"{name} is not installed ({error}); python -m pip install {name}"
         ) from error
-    except RuntimeError as error:  # binary parts made for another torch
+    except RuntimeError as error:  # its binaries were built for another torch
         raise UnknownModelError(
             f"{name} is installed but does not import beside torch {torch.__version__}: {error}"
         ) from error

@@ -166,7 +166,7 @@ def _widened(value: Any) -> Any:
 
 def _outputs(model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
     args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-    with unchanged_random_state(whoever_draws=True):  # each model draws the same numbers
+    with unchanged_random_state(despite_other_threads=True):  # each model draws the same numbers
         leaves = tree_leaves(model(*args, **kwargs))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 

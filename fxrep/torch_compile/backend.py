@@ -1,8 +1,8 @@
 """`torch.compile(model, backend="fxrep")`: the rewrites of `fxrep.optimize` in dynamo's graphs.
 
-torch finds it by the entry point `torch_dynamo_backends`. What is left of a graph goes to another
-backend, Inductor if nothing else is said. Graphs that train go there as they are, and so does
-whatever the passes do not know: a model never fails here that would run there.
+torch finds the backend by the entry point `torch_dynamo_backends`. The rewritten graph goes to an
+inner backend, Inductor by default. Graphs that train, and graphs that cannot be rewritten, go there
+as they are: every model that the inner backend can run still runs.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from fxrep.planning.cost import CostModel, cost_models
 from fxrep.planning.rule import Pass
 from fxrep.rewriting.session import Settings
 from fxrep.torch_compile.compiled import Folded, Inner, Untouched
-from fxrep.torch_compile.dynamo import Unfoldable, log, static_inputs
+from fxrep.torch_compile.dynamo import Unfoldable, log, weight_inputs
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `options=` of `torch.compile` may say.
+    """The `options=` of `torch.compile`.
 
     Attributes:
-        inner: the backend that compiles what is left: a name that torch knows, or a callable.
-        freezing: folded weights become constants of the graph; it is compiled anew when they
+        inner: the backend that compiles the rewritten graph: a name known to torch, or a callable.
+        freezing: folded weights become constants of the graph, which is compiled anew when they
             change.
         passes: as for `fxrep.optimize`.
-        cost: the same.
-        validate: the same.
-        mode: what `torch.compile(mode=...)` says, which takes no options beside it.
+        cost: as for `fxrep.optimize`.
+        validate: as for `fxrep.optimize`.
+        mode: as for `torch.compile`, which takes either a mode or options.
     """
 
     inner: str | Callable[..., Any] = "inductor"
@@ -54,7 +54,7 @@ def compile_graph(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Compile one of dynamo's graphs, on folded weights where it has some.
+    """Compile one of dynamo's graphs, with folded weights where possible.
 
     Args:
         gm: dynamo's graph; weights are inputs.
@@ -63,14 +63,14 @@ def compile_graph(
         options: see `Options`.
 
     Raises:
-        OptionError: an option does not exist or has a value that does not.
+        OptionError: an option or its value does not exist.
     """
     chosen = _options(mode, options)
     settings = Settings(chosen_passes(chosen.passes), cost_models(chosen.cost), chosen.validate)
     inner = _inner(chosen)
     weights: list[Tensor] = []
     try:
-        weights = [example_inputs[i] for i in static_inputs(gm, example_inputs)]
+        weights = [example_inputs[i] for i in weight_inputs(gm, example_inputs)]
         if not weights:
             raise Unfoldable("no weights among its inputs")
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
@@ -80,7 +80,7 @@ def compile_graph(
         reason = str(refusal)
     except Exception as error:  # the inner compiler may do better with the graph as it is
         for each in (error, error.__cause__):
-            if isinstance(each, RestartAnalysis):  # dynamo is to trace anew, with a number fixed
+            if isinstance(each, RestartAnalysis):  # dynamo has to trace again, with a number fixed
                 raise each from None
         log.warning("rewriting failed: %s: %s", type(error).__name__, error, exc_info=True)
         reason = f"rewriting failed: {type(error).__name__}: {error}"

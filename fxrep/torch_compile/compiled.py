@@ -1,10 +1,10 @@
-"""A graph of `torch.compile` at run time: which folded weights belong to the weights it is given.
+"""A graph of `torch.compile` at run time: folded weights are cached and checked at each call.
 
 Dynamo calls one compiled graph with the weights of any module of equal structure, and with weights
-that have changed since. Folded weights are therefore kept by the identity of the weights they were
-made from, and each call first makes sure that these are still what they were: at the same address,
-of the same version; small buffers, which may be running statistics that kernels write without a
-trace, of the same content instead.
+that have changed since. Folded weights are therefore cached by the ids of the weights they were
+made from, and each call checks that those have not changed: a weight is watched (same address, same
+version) or compared. Compared, by content, are small buffers: they may be running statistics, which
+CUDA and C++ kernels write without a new version.
 """
 
 from __future__ import annotations
@@ -31,15 +31,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fxrep.registry import graphs
 from fxrep.report import Report, Skip
 from fxrep.rewriting.session import Settings
-from fxrep.torch_compile.dynamo import Unfoldable, lasting, log, static_inputs, statistics
+from fxrep.torch_compile.dynamo import Unfoldable, lasting_copy, log, statistics, weight_inputs
 from fxrep.torch_compile.folding import Bound, Folding, bind, fold
 
-# Sets of weights that one graph keeps folded weights for, and ways to rewrite it.
-MOST_SETS = 64
-MOST_FOLDINGS = 4
-
-# Buffers of more elements are no running statistics.
-MOST_CHANNELS = 1 << 14
+MOST_SETS = 64  # sets of weights that one graph caches folded weights for
+MOST_FOLDINGS = 4  # ways to rewrite one graph
+MOST_CHANNELS = 1 << 14  # buffers with more elements are no running statistics
 
 Run = Callable[..., Any]
 Inner = Callable[[fx.GraphModule, Sequence[Any]], Run]
@@ -50,23 +47,23 @@ _version = operator.attrgetter("_version")
 
 @dataclass(frozen=True, eq=False)
 class _Compiled:
-    """What the inner compiler made of a graph, and which of dynamo's inputs that takes."""
+    """A graph after the inner compiler, and how its inputs are taken from dynamo's."""
 
     run: Run
     take: Take
 
 
 @dataclass(frozen=True, eq=False)
-class _Kept:
-    """Folded weights, and what tells that they are still right.
+class _CachedWeights:
+    """Folded weights, and the state of the weights they were made from.
 
     Attributes:
-        compiled: the graph that takes them.
-        folded: the weights; none if they are constants of the graph.
-        storages: the memory they were made from, weakly.
-        versions: of those that are watched.
-        addresses: of the same.
-        contents: of those that are compared, joined.
+        compiled: the graph that takes the folded weights.
+        folded: the folded weights; none if they are constants of the graph.
+        storages: weak references to the memory of the original weights.
+        versions: of the watched weights.
+        addresses: of the watched weights.
+        contents: of the compared weights, those that can be joined in one tensor.
     """
 
     compiled: _Compiled
@@ -77,12 +74,27 @@ class _Kept:
     contents: list[Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """A way to rewrite the graph.
+
+    Attributes:
+        folding: the rewritten graph.
+        compiled: the graph that takes folded weights; None if each set of weights has its own.
+        paths: the folded weights that `compiled` takes.
+    """
+
+    folding: Folding
+    compiled: _Compiled | None
+    paths: tuple[str, ...]
+
+
 class Untouched:
-    """A graph that is left to the inner compiler, and why."""
+    """A graph that is left to the inner compiler as it is, with the reason in its report."""
 
     def __init__(self, run: Run, weights: Iterable[Tensor], reason: str) -> None:
         self.run = run
-        self.weights = set(map(id, weights))  # no weak references: nothing depends on it
+        self.weights = set(map(id, weights))  # ids may be those of dead tensors: only reports ask
         where = f"graph {CompileContext.current_compile_id()}"
         self.report = Report((), (Skip("compile", where, reason),))
         log.info("%s is left as it is: %s", where, reason)
@@ -96,8 +108,8 @@ class Untouched:
         """Whether it was compiled for one of these tensors."""
         return not tensors.isdisjoint(self.weights)
 
-    def forget(self, tensors: set[int] | None) -> None:
-        """Nothing was made from them."""
+    def invalidate(self, tensors: set[int] | None) -> None:
+        """Do nothing: there are no folded weights."""
 
 
 class Folded:
@@ -105,10 +117,10 @@ class Folded:
 
     Args:
         gm: dynamo's graph.
-        inputs: the values of its inputs it is compiled for.
-        inner: compiles a graph for given values of its inputs.
-        settings: the passes and how to judge them.
-        freezing: folded weights are constants of the graph, compiled anew when they change.
+        inputs: the values of its inputs that it is compiled for.
+        inner: compiles a graph for example values of its inputs.
+        settings: the passes, their cost model and whether to validate.
+        freezing: folded weights are constants of the graph; it is compiled anew when they change.
 
     Raises:
         Unfoldable: there is nothing to fold, or the graph has to stay as it is.
@@ -123,94 +135,96 @@ class Folded:
         freezing: bool,
     ) -> None:
         self.inner, self.settings, self.freezing = inner, settings, freezing
-        self.gm = lasting(gm)
-        self.positions = static_inputs(self.gm, inputs)
+        self.gm = lasting_copy(gm)
+        self.positions = weight_inputs(self.gm, inputs)
         placeholders = self.gm.graph.find_nodes(op="placeholder")
         self.fakes = [node.meta.get("example_value") for node in placeholders]
         self.mode = next((f.fake_mode for f in self.fakes if isinstance(f, FakeTensor)), None)
         (output,) = gm.graph.find_nodes(op="output")
         self.outputs = [_kind(_example(value)) for value in output.args[0]]
-        self.late = False
-        self.kept: dict[tuple[int, ...], _Kept] = {}
-        self.known: set[int] = set()
-        self.foldings: list[tuple[Folding, _Compiled | None, tuple[str, ...]]] = []
-        self.plain: _Compiled | None = None
+        self.at_run_time = False  # dynamo still compiles: its tracing context is active
+        self.cache: dict[tuple[int, ...], _CachedWeights] = {}
+        self.cached_ids: set[int] = set()
+        self.foldings: list[_Entry] = []  # the one used last stands last
+        self.unfolded: _Compiled | None = None
         self.sources: set[int] | None = None
-        compiled, folded = self._folded(inputs)
-        self.overwritten = self.foldings[-1][0].overwritten
-        self._keep(compiled, folded, inputs)
-        self.late = True
+        compiled, folded = self._fold(inputs)
+        self.written_inputs = self.foldings[-1].folding.written_inputs
+        self._store(compiled, folded, inputs)
+        self.at_run_time = True
         graphs.add(self)
 
     @property
     def report(self) -> Report:
-        """What was done last."""
-        return self.foldings[-1][0].report
+        """The report of the rewriting that was used last."""
+        return self.foldings[-1].folding.report
 
     def uses(self, tensors: set[int]) -> bool:
-        """Whether it has folded one of these tensors."""
-        return not tensors.isdisjoint(self.known) and any(
-            not tensors.isdisjoint(key) for key in self.kept
+        """Whether cached weights were made from one of these tensors."""
+        return not tensors.isdisjoint(self.cached_ids) and any(
+            not tensors.isdisjoint(key) for key in self.cache
         )
 
-    def forget(self, tensors: set[int] | None) -> None:
-        """Compute anew what was made from these tensors, or everything."""
-        if tensors is not None and tensors.isdisjoint(self.known):
+    def invalidate(self, tensors: set[int] | None) -> None:
+        """Drop the cached weights that were made from these tensors, or all."""
+        if tensors is not None and tensors.isdisjoint(self.cached_ids):
             return
-        for key in list(self.kept):
+        for key in list(self.cache):
             if tensors is None or not tensors.isdisjoint(key):
-                self.kept.pop(key, None)
+                self.cache.pop(key, None)
 
     def __call__(self, *args: Any) -> Any:
-        """Run the graph on what was folded from the weights among `args`."""
-        weights = self.weights(args)
-        kept = self.kept.get(tuple(map(id, weights)))
-        if kept is None or not self._stands(kept, weights):
-            kept = self._renewed(args)
-        if self.overwritten and self._overwrites(args):
+        """Run the graph on folded weights for the weights among `args`."""
+        weights = self.take_weights(args)
+        cached = self.cache.get(tuple(map(id, weights)))
+        if cached is None or not self._is_valid(cached, weights):
+            cached = self._refold(args)
+        if self.written_inputs and self._writes_a_weight(args):
             return self.gm(*args)
-        compiled = kept.compiled
-        return compiled.run(*compiled.take(args), *kept.folded)
+        compiled = cached.compiled
+        return compiled.run(*compiled.take(args), *cached.folded)
 
-    def _stands(self, kept: _Kept, weights: tuple[Tensor, ...]) -> bool:
-        watched = weights[: self.watched]
+    def _is_valid(self, cached: _CachedWeights, weights: tuple[Tensor, ...]) -> bool:
+        """Whether these weights are as they were when they were folded."""
+        watched = weights[: self.num_watched]
         return (
-            list(map(_version, watched)) == kept.versions
-            and list(map(Tensor.data_ptr, watched)) == kept.addresses
+            list(map(_version, watched)) == cached.versions
+            and list(map(Tensor.data_ptr, watched)) == cached.addresses
             and (
-                # What the device knows cannot be asked for while its work is only recorded.
+                # While a CUDA graph is recorded, no result can be read from the device.
                 _is_capturing()
                 or all(
                     _equal(_joined(take(weights)), content)
-                    for take, content in zip(self.compared, kept.contents, strict=True)
+                    for take, content in zip(self.take_compared, cached.contents, strict=True)
                 )
             )
         )
 
-    def _overwrites(self, args: Sequence[Any]) -> bool:
-        """Whether the graph writes an input that is a weight, seen from elsewhere."""
-        memory = {args[i].untyped_storage()._cdata for i in self.overwritten}
+    def _writes_a_weight(self, args: Sequence[Any]) -> bool:
+        """Whether the graph writes an input that shares its memory with a weight."""
+        memory = {args[i].untyped_storage()._cdata for i in self.written_inputs}
         return any(args[i].untyped_storage()._cdata in memory for i in self.positions)
 
-    def _renewed(self, args: Sequence[Any]) -> _Kept:
+    def _refold(self, args: Sequence[Any]) -> _CachedWeights:
+        """Fold other weights, or cache the original graph for them."""
         try:
-            compiled, folded = self._folded(args)
-        except Exception as error:  # the original graph is right whatever happened
+            compiled, folded = self._fold(args)
+        except Exception as error:  # the original graph is right in any case
             log.warning("these weights are not folded: %s: %s", type(error).__name__, error)
-            compiled, folded = self._original(args), ()
-        return self._keep(compiled, folded, args)
+            compiled, folded = self._unfolded(args), ()
+        return self._store(compiled, folded, args)
 
-    def _watch(self, inputs: Sequence[Any]) -> None:
-        """Settle what each call checks: what anything was made from, in any of the foldings."""
-        foldings = [folding for folding, *_ in self.foldings]
+    def _choose_checks(self, inputs: Sequence[Any]) -> None:
+        """Set which weights each call checks: all those that any of the foldings depends on."""
+        foldings = [entry.folding for entry in self.foldings]
         sources = {i for folding in foldings for i in folding.sources}
         if self.freezing:
-            sources |= {f.statics[path] for f in foldings for path in f.freezable}
+            sources |= {f.weight_positions[path] for f in foldings for path in f.freezable}
         sources = sources or set(self.positions)
         if sources == self.sources:
             return
         self.sources = sources
-        self.kept.clear()
+        self.cache.clear()
         kernels_write = statistics(self.gm)
         watched: list[int] = []
         compared: list[int] = []
@@ -218,110 +232,121 @@ class Folded:
             if i in sources:
                 has_content = node in kernels_write or _may_be_statistics(inputs[i])
                 (compared if has_content else watched).append(i)
-        self.watched = len(watched)
-        self.weights = _taking([*watched, *compared])
-        self.compared = _groups(self.watched, [inputs[i] for i in compared])
+        self.num_watched = len(watched)
+        self.take_weights = _taker([*watched, *compared])
+        self.take_compared = _joinable(self.num_watched, [inputs[i] for i in compared])
 
-    def _keep(
+    def _store(
         self, compiled: _Compiled, folded: tuple[Tensor, ...], inputs: Sequence[Any]
-    ) -> _Kept:
-        weights, kept = self.weights(inputs), self.kept
+    ) -> _CachedWeights:
+        weights, cache = self.take_weights(inputs), self.cache
         key = tuple(map(id, weights))
-        kept.pop(key, None)
-        while len(kept) >= MOST_SETS:
-            kept.pop(next(iter(kept)))
+        cache.pop(key, None)
+        while len(cache) >= MOST_SETS:
+            cache.pop(next(iter(cache)))
 
-        def gone(_: object) -> None:
-            kept.pop(key, None)
+        def drop(_: object) -> None:
+            cache.pop(key, None)
 
-        kept[key] = _Kept(
+        cache[key] = _CachedWeights(
             compiled,
             folded,
-            # An address says nothing once its memory was freed: ``p.data =`` may get it again. Not
-            # the tensors: `torch.utils.swap_tensors` refuses those that are watched.
-            tuple(weakref.ref(weight.untyped_storage(), gone) for weight in weights),
-            list(map(_version, weights[: self.watched])),
-            list(map(Tensor.data_ptr, weights[: self.watched])),
-            [_joined(take(weights)).clone() for take in self.compared],
+            # An address identifies memory only until the memory is freed: after ``p.data =`` a new
+            # storage may have the old address. Weak references to the tensors themselves would make
+            # `torch.utils.swap_tensors` refuse them.
+            tuple(weakref.ref(weight.untyped_storage(), drop) for weight in weights),
+            list(map(_version, weights[: self.num_watched])),
+            list(map(Tensor.data_ptr, weights[: self.num_watched])),
+            [_joined(take(weights)).clone() for take in self.take_compared],
         )
-        self.known = set().union(*kept)
-        return kept[key]
+        self.cached_ids = set().union(*cache)
+        return cache[key]
 
-    def _folded(self, inputs: Sequence[Any]) -> tuple[_Compiled, tuple[Tensor, ...]]:
+    def _fold(self, inputs: Sequence[Any]) -> tuple[_Compiled, tuple[Tensor, ...]]:
         """The graph and folded weights for these inputs."""
+        entry, values = self._known_folding(inputs) or self._new_folding(inputs)
+        if entry.compiled is not None:
+            return entry.compiled, tuple(values[path] for path in entry.paths)
+        folding = entry.folding
+        frozen = dict(values)
+        for path in folding.freezable:
+            value = inputs[folding.weight_positions[path]]
+            # Buffers compared by content are copied: the model may replace them, and their memory
+            # may be reused.
+            frozen[path] = value.clone() if _may_be_statistics(value) else value
+        return self._compile(bind(folding, self.gm, frozen), inputs, {}), ()
+
+    def _known_folding(self, inputs: Sequence[Any]) -> tuple[_Entry, dict[str, Tensor]] | None:
+        """A folding that fits these inputs, and its folded weights for them, if there is one."""
         for entry in self.foldings:
-            folding, compiled, paths = entry
-            if folding.fits(inputs):
+            if entry.folding.fits(inputs):
                 try:
-                    values = folding.compute(inputs)
+                    values = entry.folding.compute(inputs)
                 except Unfoldable:
                     continue
                 self.foldings.remove(entry)
                 self.foldings.append(entry)  # the last used stays longest
-                break
-        else:
-            folding, values = fold(self.gm, inputs, self.settings)
-            if not (folding.report.rewrites or self.freezing):
-                raise Unfoldable("nothing to fold")
-            bound = bind(folding, self.gm, {})
-            self._check(bound, inputs, values)
-            paths = bound.paths
-            compiled = None if self.freezing else self._compile(bound, inputs, values)
-            self.foldings = [*self.foldings[1 - MOST_FOLDINGS :], (folding, compiled, paths)]
-            self._watch(inputs)
-        if compiled is not None:
-            return compiled, tuple(values[path] for path in paths)
-        frozen = dict(values)
-        for path in folding.freezable:
-            value = inputs[folding.statics[path]]
-            # Who is known by content only may go on elsewhere, and its memory to someone else.
-            frozen[path] = value.clone() if _may_be_statistics(value) else value
-        return self._compile(bind(folding, self.gm, frozen), inputs, {}), ()
+                return entry, values
+        return None
+
+    def _new_folding(self, inputs: Sequence[Any]) -> tuple[_Entry, dict[str, Tensor]]:
+        folding, values = fold(self.gm, inputs, self.settings)
+        if not (folding.report.rewrites or self.freezing):
+            raise Unfoldable("nothing to fold")
+        bound = bind(folding, self.gm, {})
+        self._check_outputs(bound, inputs, values)
+        compiled = None if self.freezing else self._compile(bound, inputs, values)
+        entry = _Entry(folding, compiled, bound.paths)
+        self.foldings = [*self.foldings[1 - MOST_FOLDINGS :], entry]
+        self._choose_checks(inputs)
+        return entry, values
 
     def _compile(self, bound: Bound, inputs: Sequence[Any], values: dict[str, Tensor]) -> _Compiled:
-        take = _taking(bound.positions)
+        take = _taker(bound.positions)
         folded = [values[path] for path in bound.paths]
         context = TracingContext.try_get()
-        if not self.late and context is not None:
+        if not self.at_run_time and context is not None:
             _fix_shapes(context, folded)
-        if not self.late or self.mode is None:
+        if not self.at_run_time or self.mode is None:
             return _Compiled(self.inner(bound.module, [*take(inputs), *folded]), take)
-        # Dynamo's sizes: the graph has to run at all that dynamo runs it at.
+        # With dynamo's symbolic sizes: the graph has to run at all sizes that dynamo runs it at.
         fakes = [self.mode.from_tensor(tensor, static_shapes=True) for tensor in folded]
         with tracing(TracingContext(self.mode)):
             return _Compiled(self.inner(bound.module, [*take(self.fakes), *fakes]), take)
 
-    def _original(self, inputs: Sequence[Any]) -> _Compiled:
-        """Dynamo's graph as it is, compiled if that goes well."""
-        if self.plain is None:
+    def _unfolded(self, inputs: Sequence[Any]) -> _Compiled:
+        """Dynamo's graph as it is, compiled where the inner compiler can."""
+        if self.unfolded is None:
             graph = fx.Graph()
             graph.output(graph.graph_copy(self.gm.graph, {}))
             everything = tuple(range(len(self.fakes)))
             bound = Bound(fx.GraphModule(self.gm, graph), everything, ())
             try:
-                self.plain = self._compile(bound, inputs, {})
+                self.unfolded = self._compile(bound, inputs, {})
             except Exception as error:
                 log.warning("runs without the inner compiler: %s", error)
-                self.plain = _Compiled(self.gm.forward, _taking(everything))
-        return self.plain
+                self.unfolded = _Compiled(self.gm.forward, _taker(everything))
+        return self.unfolded
 
-    def _check(self, bound: Bound, inputs: Sequence[Any], values: dict[str, Tensor]) -> None:
-        """Make sure that the outputs are of the same kind: autocast shows in their dtypes."""
+    def _check_outputs(
+        self, bound: Bound, inputs: Sequence[Any], values: dict[str, Tensor]
+    ) -> None:
+        """Refuse a graph whose outputs have other dtypes (autocast), devices or shapes."""
         mode = self.mode or FakeTensorMode()
         given = inputs if self.mode is None else self.fakes
         taken = [given[i] for i in bound.positions] + [values[path] for path in bound.paths]
         fakes = [_faked(mode, value) for value in taken]
         with torch.no_grad(), mode, enable_python_dispatcher():
             got = bound.module(*fakes)
-        for expected, mine in zip(self.outputs, map(_kind, got), strict=True):
-            if mine != expected:
-                raise Unfoldable(f"a result would be {mine} instead of {expected}")
+        for expected, actual in zip(self.outputs, map(_kind, got), strict=True):
+            if actual != expected:
+                raise Unfoldable(f"a result would be {actual} instead of {expected}")
 
 
 def _faked(mode: FakeTensorMode, value: Any) -> Any:
     if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
         return value
-    # Detached: who is watched by a mode cannot be swapped until it is collected.
+    # Detached, because the mode keeps weak references, and `swap_tensors` refuses such tensors.
     return mode.from_tensor(value.detach(), static_shapes=True)
 
 
@@ -329,22 +354,22 @@ def _example(value: object) -> object:
     return value.meta.get("example_value") if isinstance(value, fx.Node) else value
 
 
-def _after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """Some optimizers leave no trace: fused ones, and those that write ``p.data``."""
+def _on_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Invalidate at each step: fused optimizers, and writes of ``p.data``, make no new version."""
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for graph in list(graphs):
-        graph.forget(stepped)
+        graph.invalidate(stepped)
 
 
-def _registered(_: nn.Module, __: str, tensor: Tensor | None) -> None:
-    """One that died may have been where a new one is now, in the same memory, as often written."""
+def _on_registration(_: nn.Module, __: str, tensor: Tensor | None) -> None:
+    """Invalidate the id: the new tensor may have the id, address and version of a dead one."""
     for graph in list(graphs):
-        graph.forget({id(tensor)})
+        graph.invalidate({id(tensor)})
 
 
-register_optimizer_step_post_hook(_after_step)
-register_module_parameter_registration_hook(_registered)
-register_module_buffer_registration_hook(_registered)
+register_optimizer_step_post_hook(_on_step)
+register_module_parameter_registration_hook(_on_registration)
+register_module_buffer_registration_hook(_on_registration)
 
 
 def _is_capturing() -> bool:
@@ -353,24 +378,29 @@ def _is_capturing() -> bool:
     return initialized and torch.cuda.is_current_stream_capturing()
 
 
-def _taking(positions: Sequence[int]) -> Take:
-    """What stands at some positions, as a tuple."""
+def _taker(positions: Sequence[int]) -> Take:
+    """A function that takes the values at these positions, as a tuple."""
     if len(positions) > 1:
         return operator.itemgetter(*positions)
     return lambda values: tuple(values[i] for i in positions)
 
 
-def _groups(start: int, values: Iterable[Tensor]) -> list[Take]:
-    """What can be joined, by its places among the weights; these values start at `start`."""
+def _joinable(start: int, values: Iterable[Tensor]) -> list[Take]:
+    """Functions that take, from all weights, those that can be joined in one tensor.
+
+    Args:
+        start: the position of the first of `values` among all weights.
+        values: the weights that are compared.
+    """
     groups: dict[object, list[int]] = {}
     for place, value in enumerate(values, start):
         joins = value.shape[1:] if value.dim() else place
         groups.setdefault((value.dtype, value.device, joins), []).append(place)
-    return [_taking(places) for places in groups.values()]
+    return [_taker(places) for places in groups.values()]
 
 
 def _may_be_statistics(value: Tensor) -> bool:
-    """Whether a BatchNorm may have it: in training, elsewhere, in whatever form evaluation does."""
+    """Whether a BatchNorm that trains may write this buffer, in whatever graph it runs."""
     is_buffer = not isinstance(value, nn.Parameter) and value.is_floating_point()
     return is_buffer and value.numel() <= MOST_CHANNELS
 
@@ -396,7 +426,7 @@ def _kind(value: object) -> object:
 
 
 def _fix_shapes(context: TracingContext, tensors: Iterable[Tensor]) -> None:
-    """Folded weights never change their shapes, whatever dynamo does about other inputs."""
+    """Mark folded weights as static: dynamo may make the sizes of other inputs symbolic."""
     for i, tensor in enumerate(tensors):
         context.tensor_to_context[tensor] = StatefulSymbolicContext(
             dynamic_sizes=[DimDynamic.STATIC] * tensor.dim(),

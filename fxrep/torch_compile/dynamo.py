@@ -1,7 +1,8 @@
-"""What dynamo hands to a backend, as the passes want it: a graph over a module that holds weights.
+"""From dynamo's graph to the graph that the passes take: weights are attributes of a module.
 
-Parameters and buffers arrive as inputs of the graph. Those that are registered in a module, and are
-ordinary tensors, become attributes of a module of the same structure; the rest stays an input.
+Dynamo passes parameters and buffers as inputs of the graph. Here those that are registered in a
+module, and are ordinary tensors, become attributes of a module of the same structure; other inputs
+stay inputs.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ class Unfoldable(FxrepError):
     """A graph, or a set of weights, that is left to the inner compiler as it is."""
 
 
-def static_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[int, fx.Node]:
+def weight_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[int, fx.Node]:
     """The inputs that hold a registered parameter or buffer, an ordinary tensor, by position."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     return {
         i: node
         for i, (node, value) in enumerate(zip(placeholders, inputs, strict=True))
-        if _registered(node) is not None and _is_ordinary(value)
+        if _registered_path(node) is not None and _is_ordinary(value)
     }
 
 
-def lasting(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of dynamo's graph, with what has to be known of it for later rewrites.
+def lasting_copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of dynamo's graph that can be rewritten after dynamo has finished.
 
-    Dynamo forgets where inputs come from as soon as it is done, and its fake tensors watch the real
-    ones: those are kept only where sizes vary.
+    Dynamo drops the sources of inputs then: their paths stay in `meta["registered"]`, ranks in
+    `meta["rank"]`. Fake tensors refer to real tensors, and stay only where sizes are symbolic.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
@@ -54,7 +55,7 @@ def lasting(gm: fx.GraphModule) -> fx.GraphModule:
         if isinstance(fake, Tensor):
             known["rank"] = fake.dim()
         if node.op == "placeholder":
-            known["registered"] = _registered(node)
+            known["registered"] = _registered_path(node)
         if dynamic and fake is not None:
             known["example_value"] = fake
         node.meta = known
@@ -62,13 +63,13 @@ def lasting(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def is_symbolic(value: object) -> bool:
-    """Whether a value, or its sizes, vary."""
+    """Whether a value is a symbolic number, or a tensor of symbolic sizes."""
     if isinstance(value, FakeTensor):
         return bool(value._has_symbolic_sizes_strides)
     return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
-def _registered(node: fx.Node) -> str | None:
+def _registered_path(node: fx.Node) -> str | None:
     """The path of the parameter or buffer that an input holds, if a module registered it."""
     if "registered" in node.meta:
         path: str | None = node.meta["registered"]
@@ -76,7 +77,7 @@ def _registered(node: fx.Node) -> str | None:
     source = getattr(node.meta.get("grapharg"), "source", None)
     if source is None or not is_from_unspecialized_param_buffer_source(source):
         return None
-    return _path(source.name)
+    return _module_path(source.name)
 
 
 def _is_ordinary(value: object) -> bool:
@@ -91,7 +92,7 @@ def _is_ordinary(value: object) -> bool:
 
 
 def statistics(gm: fx.GraphModule) -> set[fx.Node]:
-    """Running means and variances: kernels write them without leaving a trace."""
+    """The inputs that are running means and variances, which kernels write without new versions."""
     calls = Calls(gm)
     return {
         source
@@ -103,7 +104,7 @@ def statistics(gm: fx.GraphModule) -> set[fx.Node]:
 
 
 def normalizes(node: fx.Node) -> bool:
-    """Whether a node calls a BatchNorm or InstanceNorm, whatever way it is spelt."""
+    """Whether a node calls a function of BatchNorm or InstanceNorm."""
     name = str(getattr(node.target, "__name__", node.target))
     return node.op == "call_function" and ("batch_norm" in name or "instance_norm" in name)
 
@@ -112,24 +113,24 @@ def normalizes(node: fx.Node) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Copied:
+class AttributeGraph:
     """A copy of dynamo's graph that reads its weights as attributes of a module.
 
     Attributes:
         graph: the copy.
         root: the module.
-        statics: parameters and buffers, by path: their positions among dynamo's inputs.
-        held: what dynamo's graph held itself (constants, bodies of control flow), by path.
+        weight_positions: by path of a parameter or buffer, its position among dynamo's inputs.
+        graph_attributes: by path, attributes of dynamo's graph (constants, bodies of control flow).
     """
 
     graph: fx.Graph
     root: nn.Module
-    statics: dict[str, int]
-    held: dict[str, Any]
+    weight_positions: dict[str, int]
+    graph_attributes: dict[str, Any]
 
     @property
     def ranks(self) -> dict[fx.Node, int]:
-        """The ranks of tensors, which dynamo guards."""
+        """The ranks of tensors, which dynamo guarantees."""
         return {
             node: node.meta["rank"]
             for node in self.graph.nodes
@@ -137,37 +138,45 @@ class Copied:
         }
 
 
-def copied(gm: fx.GraphModule, inputs: Sequence[Any]) -> Copied:
-    """Copy a lasting graph of dynamo's, called with `inputs`.
+def weights_as_attributes(gm: fx.GraphModule, inputs: Sequence[Any]) -> AttributeGraph:
+    """Copy dynamo's graph, with its weights as attributes.
+
+    Args:
+        gm: made by `lasting_copy`.
+        inputs: values of its inputs.
 
     Raises:
-        Unfoldable: it holds what the passes do not know.
+        Unfoldable: the passes do not know all that the graph does.
     """
-    positions = static_inputs(gm, inputs)
+    positions = weight_inputs(gm, inputs)
     graph, copies = fx.Graph(), {}  # type: ignore[var-annotated]
     graph.output(graph.graph_copy(gm.graph, copies))
     root = nn.Module()
-    held = {str(n.target): _held(gm, n) for n in gm.graph.find_nodes(op="get_attr")}
-    for path, value in held.items():
+    graph_attributes = {
+        str(n.target): _own_attribute(gm, n) for n in gm.graph.find_nodes(op="get_attr")
+    }
+    for path, value in graph_attributes.items():
         register(root, path, value)
-    statics: dict[str, int] = {}
+    weight_positions: dict[str, int] = {}
     for position, original in positions.items():
         placeholder = copies[original]
         if placeholder.users:
-            path = _place(root, original, inputs[position])
-            statics[path] = position
+            path = _register_weight(root, original, inputs[position])
+            weight_positions[path] = position
             with graph.inserting_before(placeholder):
                 read = graph.get_attr(path)
             read.meta = dict(placeholder.meta)
             placeholder.replace_all_uses_with(read)
         graph.erase_node(placeholder)
     for node in graph.nodes:
-        _refuse(node)
-        _say_where(root, node)
-    return Copied(graph, root, statics, held)
+        _refuse_unknown(node)
+        if normalizes(node):
+            _fix_numbers(node)
+        _set_module_path(root, node)
+    return AttributeGraph(graph, root, weight_positions, graph_attributes)
 
 
-def _held(gm: fx.GraphModule, node: fx.Node) -> Any:
+def _own_attribute(gm: fx.GraphModule, node: fx.Node) -> Any:
     if "." in str(node.target):
         raise Unfoldable(f"it reads {node.target}, which is no attribute of its own")
     return getattr(gm, str(node.target))
@@ -179,35 +188,39 @@ _MODES = (
 )  # fmt: skip
 
 
-def _refuse(node: fx.Node) -> None:
-    """Fix what dynamo left open, and refuse what the passes do not know."""
+def _refuse_unknown(node: fx.Node) -> None:
     name = getattr(node.target, "__name__", "")
     if node.op == "call_module":
         raise Unfoldable(f"it calls the module {node.target}")
     if name in _MODES:
         raise Unfoldable(f"it switches modes inside ({name})")
-    if normalizes(node):
-        # With dynamic shapes even a module's eps is an input: its value is guarded from here on.
-        for each in node.all_input_nodes:
-            value = each.meta.get("example_value")
-            if isinstance(value, (float, torch.SymFloat)):
-                node.replace_input_with(each, float(value))  # type: ignore[arg-type]
-                if each.target == "item" and not each.users:
-                    each.graph.erase_node(each)
 
 
-def _say_where(root: nn.Module, node: fx.Node) -> None:
-    """The path of the module whose forward made a node, as `fxrep.reading.view.scope` reads it."""
+def _fix_numbers(node: fx.Node) -> None:
+    """Make symbolic numbers constants: with dynamic shapes even the eps of a module is an input.
+
+    ``float(value)`` lets dynamo guard the value.
+    """
+    for each in node.all_input_nodes:
+        value = each.meta.get("example_value")
+        if isinstance(value, (float, torch.SymFloat)):
+            node.replace_input_with(each, float(value))  # type: ignore[arg-type]
+            if each.target == "item" and not each.users:
+                each.graph.erase_node(each)
+
+
+def _set_module_path(root: nn.Module, node: fx.Node) -> None:
+    """Let `meta["nn_module_stack"]` name the module that made a node, as `view.scope` reads it."""
     stack = node.meta.pop("nn_module_stack", None)
     if not stack:
         return
     name, kind = next(reversed(stack.values()))
-    path = _path(name)
+    path = _module_path(name)
     if path and _module_at(root, path) is not None:
         node.meta["nn_module_stack"] = {path: (path, kind)}
 
 
-def _path(source: str) -> str:
+def _module_path(source: str) -> str:
     """``L['self']._modules['stem']._parameters['weight']`` -> ``stem.weight``."""
     words: list[str] = re.findall(r"\w+", source)
     return ".".join(word for word in words if word not in _FRAMES)
@@ -216,9 +229,9 @@ def _path(source: str) -> str:
 _FRAMES = {"L", "G", "self", "_modules", "_parameters", "_buffers"}
 
 
-def _place(root: nn.Module, node: fx.Node, value: Tensor) -> str:
-    """Register a parameter or buffer under a path of its own, that of the model if it is free."""
-    path = _registered(node) or ""
+def _register_weight(root: nn.Module, node: fx.Node, value: Tensor) -> str:
+    """Register a parameter or buffer, under its path in the model if that is free."""
+    path = _registered_path(node) or ""
     owner, _, name = path.rpartition(".")
     parent = _module_at(root, owner)
     if not name or parent is None or hasattr(parent, name):
@@ -241,9 +254,9 @@ def _module_at(root: nn.Module, path: str) -> nn.Module | None:
 
 
 def register(module: nn.Module, name: str, value: Any) -> None:
-    """Keep a value on a module as what it is."""
+    """Set a parameter, buffer, submodule or other attribute of a module."""
     if isinstance(value, nn.Parameter):
-        module._parameters[name] = value  # no hooks: this is no new home for a weight
+        module._parameters[name] = value  # without torch's registration hooks: no new weight
     elif isinstance(value, Tensor):
         module._buffers[name] = value
     elif isinstance(value, nn.Module):

@@ -1,21 +1,21 @@
-"""From dynamo's graph to one that runs on folded weights, with how these are computed.
+"""From dynamo's graph to a graph that runs on folded weights, and the recipes of those weights.
 
 Given: a graph whose inputs hold the registered parameters and buffers::
 
     x, w, mean, var -> conv2d(x, w) -> batch_norm(mean, var) -> y
 
-Result: the same passes as `fxrep.optimize`'s run on a copy, and a graph that takes what they made::
+Result: a graph that takes the tensors that the passes of `fxrep.optimize` made, and recipes::
 
-    x, w' -> conv2d(x, w', b') -> y          w', b' = recipe(w, mean, var)
+    x, w', b' -> conv2d(x, w', b') -> y      w', b' = recipe(w, mean, var)
 
-One such graph serves every set of weights, as dynamo's does, but for weights whose content decided
-what was rewritten: these are kept, to compare with.
+One rewritten graph serves every set of weights, as dynamo's graph does. If the content of a weight
+decided how the graph was rewritten, the rewritten graph serves weights of equal content only.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,7 @@ from fxrep.reading.view import View, double
 from fxrep.report import Report
 from fxrep.rewriting.layers import rounding
 from fxrep.rewriting.session import Settings, rewrite
-from fxrep.torch_compile.dynamo import Unfoldable, copied, normalizes, register
+from fxrep.torch_compile.dynamo import Unfoldable, normalizes, register, weights_as_attributes
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +40,11 @@ class Derived:
     """A tensor that a rewrite made.
 
     Attributes:
-        recipe: how it is computed.
-        like: its shape, strides and dtype, on the meta device.
-        device: where it lives.
+        recipe: how the tensor is computed.
+        like: a meta tensor of its shape, strides and dtype.
+        device: its device.
         name: "weight" or "bias" of a layer, computed in float64 and rounded once; "" for a
-            constant of the graph, computed as the graph did.
+            constant of the graph, computed in the dtypes of the graph.
     """
 
     recipe: Recipe
@@ -53,7 +53,14 @@ class Derived:
     name: str
 
     def compute(self, lookup: Callable[[str], Tensor]) -> Tensor:
-        """Its value for other weights."""
+        """The value of the tensor for other weights.
+
+        Args:
+            lookup: the tensors by path.
+
+        Raises:
+            Unfoldable: the value has another shape or dtype, or cannot be rounded.
+        """
         like = self.like
         exact: Tensor = self.recipe.run(lambda p: double(lookup(p)) if self.name else lookup(p))
         if exact.shape != like.shape or not (self.name or exact.dtype == like.dtype):
@@ -73,29 +80,30 @@ class Folding:
 
     Attributes:
         graph: calls functions and methods only; its weights are `get_attr` nodes.
-        derived: the tensors that rewrites made, by path.
-        statics: parameters and buffers, by path: their positions among dynamo's inputs.
-        held: what dynamo's graph held itself (constants, bodies of control flow), by path.
-        freezable: paths of the statics that may become constants of the graph.
-        looked: content that decided what was rewritten, by position.
-        sources: positions of the statics that anything here was made from.
-        overwritten: positions of the other inputs that the graph writes.
-        report: what was done.
+        derived: by path, the tensors that rewrites made.
+        weight_positions: by path of a parameter or buffer, its position among dynamo's inputs.
+        graph_attributes: by path, attributes of dynamo's graph (constants, bodies of control flow).
+        freezable: paths of parameters and buffers that may become constants of the graph.
+        decisive: by position, parameters and buffers whose content decided how to rewrite.
+        sources: positions of all parameters and buffers that the folding depends on.
+        written_inputs: positions of inputs, other than parameters and buffers, that the graph
+            writes.
+        report: what was rewritten, what not and why.
     """
 
     graph: fx.Graph
     derived: Mapping[str, Derived]
-    statics: Mapping[str, int]
-    held: Mapping[str, Any]
+    weight_positions: Mapping[str, int]
+    graph_attributes: Mapping[str, Any]
     freezable: frozenset[str]
-    looked: Mapping[int, Tensor]
+    decisive: Mapping[int, Tensor]
     sources: frozenset[int]
-    overwritten: tuple[int, ...]
+    written_inputs: tuple[int, ...]
     report: Report
 
     def fits(self, inputs: Sequence[Any]) -> bool:
-        """Whether what was decided by content holds for these inputs of dynamo's graph."""
-        return all(torch.equal(inputs[i], content) for i, content in self.looked.items())
+        """Whether decisive parameters and buffers are the same among these inputs."""
+        return all(torch.equal(inputs[i], content) for i, content in self.decisive.items())
 
     def compute(self, inputs: Sequence[Any]) -> dict[str, Tensor]:
         """The folded tensors for the weights among the inputs of dynamo's graph.
@@ -105,7 +113,11 @@ class Folding:
         """
 
         def lookup(path: str) -> Tensor:
-            found: Tensor = inputs[self.statics[path]] if path in self.statics else self.held[path]
+            found: Tensor = (
+                inputs[self.weight_positions[path]]
+                if path in self.weight_positions
+                else self.graph_attributes[path]
+            )
             return found.detach()
 
         with plain_arithmetic():
@@ -114,7 +126,7 @@ class Folding:
 
 @contextmanager
 def plain_arithmetic() -> Iterator[None]:
-    """Neither autocast, nor gradients, nor tensors that only inference may use."""
+    """Switch autocast, gradients and inference mode off."""
     with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
         yield
 
@@ -125,9 +137,9 @@ def fold(
     """Rewrite a copy of dynamo's graph.
 
     Args:
-        gm: a lasting copy of dynamo's; it is not changed.
+        gm: dynamo's graph, made by `lasting_copy`; it is not changed.
         inputs: values of its inputs.
-        settings: the passes and how to judge them.
+        settings: the passes, their cost model and whether to validate.
 
     Returns:
         The rewritten graph, and its folded tensors for the weights among `inputs`.
@@ -135,71 +147,81 @@ def fold(
     Raises:
         Unfoldable: the graph has to stay as it is.
     """
-    given = copied(gm, inputs)
-    graph, root, statics = given.graph, given.root, given.statics
+    given = weights_as_attributes(gm, inputs)
+    graph, root, positions = given.graph, given.root, given.weight_positions
     program = Program("", root, graph, Arguments(()), ranks=given.ranks)
     with plain_arithmetic():
         session = rewrite(Capture(root, root, [program]), settings)
         view = session.parts[0].view
-        written = _written(graph, view)
-        returned = _returned(graph, view)
-        values, derived = _made(graph, view)
+        _refuse_shared_writes(graph, view)
+        variable = _written_weights(graph, view) | _returned_weights(graph, view)
+        values, derived = _derived_tensors(graph, view)
         for node in graph.nodes:
             if node.op == "call_module":
-                _call(graph, node, root.get_submodule(str(node.target)))
-        looked = {
-            statics[path]: view.originals[path].detach().clone()
+                _inline_layer(graph, node, root.get_submodule(str(node.target)))
+        decisive = {
+            positions[path]: view.originals[path].detach().clone()
             for path in view.content_read
-            if path in statics
+            if path in positions
         }
     graph.lint()
     sources = {path for each in derived.values() for path in each.recipe.paths} | set(
         view.content_read
     )
-    inputs_by_name = {node.name: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    overwritten = tuple(inputs_by_name[node.name] for node in _overwritten(graph, view))
-    normalizing = {n for node in graph.nodes if normalizes(node) for n in node.all_input_nodes}
-    freezable = frozenset(
-        str(node.target)
-        for node in graph.find_nodes(op="get_attr")
-        # Inductor folds what is left of a BatchNorm once more, and not always right.
-        if node.target in statics.keys() - derived.keys()
-        and node not in written | returned | normalizing
-    )
+    input_positions = {n.name: i for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
     folding = Folding(
         graph,
         derived,
-        statics,
-        given.held,
-        freezable,
-        looked,
-        frozenset(statics[path] for path in sources if path in statics),
-        overwritten,
+        positions,
+        given.graph_attributes,
+        _freezable(graph, positions.keys() - derived.keys(), variable),
+        decisive,
+        frozenset(positions[path] for path in sources if path in positions),
+        tuple(input_positions[node.name] for node in _written_inputs(graph, view)),
         session.report(),
     )
     return folding, values
 
 
+def _freezable(graph: fx.Graph, paths: Set[str], variable: set[fx.Node]) -> frozenset[str]:
+    """Those of the paths that may become constants: no weight the graph writes or returns."""
+    # Nor a BatchNorm's: Inductor would fold the BatchNorm once more, and not always right.
+    normalizing = {n for node in graph.nodes if normalizes(node) for n in node.all_input_nodes}
+    return frozenset(
+        str(node.target)
+        for node in graph.find_nodes(op="get_attr")
+        if node.target in paths and node not in variable | normalizing
+    )
+
+
 # --- a graph of functions ------------------------------------------------------------------------
 
 
-def _written(graph: fx.Graph, view: View) -> set[fx.Node]:
-    """Weights that the graph writes."""
-    inputs = [node for node in graph.find_nodes(op="placeholder") if "rank" in node.meta]
-    if len(inputs) > 1 and _overwritten(graph, view):
+def _tensor_inputs(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.find_nodes(op="placeholder") if "rank" in node.meta]
+
+
+def _written_inputs(graph: fx.Graph, view: View) -> list[fx.Node]:
+    """Inputs that the graph writes."""
+    return [node for node in _tensor_inputs(graph) if view.aliasing.writes_attribute(node)]
+
+
+def _refuse_shared_writes(graph: fx.Graph, view: View) -> None:
+    if len(_tensor_inputs(graph)) > 1 and _written_inputs(graph, view):
         raise Unfoldable("it writes an input that may share its memory with another one")
+
+
+def _written_weights(graph: fx.Graph, view: View) -> set[fx.Node]:
+    """Weights that the graph writes."""
     reads = graph.find_nodes(op="get_attr")
     return {node for node in reads if view.aliasing.writes_attribute(node)}
 
 
-def _overwritten(graph: fx.Graph, view: View) -> list[fx.Node]:
-    """Inputs that the graph writes."""
-    inputs = graph.find_nodes(op="placeholder")
-    return [node for node in inputs if "rank" in node.meta and view.aliasing.writes_attribute(node)]
+def _returned_weights(graph: fx.Graph, view: View) -> set[fx.Node]:
+    """Weights that the graph returns, or views of which it returns.
 
-
-def _returned(graph: fx.Graph, view: View) -> set[fx.Node]:
-    """Weights that the caller gets, whole or a view of; what was made here, as a copy."""
+    Of derived tensors it returns clones from now on.
+    """
     (output,) = graph.find_nodes(op="output")
     found: set[fx.Node] = set()
     for node in output.all_input_nodes:
@@ -214,8 +236,8 @@ def _returned(graph: fx.Graph, view: View) -> set[fx.Node]:
     return found
 
 
-def _made(graph: fx.Graph, view: View) -> tuple[dict[str, Tensor], dict[str, Derived]]:
-    """The tensors that rewrites made and the graph reads, and how each is computed."""
+def _derived_tensors(graph: fx.Graph, view: View) -> tuple[dict[str, Tensor], dict[str, Derived]]:
+    """The tensors that rewrites made and the graph reads: their values, and their recipes."""
     values: dict[str, Tensor] = {}
     derived: dict[str, Derived] = {}
     for node in graph.nodes:
@@ -234,8 +256,8 @@ def _made(graph: fx.Graph, view: View) -> tuple[dict[str, Tensor], dict[str, Der
     return values, derived
 
 
-def _call(graph: fx.Graph, node: fx.Node, layer: nn.Module) -> None:
-    """Call a layer as a function of its weight and bias."""
+def _inline_layer(graph: fx.Graph, node: fx.Node, layer: nn.Module) -> None:
+    """Replace the call of a layer by a call of its function with weight and bias."""
     source = node.args[0]
     with graph.inserting_before(node):
         weight = graph.get_attr(f"{node.target}.weight")
@@ -269,8 +291,8 @@ class Bound:
 
     Attributes:
         module: takes some of dynamo's inputs, then folded tensors.
-        positions: of dynamo's inputs that it takes.
-        paths: of the folded tensors that it takes.
+        positions: positions of those inputs among dynamo's.
+        paths: paths of those folded tensors.
     """
 
     module: fx.GraphModule
@@ -279,38 +301,40 @@ class Bound:
 
 
 def bind(folding: Folding, gm: fx.GraphModule, frozen: Mapping[str, Tensor]) -> Bound:
-    """A graph whose weights are inputs or, by path, constants.
+    """A graph whose weights are inputs or constants.
 
     Args:
         folding: the rewritten graph.
         gm: the graph it was made from.
-        frozen: the tensors that are to be constants, by path.
+        frozen: by path, the tensors that become constants.
     """
     root, graph = nn.Module(), fx.Graph()
-    given = gm.graph.find_nodes(op="placeholder")
-    index = {node.name: i for i, node in enumerate(given)}
+    inputs = gm.graph.find_nodes(op="placeholder")
+    input_positions = {node.name: i for i, node in enumerate(inputs)}
     copies = {
         node: _input(graph, node)
         for node in folding.graph.find_nodes(op="placeholder")
         if node.users or "rank" not in node.meta
     }
-    positions = [index[node.name] for node in copies]
+    positions = [input_positions[node.name] for node in copies]
+    # Weights that are inputs: first dynamo's, then those that were folded.
     weights: dict[str, fx.Node] = {}
     reads = folding.graph.find_nodes(op="get_attr")
-    open_paths = [p for p in dict.fromkeys(str(n.target) for n in reads) if p not in frozen]
-    for path in open_paths:
-        if path in folding.statics and path not in folding.derived:
-            weights[path] = _input(graph, given[folding.statics[path]])
-            positions.append(folding.statics[path])
-    made = [path for path in open_paths if path in folding.derived]
-    for path in made:
+    unfrozen = [p for p in dict.fromkeys(str(n.target) for n in reads) if p not in frozen]
+    for path in unfrozen:
+        if path in folding.weight_positions and path not in folding.derived:
+            weights[path] = _input(graph, inputs[folding.weight_positions[path]])
+            positions.append(folding.weight_positions[path])
+    derived = [path for path in unfrozen if path in folding.derived]
+    for path in derived:
         weights[path] = graph.placeholder(re.sub(r"\W", "_", f"folded_{path}"))
+    # Attributes of the graph: frozen weights, and the attributes of dynamo's graph.
     names = {path: f"frozen_{i}" for i, path in enumerate(frozen)}
     for path, value in frozen.items():
         root.register_buffer(names[path], value.detach())
-    for path in open_paths:
+    for path in unfrozen:
         if path not in weights:
-            register(root, path, folding.held[path])
+            register(root, path, folding.graph_attributes[path])
     for node in folding.graph.nodes:
         if node.op == "get_attr":
             path = str(node.target)
@@ -319,11 +343,11 @@ def bind(folding: Folding, gm: fx.GraphModule, frozen: Mapping[str, Tensor]) -> 
             copies[node] = weights[path]
         elif node.op != "placeholder":
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    return Bound(fx.GraphModule(root, graph), tuple(positions), tuple(made))
+    return Bound(fx.GraphModule(root, graph), tuple(positions), tuple(derived))
 
 
 def _input(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """An input of dynamo's, with all that is known of it."""
+    """A copy of an input of dynamo's graph, with its `meta`."""
     copy = graph.node_copy(node)
     copy.name = node.name
     return copy

@@ -239,9 +239,9 @@ def test_few_sets_of_weights_are_kept_and_none_alive() -> None:
         models = [block() for _ in range(3)]
         for model in models * 2:
             assert distance(run(model, x), model(x)) <= FLOAT64
-        assert [len(graph.kept) for graph in folded()] == [3]
+        assert [len(graph.cache) for graph in folded()] == [3]
         del models, model
-        assert [len(graph.kept) for graph in folded()] == [0]
+        assert [len(graph.cache) for graph in folded()] == [0]
     assert len(inner.graphs) == 1 < MOST_SETS
 
 
@@ -434,9 +434,9 @@ def test_a_buffer_that_counts_calls_is_no_reason_to_fold_again(freezing: bool) -
     compiled = through(model, inner, freezing=freezing)
     with torch.no_grad():
         compiled(image())
-        (kept,) = folded()[0].kept.values()
+        (kept,) = folded()[0].cache.values()
         compiled(image())
-    assert list(folded()[0].kept.values()) == [kept] and len(inner.graphs) == 1
+    assert list(folded()[0].cache.values()) == [kept] and len(inner.graphs) == 1
     assert model.calls == 2
     copy_(model)
     same(compiled, model, image())
