@@ -11,6 +11,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -168,8 +169,10 @@ def contradictions(
 
 
 pytest.importorskip("expecttest")  # torch.testing needs it
-internal = importlib.import_module("torch.testing._internal.common_methods_invocations")
-modules = importlib.import_module("torch.testing._internal.common_modules")
+# They would forbid every other test of this process to set torch.backends' flags.
+with mock.patch.object(torch.backends, "disable_global_flags"):
+    internal = importlib.import_module("torch.testing._internal.common_methods_invocations")
+    modules = importlib.import_module("torch.testing._internal.common_modules")
 MOST_SAMPLES = 25
 
 
