@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxrep.capture.aten import respelled
@@ -51,6 +52,7 @@ class Program:
         arguments: the forward's arguments; specialised ones are constants of the graph.
         keep_modules: other code still calls or reads the submodules: none may be removed.
         ranks: ranks of values that the caller guarantees.
+        dtypes: dtypes of values that the caller guarantees.
     """
 
     path: str
@@ -59,6 +61,7 @@ class Program:
     arguments: Arguments
     keep_modules: bool = False
     ranks: Mapping[fx.Node, int] = field(default_factory=dict)
+    dtypes: Mapping[fx.Node, torch.dtype] = field(default_factory=dict)
 
     @property
     def is_root(self) -> bool:

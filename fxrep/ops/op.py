@@ -67,6 +67,19 @@ class Result(Enum):
     OTHER = auto()
 
 
+class Dtype(Enum):
+    """How the dtype of the result follows from the operands; `fxrep.analysis.dtypes` has the rules.
+
+    Wherever a call names a dtype (``x.sum(dtype=torch.int64)``), the result has that dtype.
+    """
+
+    UNKNOWN = auto()
+    KEEPS = auto()  # that of the first operand, or integers where the operand is no floating point
+    PROMOTES = auto()  # no floating point where no operand is
+    INTEGRAL = auto()  # integers or truth values, whatever the operands are
+    INDICES = auto()  # a tuple: values of the operand, and integers second
+
+
 class Reads(Enum):
     """The properties of its operands that an operator reads."""
 
@@ -103,6 +116,8 @@ class Op:
         memory: whose memory the result is in, and whose memory it writes.
         result: the type of the result.
         reads: the properties of its operands that it reads.
+        dtype: how the dtype of the result follows from the operands. Views keep that of their
+            operand.
         spatial: number of spatial axes.
         elementwise: the operator does the same to each element of its first operand.
     """
@@ -113,6 +128,7 @@ class Op:
     memory: Memory = Memory.FRESH
     result: Result = Result.TENSOR
     reads: Reads = Reads.VALUES
+    dtype: Dtype = Dtype.UNKNOWN
     spatial: int = 0
     elementwise: bool = False
 
