@@ -103,7 +103,8 @@ class Aliasing:
         """Whether a node writes an operand, and that only, and returns it."""
         does = effect(self._calls, node)
         only = does.writes == does.aliases == operand
-        return bool(operand) and only and not does.escapes and not does.reshapes
+        plain = not does.escapes and not does.reshapes and not _takes_lists(node)
+        return bool(operand) and only and plain
 
     def returned(self, node: fx.Node) -> bool:
         """Whether the graph returns a value, or another value that may share its memory."""
@@ -186,10 +187,18 @@ def written_operand(node: fx.Node, calls: Calls) -> fx.Node | None:
 
 
 def _returns_it(calls: Calls, node: fx.Node) -> bool:
-    """Whether an operation that writes its operand returns that very tensor."""
+    """Whether an operation that writes its operand returns that very tensor.
+
+    Operators that write the tensors of a list return a list.
+    """
     called = calls.of(node)
     assigns = called is not None and called.op.memory is Memory.WRITES
-    return not assigns and "out" not in node.kwargs
+    return not assigns and "out" not in node.kwargs and not _takes_lists(node)
+
+
+def _takes_lists(node: fx.Node) -> bool:
+    first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+    return isinstance(first, tuple | list)
 
 
 def _is_tensor(calls: Calls, node: fx.Node) -> bool:
