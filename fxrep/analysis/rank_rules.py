@@ -215,7 +215,8 @@ def _joins(change: int) -> Rule:
                 yield Shifted(call.node, parts[0], parts[1] + change)
             return
         for tensor in tensors or ():
-            if isinstance(tensor, fx.Node):
+            # `cat` takes an empty vector beside values of any rank.
+            if isinstance(tensor, fx.Node) and (change or ranks.proven(tensor) != 1):
                 yield Shifted(call.node, tensor, change)
 
     return rule

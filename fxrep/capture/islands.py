@@ -237,7 +237,7 @@ class _Explorer:
                 self.seen.add(id(opaque.module))
                 self._skip(where, f"left alone: {opaque.reason}")
                 continue
-            if opaque.reason == "hook registered":
+            if opaque.hooked:
                 self._skip(where, "hook registered: captured on its own")
             self.explore(opaque.module, where, above, use="whole", keep_modules=False)
 

@@ -54,12 +54,14 @@ class Opaque:
         path: its path below the root.
         reason: why it does not trace, for the report.
         frozen: nothing below it may be rewritten, because its forward writes parameters.
+        hooked: it has hooks, which run around its call; its forward may trace.
     """
 
     module: nn.Module
     path: str
     reason: str
     frozen: bool = False
+    hooked: bool = False
 
 
 _PLAIN_TYPES = frozenset({str, int, float, bool, type(None), torch.dtype, torch.device, complex})
@@ -314,7 +316,7 @@ class Tracer(fx.Tracer):
     def _find_opaque(self, m: nn.Module, path: str) -> Opaque | None:
         found = self.known_opaque.get(id(m)) or self.opaque.get(id(m))
         if found is None and (foreign_hooks(m) or weight_hooks(m)):
-            found = Opaque(m, path, "hook registered")
+            found = Opaque(m, path, "hook registered", hooked=True)
         return found
 
     def _trace_into(

@@ -182,7 +182,7 @@ _ARITHMETIC = [
     Op("addcmul", "input, tensor1, tensor2, value=1", Shape.BROADCASTS, dtype=Dtype.PROMOTES),
     Op("addcdiv", "input, tensor1, tensor2, value=1", Shape.BROADCASTS),
     Op("masked_fill", "input, mask, value", Shape.BROADCASTS, dtype=Dtype.KEEPS),
-    Op("masked_scatter", "input, mask, source", Shape.BROADCASTS, dtype=Dtype.KEEPS),
+    Op("masked_scatter", "input, mask, source", dtype=Dtype.KEEPS),
     *_each("softmax:Softmax:Softmax2d log_softmax:LogSoftmax softmin:Softmin gumbel_softmax "
            "normalize", "input, ...", Shape.KEEPS),
     *_each("cumsum cumprod roll flip tril triu scatter scatter_add index_add "

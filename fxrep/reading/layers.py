@@ -101,6 +101,8 @@ def _convolution(
     assert isinstance(value, Tensor)
     if not value.is_floating_point() or type(value) not in _PLAIN_TENSORS:
         return Refusal(f"its weight is a {type(value).__name__} of dtype {value.dtype}")
+    if value.dim() != geometry.rank + 2:
+        return None
     if not value.numel():
         return Refusal("it has no channels")
     axes = geometry.axes(value.shape[2:])

@@ -56,8 +56,11 @@ def folded(rule: Pass, location: str, fold: Fold) -> Rewrite:
 
 
 def removed(rule: Pass, location: str, kind: str) -> Rewrite:
-    """The report's entry for an operation that was erased without a replacement."""
-    return Rewrite(rule.name, location, (kind,), (), 0, 0, 0, 0, 0.0)
+    """The report's entry for an operation that was erased without a replacement.
+
+    The entry has no error: such a rewrite is not compared with anything.
+    """
+    return Rewrite(rule.name, location, (kind,), (), 0, 0, 0, 0, None)
 
 
 def kinds(plan: Plan, view: View) -> tuple[str, ...]:
