@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxrep.analysis.trial import run_beside
 from fxrep.capture.assemble import assemble, attach, attached
-from fxrep.capture.islands import capture
+from fxrep.capture.islands import Capture, capture
 from fxrep.capture.state import unchanged_random_state
 from fxrep.errors import OptionError, ReportError
 from fxrep.passes import default_passes
 from fxrep.planning.cost import CostModel, cost_models
 from fxrep.planning.rule import Pass
 from fxrep.registry import compiled_report
-from fxrep.report import Report
+from fxrep.report import Report, Skip
 from fxrep.rewriting import validate as validation
 from fxrep.rewriting.session import Settings, rewrite
 
@@ -68,7 +69,7 @@ def optimize(
             "cost='measure' times rewrites on example_inputs, and there are none: pass inputs of "
             "the shapes the model will see, or cost='macs'"
         )
-    captured = capture(model, example_inputs)
+    captured = faithful(model, example_inputs) if validate else capture(model, example_inputs)
     # The model may draw random numbers when it runs on the inputs; no result needs a gradient.
     with unchanged_random_state(despite_other_threads=example_inputs is not None), torch.no_grad():
         report = rewrite(captured, settings, example_inputs).report()
@@ -77,6 +78,25 @@ def optimize(
             report = validation.compare(captured.model, result, example_inputs, report)
     attach(result, report)
     return result
+
+
+# A module inside a module inside a module may have to stay Python code.
+_MOST_CAPTURES = 16
+
+
+def faithful(model: nn.Module, example_inputs: object) -> Capture:
+    """Capture a model such that every graph gives what its forward gives, as far as a run shows."""
+    refused: dict[str, str] = {}
+    for _ in range(_MOST_CAPTURES):
+        captured = capture(model, example_inputs, refused)
+        with unchanged_random_state(), torch.no_grad():
+            trial = run_beside(captured, example_inputs)
+        if not trial.differing:
+            break
+        refused |= trial.differing
+    if trial.not_run is not None:
+        captured.skipped.append(Skip("capture", "", f"not run beside the model: {trial.not_run}"))
+    return captured
 
 
 def report(optimized: nn.Module | Callable[..., Any]) -> Report:
