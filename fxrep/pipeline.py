@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxrep.analysis.trial import run_beside
+from fxrep.analysis.trial import Trial, run_beside
 from fxrep.capture.assemble import assemble, attach, attached
 from fxrep.capture.islands import Capture, capture
 from fxrep.capture.state import unchanged_random_state
@@ -41,7 +41,9 @@ def optimize(
         cost: "macs" (never more multiply-accumulates, memory traffic or convolutions), "always"
             (whenever legal), "measure" (rewrites whose profit is in doubt are timed on
             `example_inputs`, on the device of the model), or a `fxrep.CostModel`.
-        validate: compare every rewrite with the original in float64, and drop it if they differ.
+        validate: run the model on a copy beside what was traced of it, and leave a part that
+            differs as it is; compare every rewrite with the original in float64, and drop it if
+            they differ.
 
     Returns:
         A `torch.fx.GraphModule` when the whole forward traces, otherwise a copy of the model whose
@@ -80,23 +82,34 @@ def optimize(
     return result
 
 
-# A module inside a module inside a module may have to stay Python code.
-_MOST_CAPTURES = 16
-
-
 def faithful(model: nn.Module, example_inputs: object) -> Capture:
     """Capture a model such that every graph gives what its forward gives, as far as a run shows."""
     refused: dict[str, str] = {}
-    for _ in range(_MOST_CAPTURES):
-        captured = capture(model, example_inputs, refused)
-        with unchanged_random_state(), torch.no_grad():
-            trial = run_beside(captured, example_inputs)
-        if not trial.differing:
-            break
+    captured, trial = _tried(model, example_inputs, refused)
+    while trial.differing:  # each turn leaves at least one module more as it is
         refused |= trial.differing
+        captured, trial = _tried(model, example_inputs, refused)
+    # A module that differs made all modules above it differ: those may trace around it.
+    inner = {path: why for path, why in refused.items() if not _any_below(refused, path)}
+    if inner != refused:
+        around, trial_around = _tried(model, example_inputs, inner)
+        if not trial_around.differing:
+            captured, trial = around, trial_around
     if trial.not_run is not None:
         captured.skipped.append(Skip("capture", "", f"not run beside the model: {trial.not_run}"))
     return captured
+
+
+def _tried(
+    model: nn.Module, example_inputs: object, refused: dict[str, str]
+) -> tuple[Capture, Trial]:
+    captured = capture(model, example_inputs, refused)
+    with unchanged_random_state(), torch.no_grad():
+        return captured, run_beside(captured, example_inputs)
+
+
+def _any_below(paths: Iterable[str], path: str) -> bool:
+    return any(other != path and (not path or other.startswith(f"{path}.")) for other in paths)
 
 
 def report(optimized: nn.Module | Callable[..., Any]) -> Report:

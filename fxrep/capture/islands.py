@@ -157,6 +157,8 @@ class _Explorer:
         self.capture = capture
         self.examples = examples
         self.refused = refused
+        tree = capture.tree
+        self.refused_modules = {tree.get_submodule(path): why for path, why in refused.items()}
         self.seen: set[int] = set()
 
     def explore(
@@ -198,7 +200,7 @@ class _Explorer:
             self._explore_children(module, path, (*above, _PythonForward.of(path, module)))
             return
         try:
-            traced = trace(module, self.examples if not path else None)
+            traced = trace(module, None if path else self.examples, self.refused_modules)
         except Untraceable as error:
             self._leave_as_it_is(module, path, above, error)
             return
