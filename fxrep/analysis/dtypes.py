@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxrep.ops.calls import Called, Calls, is_item
+from fxrep.ops.calls import Called, Calls, ModuleTensor, is_item
 from fxrep.ops.op import Dtype, Memory
 from fxrep.ops.values import is_size
 
@@ -60,6 +60,12 @@ class Dtypes:
         """Whether a value certainly is of integers or truth values."""
         dtype = self.of(node)
         return dtype is not None and _is_integral(dtype)
+
+    @property
+    def floating(self) -> set[torch.dtype]:
+        """The floating-point dtypes that certainly occur in the graph."""
+        found = {dtype for dtype in self._found.values() if dtype is not None}
+        return {dtype for dtype in found if dtype.is_floating_point}
 
     def replacing(self, new: fx.Node, old: fx.Node) -> None:
         """Note that `new` has the dtype of `old`."""
@@ -129,16 +135,33 @@ class Dtypes:
         dtype = None if called.source is None else self.of(called.source)
         return None if dtype is None or dtype.is_complex else dtype  # abs, real: a real number
 
+    def _floating(self, called: Called) -> torch.dtype | None:
+        dtype = self._promoted(called)
+        return dtype if dtype is not None and dtype.is_floating_point else None
+
+    def _of_weight(self, called: Called) -> torch.dtype | None:
+        weight = called.get("weight")
+        if isinstance(weight, ModuleTensor):
+            weight = getattr(weight.module, weight.name)
+            return weight.dtype if isinstance(weight, Tensor) else None
+        return self.of(weight) if isinstance(weight, fx.Node) else None
+
     def _integral(self, called: Called) -> torch.dtype | None:
         return torch.int64
 
     def _promoted(self, called: Called) -> torch.dtype | None:
-        """No floating point where no operand is; otherwise a result is not certain."""
-        node = called.node
-        operands = list(_leaves(node))
+        """No floating point where no operand is; that of all tensors if they have the same."""
+        operands = list(_leaves(called.node))
         if called.op.name == "where":
             operands = operands[1:]
-        return torch.int64 if operands and all(map(self._has_no_fraction, operands)) else None
+        if operands and all(map(self._has_no_fraction, operands)):
+            return torch.int64
+        tensors = [each for each in operands if isinstance(each, fx.Node)]
+        tensors = [each for each in tensors if not is_size(self._calls, each)]
+        dtypes = {self.of(each) for each in tensors}
+        numbers = all(isinstance(each, fx.Node | int | float | str | None) for each in operands)
+        (only,) = dtypes if len(dtypes) == 1 else (None,)
+        return only if numbers and only is not None and only.is_floating_point else None
 
     def _has_no_fraction(self, operand: Any) -> bool:
         if isinstance(operand, fx.Node):
@@ -158,6 +181,8 @@ def _rule(called: Called) -> Dtype:
 _RULES: dict[Dtype, Callable[[Dtypes, Called], torch.dtype | None]] = {
     Dtype.UNKNOWN: Dtypes._unknown,
     Dtype.KEEPS: Dtypes._of_first,
+    Dtype.FLOATS: Dtypes._floating,
+    Dtype.WEIGHT: Dtypes._of_weight,
     Dtype.PROMOTES: Dtypes._promoted,
     Dtype.INTEGRAL: Dtypes._integral,
     Dtype.INDICES: Dtypes._unknown,

@@ -74,8 +74,10 @@ class Dtype(Enum):
     """
 
     UNKNOWN = auto()
-    KEEPS = auto()  # that of the first operand, or integers where the operand is no floating point
-    PROMOTES = auto()  # no floating point where no operand is
+    KEEPS = auto()  # that of the first operand; integral where that is
+    FLOATS = auto()  # that of the operands; floating point where they are integral
+    WEIGHT = auto()  # that of the weight
+    PROMOTES = auto()  # that of the operands; integral where they are
     INTEGRAL = auto()  # integers or truth values, whatever the operands are
     INDICES = auto()  # a tuple: values of the operand, and integers second
 

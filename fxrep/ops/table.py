@@ -14,7 +14,7 @@ from typing import Any
 from fxrep.ops.op import Dtype, Memory, Op, Reads, Result, Shape
 
 
-def elementwise(names: str, parameters: str = "input, ...", *, dtype: Dtype = Dtype.UNKNOWN) -> Op:
+def elementwise(names: str, parameters: str = "input, ...", *, dtype: Dtype = Dtype.FLOATS) -> Op:
     """An operator that does the same to each element of its first operand.
 
     Args:
@@ -88,16 +88,19 @@ _DROPOUT = "input, p=0.5, training=True, inplace=False"
 _REDUCE = "input, dim|axis=None, keepdim|keepdims=False, dtype=None"
 
 _LAYERS = [
-    *by_rank(lambda n: Op(f"conv{n}d", _CONV, Shape.LAYER, spatial=n)),
-    *by_rank(lambda n: Op(f"Conv{n}d", f"{_CONV}, {_PADDED}", Shape.LAYER, spatial=n)),
+    *by_rank(lambda n: Op(f"conv{n}d", _CONV, Shape.LAYER, spatial=n, dtype=Dtype.WEIGHT)),
+    *by_rank(lambda n: Op(f"Conv{n}d", f"{_CONV}, {_PADDED}", Shape.LAYER, spatial=n,
+                          dtype=Dtype.WEIGHT)),
     *by_rank(lambda n: Op(f"conv_transpose{n}d ConvTranspose{n}d", _CONV_T,
-                          Shape.TRANSPOSED_LAYER, spatial=n)),
-    Op("linear Linear", "input, weight, bias=None", Shape.LAYER),
+                          Shape.TRANSPOSED_LAYER, spatial=n, dtype=Dtype.WEIGHT)),
+    Op("linear Linear", "input, weight, bias=None", Shape.LAYER, dtype=Dtype.WEIGHT),
     Op("bilinear Bilinear"),
-    Op("F.batch_norm BatchNorm1d SyncBatchNorm", _NORM, Shape.NORM, Memory.UPDATES),
+    Op("F.batch_norm BatchNorm1d SyncBatchNorm", _NORM, Shape.NORM, Memory.UPDATES,
+       dtype=Dtype.FLOATS),
     Op("torch.batch_norm", "input, weight, bias, running_mean, running_var, training, momentum, "
-       "eps, cudnn_enabled", Shape.NORM, Memory.UPDATES),
-    *(Op(f"BatchNorm{n}d", _TRACKED, Shape.NORM, Memory.UPDATES, spatial=n) for n in (2, 3)),
+       "eps, cudnn_enabled", Shape.NORM, Memory.UPDATES, dtype=Dtype.FLOATS),
+    *(Op(f"BatchNorm{n}d", _TRACKED, Shape.NORM, Memory.UPDATES, spatial=n, dtype=Dtype.FLOATS)
+      for n in (2, 3)),
     Op("F.instance_norm", "input, running_mean=None, running_var=None, weight=None, bias=None, "
        "training|use_input_stats=True, momentum=0.1, eps=1e-5", Shape.KEEPS, Memory.UPDATES),
     Op("torch.instance_norm", "input, weight, bias, running_mean, running_var, "
@@ -127,13 +130,13 @@ _LAYERS = [
 
 _POOLS = [
     *(Op(f"avg_pool{n}d AvgPool{n}d", f"{_AVG_POOL}, divisor_override=None" if n > 1 else _AVG_POOL,
-         Shape.POOL, spatial=n) for n in (1, 2, 3)),
+         Shape.POOL, spatial=n, dtype=Dtype.FLOATS) for n in (1, 2, 3)),
     *by_rank(lambda n: Op(f"max_pool{n}d MaxPool{n}d", _MAX_POOL, Shape.POOL, spatial=n,
                           dtype=Dtype.KEEPS)),
     *by_rank(lambda n: Op(f"lp_pool{n}d LPPool{n}d", "input, norm_type, ...", Shape.POOL,
                           spatial=n)),
     *by_rank(lambda n: Op(f"adaptive_avg_pool{n}d AdaptiveAvgPool{n}d", "input, output_size",
-                          Shape.POOL, spatial=n)),
+                          Shape.POOL, spatial=n, dtype=Dtype.FLOATS)),
     *by_rank(lambda n: Op(f"adaptive_max_pool{n}d AdaptiveMaxPool{n}d",
                           "input, output_size, return_indices=False", Shape.POOL, spatial=n,
                           dtype=Dtype.KEEPS)),
@@ -152,7 +155,7 @@ _POOLS = [
         ("Zero", "constant"), ("Constant", "constant"), ("Reflection", "reflect"),
         ("Replication", "replicate"), ("Circular", "circular"))),
     Op("interpolate upsample Upsample UpsamplingNearest2d UpsamplingBilinear2d", _INTERPOLATE,
-       Shape.RESIZE),
+       Shape.RESIZE, dtype=Dtype.KEEPS),
     *_each("upsample_nearest upsample_bilinear grid_sample affine_grid"),
     Op("pixel_shuffle PixelShuffle", "input, upscale_factor", Shape.PIXEL_SHUFFLE, Memory.VIEW),
     Op("pixel_unshuffle PixelUnshuffle", "input, downscale_factor", Shape.PIXEL_UNSHUFFLE,
@@ -163,7 +166,7 @@ _POOLS = [
 
 _ARITHMETIC = [
     *(elementwise(word.replace(":", " "), dtype=dtype)
-      for words, dtype in ((_ELEMENTWISE, Dtype.UNKNOWN), (_KEEPING, Dtype.KEEPS),
+      for words, dtype in ((_ELEMENTWISE, Dtype.FLOATS), (_KEEPING, Dtype.KEEPS),
                            (_ASKING, Dtype.INTEGRAL))
       for word in words.split()),
     *_each(_BROADCASTING, "input, other", Shape.BROADCASTS, dtype=Dtype.PROMOTES),
@@ -172,7 +175,8 @@ _ARITHMETIC = [
     Op("add", "input, other, alpha=1", Shape.BROADCASTS, dtype=Dtype.PROMOTES),
     Op("sub subtract", "input, other, alpha=1", Shape.BROADCASTS, dtype=Dtype.PROMOTES),
     Op("rsub __rsub__", "input, other, alpha=1", Shape.BROADCASTS, dtype=Dtype.PROMOTES),
-    Op("div divide true_divide", "input, other, rounding_mode=None", Shape.BROADCASTS),
+    Op("div divide true_divide", "input, other, rounding_mode=None", Shape.BROADCASTS,
+       dtype=Dtype.FLOATS),
     Op("__rtruediv__", "input, other", Shape.BROADCASTS),
     *_each("__rfloordiv__ __rmod__ __rpow__", "input, other", Shape.BROADCASTS,
            dtype=Dtype.PROMOTES),
@@ -184,7 +188,7 @@ _ARITHMETIC = [
     Op("masked_fill", "input, mask, value", Shape.BROADCASTS, dtype=Dtype.KEEPS),
     Op("masked_scatter", "input, mask, source", dtype=Dtype.KEEPS),
     *_each("softmax:Softmax:Softmax2d log_softmax:LogSoftmax softmin:Softmin gumbel_softmax "
-           "normalize", "input, ...", Shape.KEEPS),
+           "normalize", "input, ...", Shape.KEEPS, dtype=Dtype.FLOATS),
     *_each("cumsum cumprod roll flip tril triu scatter scatter_add index_add "
            "index_copy index_fill index_put renorm", "input, ...", Shape.KEEPS,
            dtype=Dtype.KEEPS),
@@ -197,7 +201,7 @@ _ARITHMETIC = [
        dtype=Dtype.KEEPS),
     Op("gather", "input, dim, other|index, sparse_grad=False", Shape.LIKE, dtype=Dtype.KEEPS),
     Op("scaled_dot_product_attention", "input|query, key, value, ...", Shape.MATMUL),
-    *_each("mean nanmean logsumexp", _REDUCE, Shape.REDUCE),
+    *_each("mean nanmean logsumexp", _REDUCE, Shape.REDUCE, dtype=Dtype.FLOATS),
     *_each("sum nansum prod amax amin", _REDUCE, Shape.REDUCE, dtype=Dtype.KEEPS),
     *_each("argmax argmin all any count_nonzero", _REDUCE, Shape.REDUCE, dtype=Dtype.INTEGRAL),
     *_each("std var", "input, dim|axis=None, unbiased=True, keepdim|keepdims=False, correction=1",
