@@ -113,7 +113,7 @@ def _layer(call: Called, axis: int, channels: Channels) -> AxisFacts:
     """A convolution, or a linear layer, which has no spatial axes."""
     spatial, weight = call.op.spatial, channels.shape(call.get("weight"))
     groups = call.get("groups") if spatial else 1
-    if weight is None and not spatial or weight is not None and len(weight) != spatial + 2:
+    if (weight is None and not spatial) or (weight is not None and len(weight) != spatial + 2):
         return NO_FACTS  # the weight of a linear function may be a vector
     if axis != -spatial - 1:
         return _unchanged_before(spatial + 1, call, axis)
