@@ -172,7 +172,7 @@ def _choices_of_inputs(module: nn.Module, examples: Mapping[str, object]) -> lis
         specialized,
         frozenset(required),
         returns=signature.return_annotation,
-        takes_more=bool(variadic),
+        variadic=tuple(variadic),
     )
     if not numbers:
         return [first]
