@@ -2,8 +2,8 @@
 
 Given: a `GraphModule` of `torch.ops.aten` calls, as `torch.export` or `make_fx` writes it.
 Result: a `GraphModule` that calls ``torch.conv2d`` and so on, with the same arguments. An exported
-program's module checks its inputs in hooks, which cannot be traced: asserts on the sizes that the
-export fixed replace them.
+program's module calls a submodule that asserts what the export knows of the sizes of its inputs:
+that submodule is traced like any other.
 
 An operator that the table of operators does not know stays as it is.
 """
@@ -42,15 +42,11 @@ def respelled(model: nn.Module) -> nn.Module:
     graph.output(graph.graph_copy(model.graph, {}))
     graph.set_codegen(copy.deepcopy(model.graph._codegen))
     for node in list(graph.nodes):
-        if _checks_inputs(model, node):
-            graph.erase_node(node)
-        elif _is_aten(node):
+        if _is_aten(node):
             _respell(graph, node, model)
     for node in reversed(list(graph.nodes)):
         if not node.users and (node.op == "get_attr" or node.target in (torch.permute, torch.t)):
             graph.erase_node(node)
-    if exported:
-        _assert_sizes(graph)
     result = fx.GraphModule(model, graph, type(model).__name__)
     # Each BatchNorm of an exported program says whether it trains; `model.training` means nothing.
     result.training = model.training and not exported
@@ -209,18 +205,3 @@ _RENAMED: dict[str, Any] = {
 }
 
 _METHODS = words("add_ sub_ mul_ div_ view reshape expand contiguous")
-
-
-def _assert_sizes(graph: fx.Graph) -> None:
-    """Assert that inputs have the sizes that the export fixed."""
-    inputs = graph.find_nodes(op="placeholder")
-    first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
-    with graph.inserting_before(first):
-        for node in inputs:
-            value = node.meta.get("val")
-            for axis, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
-                if isinstance(size, int):
-                    given = graph.call_method("size", (node, axis))
-                    equal = graph.call_function(operator.eq, (given, size))
-                    message = f"{node.name} was exported with size {size} at dimension {axis}"
-                    graph.call_function(torch._assert, (equal, message))
