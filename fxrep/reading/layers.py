@@ -281,6 +281,8 @@ def _broadcast_constant(
         return None  # a mask, a positional embedding
     if not shape.numel():
         return Refusal("a constant without elements")
+    if len(shape) == 1 and not wide and view.ranks.least(operand) < 1:
+        return None  # it may grow a value without axes
     assumes_batched: tuple[fx.Node, ...] = ()
     if len(shape) > 1:
         rank, assumed = view.rank(operand)
