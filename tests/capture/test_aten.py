@@ -114,6 +114,24 @@ def test_an_exported_program_refuses_the_sizes_that_it_refused(name: str, decomp
         fast(x, torch.randn(2, 4, 4, 8))
 
 
+@pytest.mark.parametrize("name", [name for name in GUARDS if name != "derived"])
+def test_an_exported_program_whose_hook_checks_the_sizes(name: str) -> None:
+    model = randomize(Summed().eval())
+    x, y = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 8, 8)
+    module = export(model, (x, y), dynamic_shapes=GUARDS[name]).module(check_guards=False)
+    fast = fxrep.optimize(module)
+    assert len(fxrep.report(fast).rewrites) == 1
+    for n, h, w in [(2, 8, 8), (9, 8, 8), (2, 9, 8), (2, 10, 10), (2, 40, 40)]:
+        given = torch.randn(n, 3, h, w), torch.randn(n, 4, h, w)
+        try:
+            expected = module(*given)
+        except RuntimeError:
+            with pytest.raises(AssertionError, match="was exported with size"):
+                fast(*given)
+        else:
+            torch.testing.assert_close(fast(*given), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_example_inputs_compare_an_exported_program() -> None:
     model, x = randomize(Net().eval()), torch.randn(2, 4, 6, 6)
     report = fxrep.report(fxrep.optimize(export(model, (x,)).module(), x))
