@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxrep.ops.calls import Called, Calls, ModuleTensor, is_item
+from fxrep.ops.calls import Called, Calls, ModuleTensor, is_function_of, is_item, is_torch
 from fxrep.ops.op import Dtype, Memory
 from fxrep.ops.values import is_size
 
@@ -47,6 +47,7 @@ class Dtypes:
     ) -> None:
         self._calls = calls
         self._found: dict[fx.Node, torch.dtype | None] = dict(known or {})
+        self._foreign: set[fx.Node] = set()
         for node in graph.nodes:  # operands first
             self.of(node)
 
@@ -54,7 +55,20 @@ class Dtypes:
         """The dtype of a value; None if it is not certain."""
         if node not in self._found:
             self._found[node] = self._of(node)
+            if self._found[node] is None and self._may_be_foreign(node):
+                self._foreign.add(node)
         return self._found[node]
+
+    def is_foreign(self, node: fx.Node) -> bool:
+        """Whether the dtype is not known because code that is not torch's chose it."""
+        return self.of(node) is None and node in self._foreign
+
+    def _may_be_foreign(self, node: fx.Node) -> bool:
+        if self._calls.of(node) is None and node.op in ("call_module", "call_function"):
+            module = node.op == "call_module"
+            if module or not (is_torch(node.target) or is_function_of(node, "_operator", "math")):
+                return True
+        return any(self.is_foreign(source) for source in node.all_input_nodes)
 
     def is_integral(self, node: fx.Node) -> bool:
         """Whether a value certainly is of integers or truth values."""
