@@ -131,9 +131,7 @@ class Dtypes:
             if isinstance(other, fx.Node) and other.target is not getattr:
                 return self.of(other)
         by_device = bool(others) and all(
-            isinstance(each, str | torch.device | int)
-            or (isinstance(each, fx.Node) and each.args[1:] == ("device",))
-            for each in others
+            isinstance(each, str | int) or _is_place(each) for each in others
         )
         plain = node.target == "to" and by_device and isinstance(source, fx.Node)
         return self.of(source) if plain else None  # type: ignore[arg-type]
@@ -165,7 +163,7 @@ class Dtypes:
 
     def _promoted(self, called: Called) -> torch.dtype | None:
         """No floating point where no operand is; that of all tensors if they have the same."""
-        operands = list(_leaves(called.node))
+        operands = [each for each in _leaves(called.node) if not _is_place(each)]
         if called.op.name == "where":
             operands = operands[1:]
         if operands and all(map(self._has_no_fraction, operands)):
@@ -212,6 +210,13 @@ def _leaves(node: fx.Node) -> Iterator[Any]:
             ahead = [*each, *ahead]
         else:
             yield each
+
+
+def _is_place(value: Any) -> bool:
+    """Whether an argument says where a result is, and nothing of its dtype."""
+    if isinstance(value, fx.Node):
+        return value.target is getattr and value.args[1:] == ("device",)
+    return isinstance(value, torch.device | torch.layout | torch.memory_format)
 
 
 def _is_integral(dtype: torch.dtype) -> bool:

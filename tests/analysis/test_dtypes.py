@@ -63,6 +63,9 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "added to a value": lambda x: x.int() + x,
     "concatenated": lambda x: torch.cat([x[:, :1], (x > 0)[:, :2]], 1),
     "stacked": lambda x: torch.stack([x[:, 0] > 0] * 3, 1) * 0.5,
+    "positions": lambda x: torch.arange(x.shape[3], device=x.device).expand_as(x) * 0.1,
+    "filled": lambda x: torch.full(x.shape, 3, device=x.device) * 0.1,
+    "another device": lambda x: (x > 0).to(x.device) * 0.1,
     "half": lambda x: x.half() * torch.ones(1, 3, 1, 1),
     "bfloat16": lambda x: x.to(torch.bfloat16) + torch.ones(1, 3, 1, 1),
 }
