@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxrep.ops.calls import Called, Calls, ModuleTensor, is_item
+from fxrep.ops.calls import Called, Calls, ModuleTensor, is_function_of, is_item, is_torch
 from fxrep.ops.op import Dtype, Memory
 from fxrep.ops.values import is_size
 
@@ -47,6 +47,7 @@ class Dtypes:
     ) -> None:
         self._calls = calls
         self._found: dict[fx.Node, torch.dtype | None] = dict(known or {})
+        self._foreign: set[fx.Node] = set()
         for node in graph.nodes:  # operands first
             self.of(node)
 
@@ -54,7 +55,20 @@ class Dtypes:
         """The dtype of a value; None if it is not certain."""
         if node not in self._found:
             self._found[node] = self._of(node)
+            if self._found[node] is None and self._may_be_foreign(node):
+                self._foreign.add(node)
         return self._found[node]
+
+    def is_foreign(self, node: fx.Node) -> bool:
+        """Whether the dtype is not known because code that is not torch's chose it."""
+        return self.of(node) is None and node in self._foreign
+
+    def _may_be_foreign(self, node: fx.Node) -> bool:
+        if self._calls.of(node) is None and node.op in ("call_module", "call_function"):
+            module = node.op == "call_module"
+            if module or not (is_torch(node.target) or is_function_of(node, "_operator", "math")):
+                return True
+        return any(self.is_foreign(source) for source in node.all_input_nodes)
 
     def is_integral(self, node: fx.Node) -> bool:
         """Whether a value certainly is of integers or truth values."""
@@ -117,9 +131,7 @@ class Dtypes:
             if isinstance(other, fx.Node) and other.target is not getattr:
                 return self.of(other)
         by_device = bool(others) and all(
-            isinstance(each, str | torch.device | int)
-            or (isinstance(each, fx.Node) and each.args[1:] == ("device",))
-            for each in others
+            isinstance(each, str | int) or _is_place(each) for each in others
         )
         plain = node.target == "to" and by_device and isinstance(source, fx.Node)
         return self.of(source) if plain else None  # type: ignore[arg-type]
@@ -151,7 +163,7 @@ class Dtypes:
 
     def _promoted(self, called: Called) -> torch.dtype | None:
         """No floating point where no operand is; that of all tensors if they have the same."""
-        operands = list(_leaves(called.node))
+        operands = [each for each in _leaves(called.node) if not _is_place(each)]
         if called.op.name == "where":
             operands = operands[1:]
         if operands and all(map(self._has_no_fraction, operands)):
@@ -198,6 +210,13 @@ def _leaves(node: fx.Node) -> Iterator[Any]:
             ahead = [*each, *ahead]
         else:
             yield each
+
+
+def _is_place(value: Any) -> bool:
+    """Whether an argument says where a result is, and nothing of its dtype."""
+    if isinstance(value, fx.Node):
+        return value.target is getattr and value.args[1:] == ("device",)
+    return isinstance(value, torch.device | torch.layout | torch.memory_format)
 
 
 def _is_integral(dtype: torch.dtype) -> bool:

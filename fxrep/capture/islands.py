@@ -28,12 +28,17 @@ from fxrep.capture.skeleton import (
 from fxrep.capture.state import restore_tensors
 from fxrep.capture.substitution import with_traceable_names
 from fxrep.capture.trace import Traced, Untraceable, trace
-from fxrep.ops.owner import foreign_hooks, is_leaf
+from fxrep.ops.owner import foreign_hooks, is_leaf, own_calls
 from fxrep.report import Skip
 
 _PASS = "capture"
 
 _GRAPH_MODULE_NAMES = set(dir(fx.GraphModule)) - set(dir(nn.Module))
+
+
+def _around(module: nn.Module) -> list[Any]:
+    """The code that a call of a module runs around its forward."""
+    return [*foreign_hooks(module), *own_calls(module)]
 
 
 def _attributes(module: nn.Module) -> set[str]:
@@ -67,12 +72,12 @@ class Program:
     def is_root(self) -> bool:
         """Whether the graph becomes the whole model as a GraphModule.
 
-        A model keeps its class if it has hooks, which may rely on the class, or attributes that a
-        GraphModule needs for itself (`code`, `graph`, `meta`).
+        A model keeps its class if it has hooks or a `__call__` of its own, which may rely on the
+        class, or attributes that a GraphModule needs for itself (`code`, `graph`, `meta`).
         """
         taken = _GRAPH_MODULE_NAMES & _attributes(self.module)
         is_graph_module = isinstance(self.module, fx.GraphModule)
-        free = is_graph_module or not (taken or foreign_hooks(self.module))
+        free = is_graph_module or not (taken or _around(self.module))
         return self.path == "" and free
 
 
@@ -93,16 +98,13 @@ class Capture:
     skipped: list[Skip] = field(default_factory=list)
 
 
-def capture(
-    model: nn.Module, example_inputs: object = None, refused: Mapping[str, str] | None = None
-) -> Capture:
+def capture(model: nn.Module, example_inputs: object = None) -> Capture:
     """Trace a model, or every part of it that traces.
 
     Args:
         model: a module in eval mode, or the module of an exported program; the wrappers of
             torch.compile and DataParallel are taken off.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
-        refused: modules that are to stay Python code, by path, and why.
 
     Returns:
         The skeleton and its programs: one with path '' when the whole forward traces, otherwise
@@ -116,7 +118,7 @@ def capture(
     check(model)
     tree = skeleton(model)
     examples = named_inputs(tree, example_inputs)
-    explorer = _Explorer(Capture(model, tree), examples, refused or {})
+    explorer = _Explorer(Capture(model, tree), examples)
     with_traceable_names(
         tree, lambda: explorer.explore(tree, "", (), use="whole", keep_modules=False)
     )
@@ -151,17 +153,11 @@ class _Explorer:
     Args:
         capture: takes the programs and the skipped modules.
         examples: the example inputs of the whole model, by argument.
-        refused: modules that are to stay Python code, by path, and why.
     """
 
-    def __init__(
-        self, capture: Capture, examples: Mapping[str, object], refused: Mapping[str, str]
-    ) -> None:
+    def __init__(self, capture: Capture, examples: Mapping[str, object]) -> None:
         self.capture = capture
         self.examples = examples
-        self.refused = refused
-        tree = capture.tree
-        self.refused_modules = {tree.get_submodule(path): why for path, why in refused.items()}
         self.seen: set[int] = set()
 
     def explore(
@@ -190,7 +186,7 @@ class _Explorer:
             return
         if path and (is_leaf(module) or not any(True for _ in named_tensors(module))):
             return
-        hooks = foreign_hooks(module)
+        hooks = _around(module)
         reason = _reads_weights(above, hooks)
         if reason is not None:
             self._skip(path, reason)
@@ -198,16 +194,12 @@ class _Explorer:
         if use == "items" and isinstance(module, nn.Sequential):
             self._explore_children(module, path, above)
             return
-        if path in self.refused:
-            self._skip(path, f"runs as it is: {self.refused[path]}")
-            self._explore_children(module, path, (*above, _PythonForward.of(path, module)))
-            return
         try:
-            traced = trace(module, None if path else self.examples, self.refused_modules)
+            traced = trace(module, self.examples if not path else None)
         except Untraceable as error:
             self._leave_as_it_is(module, path, above, error)
             return
-        # A hook is called with the module, and may read its children.
+        # A hook or a `__call__` is called with the module, and may read its children.
         self._add_program(module, path, above, traced, keep_modules=keep_modules or bool(hooks))
         if path and traced.arguments.are_narrowed:
             above = (*above, _PythonForward.of(path, module))
@@ -273,7 +265,7 @@ def _reads_weights(above: tuple[_PythonForward, ...], hooks: Sequence[Any]) -> s
     """Why a module must stay as it is: Python code that still runs reads weights by name."""
     names = Mentions.of_hooks(hooks).weights(None) if hooks else ""
     if names:
-        return f"a hook reads {names} below it"
+        return f"a hook or its own __call__ reads {names} below it"
     for forward in above:
         names = forward.mentions.weights(forward.module)
         if names:

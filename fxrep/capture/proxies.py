@@ -8,6 +8,7 @@ Result: `operator.iadd(a, x)` is a node, and a is written as the model writes it
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ from fxrep.words import words
 
 if TYPE_CHECKING:
     from fxrep.capture.tracer import Tracer
+
+
+_FUNCTION_CODE = torch._functorch.utils.unwrap_dead_wrappers.__code__.co_filename
 
 
 class Unfaithful(fx.proxy.TraceError):
@@ -35,6 +39,21 @@ class _TracedMixin:
 
     tracer: Tracer
     node: fx.Node
+
+    @property
+    def __class__(self) -> type:
+        """Its class, as `isinstance` asks for it.
+
+        `torch.autograd.Function.apply` asks it of each argument before it runs the forward of the
+        function, whose gradient is another than that of the operators it calls.
+        """
+        if sys._getframe(1).f_code.co_filename == _FUNCTION_CODE:
+            raise self.tracer.refuse(Unfaithful("forward calls an autograd.Function"))
+        return type(self)
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        raise self.tracer.refuse(Unfaithful("forward sets the class of a traced value"))
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("tracer", "node", "root", "attr", "_node"):

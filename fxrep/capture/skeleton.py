@@ -71,19 +71,15 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers()
 
 
-def skeleton(model: nn.Module, *, share_tensors: bool = True) -> nn.Module:
+def skeleton(model: nn.Module) -> nn.Module:
     """Copy the module tree and its Python attributes, but share its parameters and buffers.
-
-    Args:
-        model: the user's model.
-        share_tensors: False to copy parameters and buffers too.
 
     Raises:
         ModelError: an attribute cannot be copied.
     """
     memo = empty_dicts(model)
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers) if share_tensors else ():
+        for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
                 if tensor is not None:
                     memo[id(tensor)] = tensor

@@ -70,17 +70,12 @@ class Untraceable(FxrepError):
         self.drew_numbers = drew_numbers
 
 
-def trace(
-    module: nn.Module,
-    examples: Mapping[str, object] | None = None,
-    refused: Mapping[nn.Module, str] | None = None,
-) -> Traced:
+def trace(module: nn.Module, examples: Mapping[str, object] | None = None) -> Traced:
     """Trace one module's forward as a root.
 
     Args:
         module: a module of the skeleton.
         examples: example values of some of its arguments.
-        refused: modules below it that the graph calls as they are, and why.
 
     Raises:
         Untraceable: the forward does not trace, whether numbers are inputs or constants.
@@ -89,7 +84,7 @@ def trace(
     problem: Untraceable | None = None
     for arguments in _choices_of_inputs(module, examples or {}):
         try:
-            traced = _trace_with_tensors(module, arguments, refused or {})
+            traced = _trace_with_tensors(module, arguments)
         except Untraceable as error:
             problem = problem or error
             continue
@@ -103,9 +98,7 @@ def trace(
     return best
 
 
-def _trace_with_tensors(
-    module: nn.Module, arguments: Arguments, refused: Mapping[nn.Module, str]
-) -> Traced:
+def _trace_with_tensors(module: nn.Module, arguments: Arguments) -> Traced:
     """Trace with a tensor for every argument without which the forward cannot run.
 
     ``forward(self, image=None, labels=None)`` cannot run without an image. The arguments that
@@ -115,7 +108,7 @@ def _trace_with_tensors(
     supplied: list[str] = []
     while True:
         try:
-            return _trace(module, arguments, refused)
+            return _trace(module, arguments)
         except Untraceable as error:
             problem = error
         if not problem.lacks_tensor:
@@ -123,30 +116,26 @@ def _trace_with_tensors(
         for name in arguments.left_out:
             trial = arguments.with_input(name)
             try:
-                traced = _trace(module, trial, refused)
+                traced = _trace(module, trial)
             except Untraceable as error:
                 if error.progress > problem.progress:
                     arguments = trial
                     supplied.append(name)
                     break
             else:
-                return _with_fewest_inputs(module, traced, trial, supplied, refused)
+                return _with_fewest_inputs(module, traced, trial, supplied)
         else:
             raise problem
 
 
 def _with_fewest_inputs(
-    module: nn.Module,
-    traced: Traced,
-    arguments: Arguments,
-    supplied: list[str],
-    refused: Mapping[nn.Module, str],
+    module: nn.Module, traced: Traced, arguments: Arguments, supplied: list[str]
 ) -> Traced:
     """The trace that takes as few of the supplied arguments as possible."""
     for name in supplied:
         fewer = arguments.without_input(name)
         try:
-            traced, arguments = _trace(module, fewer, refused), fewer
+            traced, arguments = _trace(module, fewer), fewer
         except Untraceable:
             continue
     return traced
@@ -183,7 +172,7 @@ def _choices_of_inputs(module: nn.Module, examples: Mapping[str, object]) -> lis
         specialized,
         frozenset(required),
         returns=signature.return_annotation,
-        takes_more=bool(variadic),
+        variadic=tuple(variadic),
     )
     if not numbers:
         return [first]
@@ -204,12 +193,12 @@ def _has_tensor(value: object) -> bool:
 _MOST_TRIALS = 3
 
 
-def _trace(module: nn.Module, arguments: Arguments, refused: Mapping[nn.Module, str]) -> Traced:
+def _trace(module: nn.Module, arguments: Arguments) -> Traced:
     """Trace, again if another thread may have drawn random numbers meanwhile."""
     for trial in range(_MOST_TRIALS):
         last = trial == _MOST_TRIALS - 1
         try:
-            traced = _trace_once(module, arguments, refused)
+            traced = _trace_once(module, arguments)
         except Untraceable as error:
             if last or not error.drew_numbers or is_only_thread():
                 raise
@@ -219,15 +208,9 @@ def _trace(module: nn.Module, arguments: Arguments, refused: Mapping[nn.Module, 
     raise AssertionError("the last trial returns or raises")
 
 
-def _trace_once(
-    module: nn.Module, arguments: Arguments, refused: Mapping[nn.Module, str]
-) -> Traced:
+def _trace_once(module: nn.Module, arguments: Arguments) -> Traced:
     """Trace; again, with one more submodule opaque, until no submodule stands in the way."""
-    known_opaque = {
-        id(each): Opaque(each, path, refused[each])
-        for path, each in (module.named_modules() if refused else ())
-        if each in refused and each is not module
-    }
+    known_opaque: dict[int, Opaque] = {}
     while True:
         tracer = Tracer(module, arguments, known_opaque)
         versions = tensor_versions(module)
@@ -311,7 +294,10 @@ def _runs(module: nn.Module, graph: fx.Graph) -> bool:
 def _install_constants(
     module: nn.Module, graph: fx.Graph, constants: dict[str, tuple[torch.Tensor, int]]
 ) -> None:
-    """Register the tensors that the forward makes itself; if it writes into one, clone per call."""
+    """Register the tensors that the forward makes itself.
+
+    A tensor that the forward writes, or returns to a caller that may write it, is cloned per call.
+    """
     calls = Calls(module)
     for node in list(graph.nodes):
         if node.op != "get_attr" or node.target not in constants:
@@ -329,13 +315,13 @@ def _install_constants(
 
 
 def _is_written(calls: Calls, node: fx.Node) -> bool:
-    """Whether an operation may write into the value, through views or directly."""
+    """Whether an operation or the caller may write into the value, through views or directly."""
     stack, seen = [node], {node}
     while stack:
         value = stack.pop()
         for user in value.users:
             does = effect(calls, user)
-            if value in does.writes:
+            if value in does.writes or user.op == "output":
                 return True
             if value in does.aliases and user not in seen:
                 seen.add(user)

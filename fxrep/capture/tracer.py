@@ -27,7 +27,13 @@ from fxrep.capture.state import Containers, GeneratorStates, is_only_thread
 from fxrep.capture.substitution import run_and_undo
 from fxrep.ops.absent import lacks_input, lacks_operand
 from fxrep.ops.calls import Calls
-from fxrep.ops.owner import called_class, foreign_hooks, is_leaf, weight_hooks
+from fxrep.ops.owner import (
+    called_class,
+    foreign_hooks,
+    is_leaf,
+    own_call_impls,
+    weight_hooks,
+)
 from fxrep.ops.values import item_count
 
 
@@ -317,6 +323,8 @@ class Tracer(fx.Tracer):
         found = self.known_opaque.get(id(m)) or self.opaque.get(id(m))
         if found is None and (foreign_hooks(m) or weight_hooks(m)):
             found = Opaque(m, path, "hook registered", hooked=True)
+        if found is None and own_call_impls(m):
+            found = Opaque(m, path, "it has its own _call_impl")
         return found
 
     def _trace_into(

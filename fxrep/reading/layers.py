@@ -239,14 +239,16 @@ def _times(expr: Expr | None, factor: float) -> Expr | None:
 
 
 def _changed_dtype(view: View, operand: fx.Node, constant: Constant | None) -> Refusal | None:
-    """Why arithmetic certainly gives another dtype than the operand has.
+    """Why arithmetic gives, or may give, another dtype than the operand has.
 
     A layer that took the arithmetic into its weights would be given the operand as it is, and
     raise.
     """
     dtype = view.dtypes.of(operand)
     if dtype is None:
-        return None
+        doubtful = constant is not None and view.dtypes.is_foreign(operand)
+        reason = "arithmetic with a value of unknown dtype: pass example_inputs"
+        return Refusal(reason) if doubtful else None
     if view.dtypes.is_integral(operand):
         return Refusal("arithmetic turns a value that is no floating point into one")
     value = None if constant is None else constant.value
@@ -283,6 +285,8 @@ def _broadcast_constant(
         return None  # a mask, a positional embedding
     if not shape.numel():
         return Refusal("a constant without elements")
+    if len(shape) == 1 and not wide and view.ranks.least(operand) < 1:
+        return None  # it may grow a value without axes
     assumes_batched: tuple[fx.Node, ...] = ()
     if len(shape) > 1:
         rank, assumed = view.rank(operand)

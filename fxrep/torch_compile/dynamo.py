@@ -21,12 +21,21 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fxrep.errors import FxrepError
 from fxrep.ops import effects
 from fxrep.ops.calls import Calls
+from fxrep.report import Skip
 
 log = logging.getLogger("fxrep")
 
 
 class Unfoldable(FxrepError):
-    """A graph, or a set of weights, that is left to the inner compiler as it is."""
+    """A graph, or a set of weights, that is left to the inner compiler as it is.
+
+    Attributes:
+        skipped: what the passes declined in the graph, and why.
+    """
+
+    def __init__(self, reason: str, skipped: Sequence[Skip] = ()) -> None:
+        super().__init__(reason)
+        self.skipped = tuple(skipped)
 
 
 def weight_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[int, fx.Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,9 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "added to a value": lambda x: x.int() + x,
     "concatenated": lambda x: torch.cat([x[:, :1], (x > 0)[:, :2]], 1),
     "stacked": lambda x: torch.stack([x[:, 0] > 0] * 3, 1) * 0.5,
+    "positions": lambda x: torch.arange(x.shape[3], device=x.device).expand_as(x) * 0.1,
+    "filled": lambda x: torch.full(x.shape, 3, device=x.device) * 0.1,
+    "another device": lambda x: (x > 0).to(x.device) * 0.1,
     "half": lambda x: x.half() * torch.ones(1, 3, 1, 1),
     "bfloat16": lambda x: x.to(torch.bfloat16) + torch.ones(1, 3, 1, 1),
 }
@@ -96,6 +100,34 @@ def test_one_hot_vectors(function: Callable[[Tensor], Tensor], examples: bool) -
     i = torch.randint(0, 4, (2, 6))
     optimized = fxrep.optimize(model, i if examples else None)
     torch.testing.assert_close(optimized(i), model(i))
+
+
+class Mask(nn.Module):
+    """Python code that chooses a dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x > 0 if x.sum() > -1e9 else x
+
+
+@pytest.mark.parametrize("examples", [False, True], ids=["", "example inputs"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.mask(x) * 2.0,
+        lambda m, x: m.mask(x) + 0.5,
+        lambda m, x: m.mask(x)[:, :, 1:].flip(2) * m.scale,
+        lambda m, x: 1.0 - m.mask(x) / 2,
+    ],
+    ids=["scaled", "shifted", "a view", "subtracted from"],
+)
+def test_a_dtype_that_python_code_chooses(function: Any, examples: bool) -> None:
+    model = Body(
+        lambda m, x: m.a(function(m, x)), mask=Mask(), a=nn.Conv2d(3, 4, 3),
+        scale=nn.Parameter(torch.ones(1, 3, 1, 1)),
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 3, 8, 8)
+    optimized = fxrep.optimize(model, x if examples else None)
+    torch.testing.assert_close(optimized(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_an_image_of_bytes() -> None:
