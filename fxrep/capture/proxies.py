@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from fxrep.capture.tracer import Tracer
 
 
-_FUNCTION_CODE = torch._functorch.utils.unwrap_dead_wrappers.__code__.co_filename
+# One or the other asks, by the version of torch.
+_FUNCTION_CODE = (torch.autograd.function.__file__, torch._functorch.utils.__file__)
 
 
 class Unfaithful(fx.proxy.TraceError):
@@ -47,7 +48,7 @@ class _TracedMixin:
         `torch.autograd.Function.apply` asks it of each argument before it runs the forward of the
         function, whose gradient is another than that of the operators it calls.
         """
-        if sys._getframe(1).f_code.co_filename == _FUNCTION_CODE:
+        if sys._getframe(1).f_code.co_filename in _FUNCTION_CODE:
             raise self.tracer.refuse(Unfaithful("forward calls an autograd.Function"))
         return type(self)
 
