@@ -41,6 +41,7 @@ class Shape(Enum):
     SELECT = auto()
     REDUCE = auto()
     MATMUL = auto()  # all axes but the last two broadcast
+    ATTENTION = auto()  # all axes but the last two of query, key and value broadcast
     BATCHED_MATMUL = auto()  # all values have three axes
     EINSUM = auto()
     EMBEDDING = auto()

@@ -200,7 +200,7 @@ _ARITHMETIC = [
     Op("repeat_interleave", "input, repeats, dim=None, output_size=None", Shape.KEEPS_RANK,
        dtype=Dtype.KEEPS),
     Op("gather", "input, dim, other|index, sparse_grad=False", Shape.LIKE, dtype=Dtype.KEEPS),
-    Op("scaled_dot_product_attention", "input|query, key, value, ...", Shape.MATMUL),
+    Op("scaled_dot_product_attention", "input|query, key, value, ...", Shape.ATTENTION),
     *_each("mean nanmean logsumexp", _REDUCE, Shape.REDUCE, dtype=Dtype.FLOATS),
     *_each("sum nansum prod amax amin", _REDUCE, Shape.REDUCE, dtype=Dtype.KEEPS),
     *_each("argmax argmin all any count_nonzero", _REDUCE, Shape.REDUCE, dtype=Dtype.INTEGRAL),
