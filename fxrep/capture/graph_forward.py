@@ -114,12 +114,14 @@ class GraphForward:
         """Whether the graph stands for the modules as they are, and their training is not wanted.
 
         torch.compile asks once, when it compiles: the compiled code has the weights of that moment.
-        A trace or an export is made for deployment, with or without gradients enabled.
+        A trace or an export is made for deployment, with or without gradients enabled. A strict
+        export looks for all tensors in submodules, where the fused layers are not.
         """
         if self.unchanged is None:
             return True
-        deployed = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
-        if torch.is_grad_enabled() and not deployed and self._is_trained():
+        if torch.compiler.is_exporting():
+            return not torch.compiler.is_dynamo_compiling() and self.unchanged.holds(exported=True)
+        if torch.is_grad_enabled() and torch._C._get_tracing_state() is None and self._is_trained():
             return False
         return self._holds()
 

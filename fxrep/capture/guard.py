@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fxrep.ops.owner import weight_hooks
 
@@ -61,24 +62,39 @@ class Unchanged:
     def _read_tensors(self) -> None:
         self.versioned = [tensor for tensor in self.tensors if not tensor.is_inference()]
         self.versions = list(map(_version, self.versioned))
-        self.addresses = list(map(_address, self.tensors))
+        self.placed = list(filter(_has_address, self.tensors))
+        self.addresses = list(map(Tensor.data_ptr, self.placed))
         self.trainable = [tensor for tensor in self.tensors if isinstance(tensor, nn.Parameter)]
 
-    def holds(self) -> bool:
-        """Whether the modules, their attributes and the content of their tensors are the same."""
+    def holds(self, *, exported: bool = False) -> bool:
+        """Whether the modules, their attributes and the content of their tensors are the same.
+
+        Args:
+            exported: torch.export runs the modules, with fake tensors in place of their own.
+        """
         # Lists and dicts compare their items by identity first, without a step of Python code.
         try:
             return (
                 list(map(_version, self.versioned)) == self.versions
-                and list(map(_address, self.tensors)) == self.addresses
+                and list(map(Tensor.data_ptr, self.placed)) == self.addresses
                 and list(map(type, self.modules)) == self.types
                 and list(map(_attributes_of, self.plain)) == self.attributes
                 and list(map(_without_weights, self.hooked)) == self.hooked_attributes
-                and self.filled == self.content
                 and not any(self.empty)
+                and (self.filled == self.content if not exported else self._faked())
             )
         except Exception:  # a value that cannot be compared is another value than before
             return False
+
+    def _faked(self) -> bool:
+        """Whether the containers are the same but for fake tensors."""
+        for container, saved in zip(self.filled, self.content, strict=True):
+            if isinstance(container, dict):
+                fakes = {k: saved.get(k) for k, v in container.items() if isinstance(v, FakeTensor)}
+                container = {**container, **fakes}
+            if container != saved:
+                return False
+        return True
 
     def is_trained(self) -> bool:
         """Whether a parameter takes gradients."""
@@ -91,7 +107,7 @@ class Unchanged:
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        read_again = ("versioned", "versions", "addresses", "trainable")
+        read_again = ("versioned", "versions", "placed", "addresses", "trainable")
         state = {name: v for name, v in self.__dict__.items() if name not in read_again}
         return {**state, "types": self.types if self.holds() else []}
 
@@ -110,11 +126,12 @@ def _without_weights(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in module.__dict__.items() if name not in computed}
 
 
-def _address(tensor: Tensor) -> int:
+def _has_address(tensor: Tensor) -> bool:
     try:
-        return tensor.data_ptr()
+        tensor.data_ptr()
     except RuntimeError:  # a tensor without a storage of its own
-        return 0
+        return False
+    return True
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
