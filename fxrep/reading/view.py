@@ -230,7 +230,8 @@ class View:
     def constant(self, arg: Any) -> Constant | None:
         """`arg` as a constant: a number, or a tensor of the model that is never written."""
         if isinstance(arg, ModuleTensor):
-            return self.attribute(arg.module, arg.path, arg.name)
+            written = self.written(arg) is not None
+            return None if written else self.attribute(arg.module, arg.path, arg.name)
         if isinstance(arg, numbers.Real) and not isinstance(arg, bool):
             try:
                 return Constant(float(arg), Call(number, (float(arg),)))
@@ -244,6 +245,22 @@ class View:
                 return self.stored(path)
             except (AttributeError, AssertionError):
                 return None
+        return None
+
+    def written(self, *arguments: Any) -> str | None:
+        """Why tensors of the model are no constants: other code may write one; None if none may."""
+        for arg in arguments:
+            if isinstance(arg, ModuleTensor):
+                paths = [f"{arg.path}.{name}" for name in _parts(arg.module, arg.name)]
+            elif isinstance(arg, fx.Node) and arg.op == "get_attr":
+                paths = [str(arg.target)]
+            else:
+                continue
+            for path in paths:
+                tensor = self.calls.tensor(path)
+                writer = self.aliasing.writer(tensor) if isinstance(tensor, Tensor) else None
+                if writer is not None:
+                    return f"it reads '{path}', which {writer} may write"
         return None
 
     def stored(self, path: str) -> Constant:
@@ -267,7 +284,7 @@ class View:
             return None
         if name in module._parameters or name in module._buffers:
             return self.stored(f"{path}.{name}")
-        parts = [n for n, _ in (*module.named_parameters(), *module.named_buffers())]
+        parts = _parts(module, name)
         loads = [self.stored(f"{path}.{part}").expr for part in parts]
         expr = Call(_computed, (module, name, tuple(parts), *loads))
         return Constant(_Computed(module, name)().detach(), expr, module)
@@ -300,6 +317,13 @@ class View:
         if proven is not None:
             return proven, False
         return self.ranks.assumed(node), True
+
+
+def _parts(module: nn.Module, name: str) -> list[str]:
+    """The paths of the tensors that decide the value of a tensor attribute of a module."""
+    if name in module._parameters or name in module._buffers:
+        return [name]
+    return [path for path, _ in (*module.named_parameters(), *module.named_buffers())]
 
 
 class _Computed(nn.Module):

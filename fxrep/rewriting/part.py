@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from fxrep.algebra.recipe import Call, record
 from fxrep.analysis import aliasing
 from fxrep.analysis.channels import Channels
+from fxrep.analysis.memory import Write
 from fxrep.analysis.ranks import Ranks
 from fxrep.analysis.values import Values
 from fxrep.capture.islands import Program
@@ -35,6 +36,7 @@ class Part:
     Attributes:
         program: the graph and its module; the editor alone changes the graph.
         values: the values of the graph, as far as example inputs tell.
+        outside: the tensors that code outside the graph may write.
         waiting: plans for layers that are called more than once.
         notes: why a node stayed as it is, by the name of the pass that declined it.
         new_values: values that took the place of others and that the pass has not seen yet.
@@ -45,6 +47,7 @@ class Part:
 
     program: Program
     values: Values
+    outside: Sequence[Write] = ()
     waiting: Waiting = field(default_factory=Waiting)
     notes: dict[fx.Node, dict[str, Skip]] = field(default_factory=lambda: defaultdict(dict))
     new_values: list[fx.Node] = field(default_factory=list)
@@ -65,7 +68,7 @@ class Part:
     def view(self) -> View:
         """The facts known of the graph: analysed at the first use, then kept up to date."""
         graph, calls = self.program.graph, self.calls
-        memory = aliasing.analyse(graph, calls)
+        memory = aliasing.analyse(graph, calls, self.outside)
         ranks = Ranks(graph, calls, self.values.ranks, self.program.ranks)
         view = View(
             graph, calls, read, memory, ranks, Channels(graph, calls, ranks.assume_for_later)

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxrep.algebra.maps import Diagonal, Map, channel_map, pointwise_axes, with_channels
-from fxrep.capture.skeleton import call_arguments, does_not_run, skeleton
+from fxrep.capture.skeleton import call_arguments, does_not_run, duplicate, skeleton
 from fxrep.capture.state import unchanged_random_state
 from fxrep.errors import EquivalenceError
 from fxrep.ops.owner import weight_hooks
@@ -128,17 +128,17 @@ def compare(
     args, kwargs = call_arguments(example_inputs)
     with torch.no_grad():
         try:
-            original = _outputs(copy.deepcopy(skeleton(model)), args, kwargs)
+            original = _outputs(duplicate(skeleton(model)), args, kwargs)
         except Exception as error:
             raise does_not_run(model, error) from error
         try:
-            double = copy.deepcopy(skeleton(model)).double()
+            double = duplicate(skeleton(model)).double()
             wide = _outputs(double, _widened(args), _widened(kwargs))
         except RuntimeError:  # the model sets a dtype itself: compare with its own results
             wide = original
         # A copy: a forward may count its calls, and the user's first call must be the first.
         try:
-            got = _outputs(copy.deepcopy(optimized), args, kwargs)
+            got = _outputs(duplicate(optimized), args, kwargs)
         except Exception as error:
             raise EquivalenceError(
                 f"the optimized model does not run on example_inputs, as the original does "
