@@ -6,6 +6,9 @@ that are slices of one another, arrays of NumPy that were wrapped twice.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import types
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -77,24 +80,34 @@ def addresses(tensor: Tensor) -> tuple[int, int]:
     return (start, start + storage.nbytes()) if start else (-identity, 1 - identity)
 
 
-def held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that a module and the modules below it hold, by path."""
+def held(module: nn.Module, seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a module and the modules below it hold, by path.
+
+    Args:
+        module: the module.
+        seen: ids of objects whose tensors were found already.
+    """
+    seen = set() if seen is None else seen
     for path, each in module.named_modules():
-        for name, tensor in owned(each):
+        for name, tensor in owned(each, seen):
             yield f"{path}.{name}" if path else name, tensor
 
 
-def owned(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def owned(module: nn.Module, seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
     """The tensors that a module holds itself.
 
     They are its parameters and buffers, and the tensors in its other attributes: in containers, in
     plain objects, and in modules that are not registered.
+
+    Args:
+        module: the module.
+        seen: ids of objects whose tensors were found already.
     """
+    seen = set() if seen is None else seen
     for tensors in (module._parameters, module._buffers):
         for name, tensor in tensors.items():
             if tensor is not None:
                 yield name, tensor
-    seen: set[int] = set()
     for name, value in vars(module).items():
         if name not in _EVERY_MODULE:
             for tensor in _inside(value, seen, 0):
@@ -114,29 +127,45 @@ def _inside(value: Any, seen: set[int], depth: int) -> Iterator[Tensor]:
         return
     seen.add(id(value))
     if isinstance(value, nn.Module):
-        yield from (tensor for _, tensor in held(value))
+        yield from (tensor for _, tensor in held(value, seen))
         return
-    items: list[Any] = []
-    if isinstance(value, dict):
-        items += value.values()
-    elif isinstance(value, list | tuple | set | frozenset):
-        items += value
-    items += getattr(value, "__dict__", {}).values()
-    items += (getattr(value, name, None) for name in getattr(type(value), "__slots__", ()))
-    items += _bound(value)
-    for item in items:
+    for item in _items(value):
         yield from _inside(item, seen, depth + 1)
 
 
-def _bound(value: Any) -> list[Any]:
-    """The values that a function, a method or a partial carries."""
-    found = [getattr(value, name, None) for name in ("__self__", "func", "args", "keywords")]
-    for cell in getattr(value, "__closure__", None) or ():
-        try:
-            found.append(cell.cell_contents)
-        except ValueError:  # not assigned yet
-            continue
-    return [each for each in found if each is not None]
+def _items(value: Any) -> Iterator[Any]:
+    """The values in a container, in the attributes of an object, or that a function carries."""
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, list | tuple | set | frozenset):
+        yield from value
+    elif isinstance(value, types.MethodType):
+        yield value.__self__
+    elif isinstance(value, functools.partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, types.FunctionType):
+        for cell in value.__closure__ or ():
+            with contextlib.suppress(ValueError):  # not assigned yet
+                yield cell.cell_contents
+    # Without running code of the object.
+    with contextlib.suppress(AttributeError):
+        yield from dict(object.__getattribute__(value, "__dict__")).values()
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            with contextlib.suppress(AttributeError):
+                yield object.__getattribute__(value, name)
 
 
-_ATOMS = (type, type(torch), str, bytes, int, float, complex, torch.dtype, torch.device, torch.Size)
+_ATOMS = (
+    type,
+    types.ModuleType,
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+)
