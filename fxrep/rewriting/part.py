@@ -111,11 +111,14 @@ class Part:
         return shared
 
     def originals(self) -> Lookup:
-        """A lookup of the user's tensors in float64, by path."""
+        """A lookup of the user's tensors and of constants in float64, by path."""
         return _remembered(lambda path: double(self.view.originals[path]))
 
     def exact(self) -> Lookup:
-        """A lookup of all tensors in float64, by path; those that fxrep made are computed anew."""
+        """A lookup of all tensors in float64, by path; weights that fxrep made are computed anew.
+
+        A constant is what the model computes in its own dtype, and only then widened.
+        """
         return _remembered(self._exact)
 
     def _exact(self, path: str) -> Tensor:
@@ -123,7 +126,7 @@ class Part:
         if path in view.derived:
             value: Tensor = record(view.derived[path]).run(lambda p: double(view.originals[p]))
             return value
-        return double(view.tensor(path))
+        return double(view.originals[path] if path in view.computed else view.tensor(path))
 
     # --- changes ---------------------------------------------------------------------------------
 
@@ -156,9 +159,9 @@ class Part:
 
     def store(self, node: fx.Node, value: Tensor, expr: Call) -> None:
         """Store the value of a constant expression in place of its computation."""
-        sources = [self.view.originals[path] for path in record(expr).paths]
+        sources = [self.view.originals[path] for path in self.view.sources(expr)]
         path, stored = self.editor.store(node, value)
-        self.view.derived[path] = expr
+        self.view.computed[path] = expr
         if any(source.requires_grad for source in sources):
             self.view.trained.add(id(stored))
 
