@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxrep.capture.mentions import Mentions
+from fxrep.ops.owner import foreign_hooks
+
 # How deep the containers and objects in the attributes of a module are searched for tensors.
 _DEEPEST = 4
 
@@ -114,12 +117,33 @@ def owned(module: nn.Module, seen: set[int] | None = None) -> Iterator[tuple[str
                 yield name, tensor
 
 
+def reached_by_hooks(module: nn.Module) -> Iterator[Tensor]:
+    """The tensors that hooks of a module, or of modules below it, may write.
+
+    A hook carries objects: a method its module, a function its closure. Of a module that it carries
+    only the module's own tensors count, unless the hook's code names weights.
+    """
+    for each in module.modules():
+        hooks = foreign_hooks(each)
+        seen: set[int] = set()
+        whole = bool(hooks and Mentions.of_hooks(hooks).weights(None))
+        for hook in hooks:
+            yield from _inside(hook, seen, 0, whole=whole)
+
+
 # Attributes that every module has: its tensors and children, and its hooks.
 _EVERY_MODULE = vars(nn.Module()).keys()
 
 
-def _inside(value: Any, seen: set[int], depth: int) -> Iterator[Tensor]:
-    """The tensors in a value."""
+def _inside(value: Any, seen: set[int], depth: int, *, whole: bool = True) -> Iterator[Tensor]:
+    """The tensors in a value.
+
+    Args:
+        value: any object.
+        seen: ids of objects whose tensors were found already.
+        depth: how many objects lead to the value.
+        whole: of a module also the tensors of the modules below it.
+    """
     if isinstance(value, Tensor):
         yield value
         return
@@ -127,10 +151,11 @@ def _inside(value: Any, seen: set[int], depth: int) -> Iterator[Tensor]:
         return
     seen.add(id(value))
     if isinstance(value, nn.Module):
-        yield from (tensor for _, tensor in held(value, seen))
+        found = held(value, seen) if whole else owned(value, seen)
+        yield from (tensor for _, tensor in found)
         return
     for item in _items(value):
-        yield from _inside(item, seen, depth + 1)
+        yield from _inside(item, seen, depth + 1, whole=whole)
 
 
 def _items(value: Any) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from fxrep.analysis.aliasing import written_tensors
-from fxrep.analysis.memory import Write, owned
+from fxrep.analysis.memory import Write, owned, reached_by_hooks
 from fxrep.capture.islands import Capture, Program
 from fxrep.ops.calls import Calls
 from fxrep.ops.owner import is_leaf
@@ -27,6 +27,7 @@ def writes_outside(captured: Capture) -> dict[str, list[Write]]:
         for path, module in _python_modules(captured)
         for _, tensor in owned(module)
     ]
+    python += [Write(tensor, "a hook") for tensor in reached_by_hooks(captured.tree)]
     if len(programs) < 2:
         return {program.path: python for program in programs}
     own = {p.path: written_tensors(p.graph, Calls(p.module)) for p in programs}

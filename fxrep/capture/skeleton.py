@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
 
 from fxrep.errors import InputError, ModelError
 
@@ -89,8 +88,8 @@ def skeleton(model: nn.Module) -> nn.Module:
                     memo[id(tensor)] = tensor
                     registered.add(storage_id(tensor))
     for module in model.modules():
-        for value in tree_leaves(_plain_attributes(module)):
-            if isinstance(value, torch.Tensor) and storage_id(value) in registered:
+        for value in _plain_tensors(module):
+            if storage_id(value) in registered:
                 memo[id(value)] = value
         for value in module.__dict__.values():
             if isinstance(value, torch.Tensor) and id(value) not in memo and not value.is_leaf:
@@ -105,9 +104,16 @@ def skeleton(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _plain_attributes(module: nn.Module) -> list[Any]:
-    """The attributes of a module besides those that every module has."""
-    return [value for name, value in module.__dict__.items() if name not in _EVERY_MODULE]
+def _plain_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """The tensors in plain attributes of a module, and in containers there."""
+    ahead = [value for name, value in module.__dict__.items() if name not in _EVERY_MODULE]
+    seen: set[int] = set()
+    for value in ahead:  # grows while it is read
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            ahead.extend(value.values() if isinstance(value, dict) else value)
 
 
 _EVERY_MODULE = vars(nn.Module()).keys()
@@ -132,9 +138,9 @@ def duplicate(tree: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     users: dict[int, set[int]] = {}
     parameters: list[nn.Parameter] = []
     for module in tree.modules():
-        plain = _plain_attributes(module)
-        for value in tree_leaves([module._parameters, module._buffers, plain]):
-            if isinstance(value, torch.Tensor):
+        registered = (*module._parameters.values(), *module._buffers.values())
+        for value in (*registered, *_plain_tensors(module)):
+            if value is not None:
                 users.setdefault(storage_id(value), set()).add(id(value))
                 if type(value) is nn.Parameter:
                     parameters.append(value)

@@ -235,6 +235,54 @@ def test_a_batchnorm_in_training_mode_writes_statistics_that_it_shares() -> None
     assert reason == "it reads 'b.running_mean', which the module 'other' may write"
 
 
+class Hooked(nn.Module):
+    """A hook at the first layer writes what a BatchNorm before the last one reads."""
+
+    def __init__(self, statement: str) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.last = nn.Conv2d(3, 4, 3)
+        self.register_buffer("state", self.norm.running_mean)
+        self.code = statement
+        self.first.register_forward_hook(getattr(self, f"hook_{statement}"))
+
+    def hook_name(self, *_: Any) -> None:
+        self.norm.running_mean.add_(0.5)
+
+    def hook_alias(self, *_: Any) -> None:
+        self.state.add_(0.5)
+
+    def hook_all(self, *_: Any) -> None:
+        for buffer in self.norm.buffers():
+            buffer.add_(1)
+
+    def hook_nothing(self, *_: Any) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(self.norm(self.first(x).relu()))
+
+
+@pytest.mark.parametrize("statement", ["name", "alias", "all"])
+def test_a_hook_writes_what_another_layer_reads(statement: str) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return randomize(Hooked(statement).eval())
+
+    report = equal_for_three_calls(make)
+    assert any("may write" in skip.reason for skip in report.skipped), str(report)
+
+
+def test_a_hook_that_writes_nothing_is_no_obstacle_to_other_layers() -> None:
+    class Unshared(Hooked):
+        def __init__(self) -> None:
+            super().__init__("nothing")
+            self.state = torch.zeros(3)
+
+    torch.manual_seed(0)
+    assert not layers(fxrep.optimize(randomize(Unshared().eval())))
+
+
 def test_python_code_above_an_island_writes_what_the_island_reads() -> None:
     class Above(nn.Module):
         def __init__(self) -> None:
