@@ -325,6 +325,36 @@ def test_another_graph_writes_what_an_island_reads() -> None:
     assert any("'1.running_var'" in skip.reason for skip in report.skipped), str(report)
 
 
+def test_an_unread_batchnorm_in_training_mode_is_not_dropped() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y = s.c(x)
+        s.other(y)
+        found: Tensor = s.b(y)
+        return found
+
+    def other(model: Any) -> nn.Module:
+        norm = nn.BatchNorm2d(4)
+        norm.running_mean = model.b.running_mean
+        return norm
+
+    def make() -> nn.Module:
+        model = built(forward, other)
+        model.get_submodule("other").train()
+        return model
+
+    equal_for_three_calls(make)
+
+
+def test_layers_of_one_value_are_not_joined_across_a_write() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        first = s.c(x)
+        s.other.weight.data.mul_(1.5)
+        found: Tensor = torch.cat([first.relu(), s.other(x).relu()], 1)
+        return found
+
+    equal_for_three_calls(lambda: built(forward, lambda model: nn.Conv2d(3, 4, 3)), cost="always")
+
+
 def test_a_shift_by_a_buffer_stays_before_the_module_that_writes_it() -> None:
     def forward(s: Any, x: Tensor) -> Tensor:
         y = s.c(x) + s.other.held.view(4, 1, 1)
