@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from fxrep.capture.islands import Capture, Program
-from fxrep.capture.skeleton import call_arguments, does_not_run, named_inputs, skeleton
+from fxrep.capture.skeleton import (
+    call_arguments,
+    does_not_run,
+    duplicate,
+    named_inputs,
+    skeleton,
+)
 
 UNKNOWN = object()
 """The value of a node whose value could not be computed."""
@@ -81,7 +86,7 @@ def recorded_run(captured: Capture, example_inputs: object) -> Examples:
         InputError: the model does not run on the inputs.
     """
     examples = Examples(example_inputs)
-    twin = copy.deepcopy(skeleton(captured.model))
+    twin = duplicate(skeleton(captured.model))
     examples.calls = _recorded(twin, _paths_called(captured), examples)
     args, kwargs = tree_map_only(Tensor, Tensor.clone, call_arguments(example_inputs))
     with torch.no_grad():

@@ -21,7 +21,7 @@ from torch.fx.graph_module import _forward_from_src
 
 from fxrep.capture.islands import Capture
 from fxrep.capture.signature import Arguments, KeepSignature, same_value
-from fxrep.capture.skeleton import empty_dicts
+from fxrep.capture.skeleton import duplicate, empty_dicts
 from fxrep.report import Report
 
 _REPORT = "_fxrep_report"
@@ -40,7 +40,7 @@ def assemble(capture: Capture) -> nn.Module:
         if isinstance(program.module, fx.GraphModule):  # a copy holds only what its graph reads
             program.module.__dict__["_graph"] = program.graph
     memo = _copy_memo(capture)
-    tree: nn.Module = copy.deepcopy(capture.tree, memo)
+    tree = duplicate(capture.tree, memo)
     for program in capture.programs:
         if program.is_root:
             continue

@@ -74,15 +74,23 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def skeleton(model: nn.Module) -> nn.Module:
     """Copy the module tree and its Python attributes, but share its parameters and buffers.
 
+    Tensors in other attributes are copied, unless they share the memory of a parameter or buffer.
+
     Raises:
         ModelError: an attribute cannot be copied.
     """
     memo = empty_dicts(model)
+    registered = set()
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
                 if tensor is not None:
                     memo[id(tensor)] = tensor
+                    registered.add(storage_id(tensor))
+    for module in model.modules():
+        for value in _plain_tensors(module):
+            if storage_id(value) in registered:
+                memo[id(value)] = value
         for value in module.__dict__.values():
             if isinstance(value, torch.Tensor) and id(value) not in memo and not value.is_leaf:
                 # deepcopy refuses tensors that have an autograd history
@@ -94,6 +102,55 @@ def skeleton(model: nn.Module) -> nn.Module:
             f"model ({type(model).__name__}) cannot be copied{_cause(model, memo)}: "
             f"{type(error).__name__}: {error}; remove that attribute before optimizing"
         ) from error
+
+
+def _plain_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """The tensors in plain attributes of a module, and in containers there."""
+    ahead = [value for name, value in module.__dict__.items() if name not in _EVERY_MODULE]
+    seen: set[int] = set()
+    for value in ahead:  # grows while it is read
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            ahead.extend(value.values() if isinstance(value, dict) else value)
+
+
+_EVERY_MODULE = vars(nn.Module()).keys()
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """The identity of the memory of a tensor: equal for views of one storage."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):  # a wrapper subclass has no storage of its own
+        return id(tensor)
+
+
+def duplicate(tree: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deepcopy in which tensors share memory as in the tree.
+
+    Args:
+        tree: the modules to copy.
+        memo: as for `copy.deepcopy`.
+    """
+    memo = {} if memo is None else memo
+    users: dict[int, set[int]] = {}
+    parameters: list[nn.Parameter] = []
+    for module in tree.modules():
+        registered = (*module._parameters.values(), *module._buffers.values())
+        for value in (*registered, *_plain_tensors(module)):
+            if value is not None:
+                users.setdefault(storage_id(value), set()).add(id(value))
+                if type(value) is nn.Parameter:
+                    parameters.append(value)
+    for each in parameters:
+        if len(users[storage_id(each)]) > 1 and id(each) not in memo:
+            # deepcopy clones a parameter, but copies the storage of a tensor once.
+            value = copy.deepcopy(each.detach(), memo)
+            memo[id(each)] = nn.Parameter(value, requires_grad=each.requires_grad)
+    made: nn.Module = copy.deepcopy(tree, memo)
+    return made
 
 
 def empty_dicts(model: nn.Module) -> dict[int, Any]:
