@@ -54,7 +54,7 @@ def _python_modules(captured: Capture) -> Iterator[tuple[str, nn.Module]]:
             ahead += [(f"{path}.{below}" if path else below, m) for below, m in _opaque(program)]
             continue
         if is_leaf(module):
-            if module.training and isinstance(module, nn.modules.batchnorm._NormBase):
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
                 yield path, module
             continue
         yield path, module

@@ -8,6 +8,7 @@ readers of the operations are in `fxrep.reading.layers` and `fxrep.reading.struc
 from __future__ import annotations
 
 import enum
+import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +28,10 @@ from fxrep.ops.calls import Calls, ModuleTensor
 from fxrep.ops.effects import writes_over
 from fxrep.ops.op import Reads
 from fxrep.refusal import Refusal
+
+# How many roundings may lie between what a model computes in its dtype and the same in float64, for
+# a value that a few operations give.
+_ROUNDINGS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,6 +322,32 @@ class View:
         self.depends_on_content(expr)
         value: Tensor = record(expr).run(lambda path: double(self.originals[path]))
         return value
+
+    def unrounded(self, expr: Expr) -> Tensor:
+        """The value of an expression in real arithmetic, as far as float64 can tell.
+
+        A constant that the model computes is computed again, in float64, from the user's tensors.
+        If the result is further from the constant than rounding explains (a floor takes another
+        step), the constant counts.
+        """
+        self.depends_on_content(expr)
+        value: Tensor = record(expr).run(self._unrounded)
+        return value
+
+    def _unrounded(self, path: str) -> Tensor:
+        native = double(self.originals[path])
+        made = self.computed.get(path)
+        if made is None or made.function is _computed or not native.is_floating_point():
+            return native
+        try:
+            value = record(made).run(self._unrounded)
+        except (RuntimeError, TypeError):  # it demands the dtype of the model
+            return native
+        eps = torch.finfo(self.originals[path].dtype).eps
+        near = torch.linalg.vector_norm(value - native, math.inf) <= _ROUNDINGS * eps * (
+            torch.linalg.vector_norm(native, math.inf)
+        )
+        return value if near else native
 
     def depends_on_content(self, expr: Expr) -> None:
         """Note that a decision depends on the content of the tensors that an expression loads."""

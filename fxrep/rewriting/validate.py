@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxrep.algebra.maps import Diagonal, Map, channel_map, pointwise_axes, with_channels
+from fxrep.algebra.recipe import Load
 from fxrep.capture.skeleton import call_arguments, does_not_run, duplicate, skeleton
 from fxrep.capture.state import unchanged_random_state
 from fxrep.errors import EquivalenceError
@@ -333,11 +334,17 @@ def _original_results(
             # A clone, since the method may write in place.
             values[node] = getattr(owner.clone(), str(node.target))(*rest, **kwargs)
         elif node.target is operator.setitem:  # on the value itself: later nodes read the write
-            operator.setitem(*args)
+            operator.setitem(*args[:2], _assigned(view, node, args[2]))
         else:
             copies = [a.clone() if isinstance(a, Tensor) else a for a in args]
             values[node] = node.target(*copies, **kwargs)  # type: ignore[operator]
     return [values[root] for root in plan.roots]
+
+
+def _assigned(view: View, node: fx.Node, value: Any) -> Any:
+    """The value that an assignment gives a border: a constant as in real arithmetic, as planned."""
+    path = str(getattr(node.args[2], "target", None))
+    return view.unrounded(Load(path)) if path in view.computed else value
 
 
 def _in_float64(view: View, node: fx.Node, exact: Lookup) -> Callable[..., Any]:

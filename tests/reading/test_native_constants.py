@@ -16,6 +16,7 @@ from torch.nn.utils import prune
 import fxrep
 from fxrep.errors import EquivalenceError
 from fxrep.rewriting import validate
+from support.blocks_linear import DBB, DBBColumnsFirst, DBBShifted, pad_assigned
 from support.check import randomize
 
 Expression = Callable[[Tensor], Tensor]
@@ -270,6 +271,63 @@ def test_the_comparison_allows_roundings_that_grow() -> None:
 
     model = randomize(Chaotic().eval())
     assert not batchnorms(fxrep.optimize(model, image(torch.float32)))
+
+
+# --- borders --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize("kind", [DBB, DBBColumnsFirst, DBBShifted])
+def test_a_border_is_compared_in_real_arithmetic(kind: type[DBB], dtype: torch.dtype) -> None:
+    """The model rounds the value that it pads with; what the layers before give for zeros is exact.
+
+    Both are one value.
+    """
+    model = randomize(kind(3, 4).to(dtype).eval())
+    x = image(dtype)
+    with torch.no_grad():
+        expected = model(x)
+        for examples in (None, x):
+            optimized = fxrep.optimize(model, examples)
+            assert error(optimized(x), expected) < MOST
+            assert sum(isinstance(m, nn.Conv2d) for m in optimized.modules()) == 1
+
+
+class Padded(nn.Module):
+    """Pads with an expression of the bias that the layer before adds."""
+
+    def __init__(self, bias: float, expression: Expression) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3)
+        self.first.bias = nn.Parameter(torch.full((4,), bias))
+        self.expression = expression
+
+    def forward(self, x: Tensor) -> Any:
+        value = self.expression(self.first.bias)  # type: ignore[arg-type]
+        return self.second(pad_assigned(self.first(x), value, 1))
+
+
+BORDERS: list[tuple[float, Expression]] = [
+    (0.7, lambda b: torch.floor(b * 10) / 10),
+    (0.75, lambda b: torch.floor(b * 8) / 8),
+    (0.3, lambda b: torch.floor(b * 1000) / 1000),
+    (0.58, lambda b: torch.floor(b * 100) / 100),
+    (0.7, lambda b: (b + 1e4) - 1e4),  # in float64 this is b, in float32 another value
+    (0.7, lambda b: torch.where(b + 1e9 > 1e9, b, -b)),
+    (0.7, lambda b: b * (b * 3e4 + 1 - b * 3e4)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize(("bias", "expression"), BORDERS)
+def test_a_border_that_is_another_value_in_float64(
+    bias: float, expression: Expression, dtype: torch.dtype
+) -> None:
+    model = Padded(bias, expression).to(dtype).eval()
+    x = image(dtype)
+    with torch.no_grad():
+        expected = model(x)
+        assert error(fxrep.optimize(model)(x), expected) < MOST
 
 
 # --- parametrizations that are no constants -------------------------------------------------------
