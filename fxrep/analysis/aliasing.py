@@ -25,9 +25,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, fx
 
-from fxrep.analysis.memory import Write, WrittenMemory, addresses, held, reached_by_hooks
+from fxrep.analysis.memory import Write, WrittenMemory, held, reached_by_hooks
 from fxrep.ops.calls import Calls
 from fxrep.ops.effects import Effect, effect, reads_no_values
+from fxrep.ops.memory import addresses
 from fxrep.ops.op import Memory
 from fxrep.ops.values import value_type
 
@@ -271,9 +272,8 @@ def _effects(nodes: list[fx.Node], calls: Calls) -> list[Effect]:
 def _own_writes(node: fx.Node, calls: Calls) -> list[Write]:
     """The tensors that a called module may write by itself."""
     module = calls.submodule(str(node.target))
-    tensors = [tensor for _, tensor in held(module)]
-    hooked = reached_by_hooks(module)
-    return [Write(tensor, f"the module '{node.target}'") for tensor in (*tensors, *hooked)]
+    tensors = (*held(module), *reached_by_hooks(module))
+    return [Write(tensor, f"the module '{node.target}'") for tensor in tensors]
 
 
 def _graph_writes(

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fxrep.capture.reach import Snapshot, of_tree
+from fxrep.capture.skeleton import duplicate
 from fxrep.capture.state import GeneratorStates
 from fxrep.ops.owner import weight_hooks
 from fxrep.refusal import Refusal
@@ -48,23 +50,21 @@ def computed_once(module: nn.Module, name: str, parts: Sequence[str]) -> Tensor 
     Returns:
         The value in the dtype in which the module computes it, or why it is no constant.
     """
-    held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    # Copies, since the code may be the user's and write them.
+    # A copy, since the code may be the user's and write what it reads.
+    twin = duplicate(module)
+    held = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
     tensors = [held[part] for part in parts]
-    copies = [tensor.detach().clone() for tensor in tensors]
-    before = [(each, dict(vars(each))) for each in module.modules()]
+    before = [(each, dict(vars(each))) for each in twin.modules()]
+    memory = Snapshot(each.tensor for each in of_tree(twin))
     try:
-        value = without_random_numbers(lambda: _computed(module, name, tuple(parts), *copies))
+        value = without_random_numbers(lambda: _computed(twin, name, tuple(parts), *tensors))
     except Exception as error:  # the model's own: unrewritten, it raises where it did
         return Refusal(f"its {name} cannot be computed: {error}")
+    finally:
+        written = memory.restore()
     if isinstance(value, Refusal):
         return Refusal(f"its {name} is no constant: the code that computes it draws numbers")
-    changed = [each for each in before if _was_set(*each)]
-    for each, attributes in changed:
-        vars(each).clear()
-        vars(each).update(attributes)
-    written = any(not same(a, b) for a, b in zip(copies, tensors, strict=True))
-    if changed or written:
+    if written or any(_was_set(*each) for each in before):
         return Refusal(f"its {name} is no constant: the code that computes it keeps a state")
     return value.detach()
 
@@ -75,11 +75,6 @@ def _was_set(module: nn.Module, attributes: dict[str, Any]) -> bool:
     return now.keys() != attributes.keys() or any(
         now[key] is not value and not isinstance(value, Tensor) for key, value in attributes.items()
     )
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape are equal, NaN in the same places included."""
-    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def without_random_numbers(compute: Callable[[], _Value]) -> _Value | Refusal:

@@ -25,7 +25,7 @@ def writes_outside(captured: Capture) -> dict[str, list[Write]]:
     python = [
         Write(tensor, f"the forward of {path or 'the model'}")
         for path, module in _python_modules(captured)
-        for _, tensor in owned(module)
+        for tensor in owned(module)
     ]
     python += [Write(tensor, "a hook") for tensor in reached_by_hooks(captured.tree)]
     if len(programs) < 2:

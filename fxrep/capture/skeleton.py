@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from fxrep.capture.reach import of_tree
 from fxrep.errors import InputError, ModelError
+from fxrep.ops.memory import Memory, addresses
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -74,23 +76,20 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def skeleton(model: nn.Module) -> nn.Module:
     """Copy the module tree and its Python attributes, but share its parameters and buffers.
 
-    Tensors in other attributes are copied, unless they share the memory of a parameter or buffer.
+    What shares the memory of a parameter or buffer is shared too: tensors in other attributes,
+    NumPy arrays, storages.
 
     Raises:
         ModelError: an attribute cannot be copied.
     """
     memo = empty_dicts(model)
-    registered = set()
+    registered = [tensor for module in model.modules() for tensor in _registered(module)]
+    memo |= {id(tensor): tensor for tensor in registered}
+    memory = Memory(registered)
+    for found in of_tree(model):
+        if found.tensor in memory:
+            memo[id(found.holder)] = found.holder
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for tensor in tensors.values():
-                if tensor is not None:
-                    memo[id(tensor)] = tensor
-                    registered.add(storage_id(tensor))
-    for module in model.modules():
-        for value in _plain_tensors(module):
-            if storage_id(value) in registered:
-                memo[id(value)] = value
         for value in module.__dict__.values():
             if isinstance(value, torch.Tensor) and id(value) not in memo and not value.is_leaf:
                 # deepcopy refuses tensors that have an autograd history
@@ -104,53 +103,39 @@ def skeleton(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _plain_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    """The tensors in plain attributes of a module, and in containers there."""
-    ahead = [value for name, value in module.__dict__.items() if name not in _EVERY_MODULE]
-    seen: set[int] = set()
-    for value in ahead:  # grows while it is read
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
-            seen.add(id(value))
-            ahead.extend(value.values() if isinstance(value, dict) else value)
-
-
-_EVERY_MODULE = vars(nn.Module()).keys()
-
-
-def storage_id(tensor: torch.Tensor) -> int:
-    """The identity of the memory of a tensor: equal for views of one storage."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):  # a wrapper subclass has no storage of its own
-        return id(tensor)
+def _registered(module: nn.Module) -> Iterator[torch.Tensor]:
+    """The parameters and buffers of a module, without those of its children or of a script."""
+    if isinstance(module, torch.jit.ScriptModule):  # copies them itself
+        return
+    for tensors in (module._parameters, module._buffers):
+        yield from (tensor for tensor in tensors.values() if tensor is not None)
 
 
 def duplicate(tree: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deepcopy in which tensors share memory as in the tree.
+
+    The memory that the modules reach through what no deepcopy copies (a function, a class, a weak
+    reference, a NumPy array) stays one: the copy and the tree share it.
 
     Args:
         tree: the modules to copy.
         memo: as for `copy.deepcopy`.
     """
     memo = {} if memo is None else memo
-    users: dict[int, set[int]] = {}
-    parameters: list[nn.Parameter] = []
-    for module in tree.modules():
-        registered = (*module._parameters.values(), *module._buffers.values())
-        for value in (*registered, *_plain_tensors(module)):
-            if value is not None:
-                users.setdefault(storage_id(value), set()).add(id(value))
-                if type(value) is nn.Parameter:
-                    parameters.append(value)
-    for each in parameters:
-        if len(users[storage_id(each)]) > 1 and id(each) not in memo:
+    found = of_tree(tree)
+    fixed = Memory(each.tensor for each in found if not each.copied)
+    users: dict[tuple[int, int], set[int]] = {}
+    for each in found:
+        users.setdefault(addresses(each.tensor), set()).add(id(each.holder))
+    for each in found:
+        value, stays = each.holder, each.tensor in fixed
+        if type(value) is not nn.Parameter:
+            memo |= {id(value): value} if stays else {}
+        elif id(value) not in memo and (stays or len(users[addresses(value)]) > 1):
             # deepcopy clones a parameter, but copies the storage of a tensor once.
-            value = copy.deepcopy(each.detach(), memo)
-            memo[id(each)] = nn.Parameter(value, requires_grad=each.requires_grad)
-    made: nn.Module = copy.deepcopy(tree, memo)
-    return made
+            data = value.detach() if stays else copy.deepcopy(value.detach(), memo)
+            memo[id(value)] = nn.Parameter(data, requires_grad=value.requires_grad)
+    return copy.deepcopy(tree, memo)
 
 
 def empty_dicts(model: nn.Module) -> dict[int, Any]:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxrep.algebra.maps import Diagonal, Map, channel_map, pointwise_axes, with_channels
 from fxrep.algebra.recipe import Load
+from fxrep.capture.reach import Snapshot, outside
 from fxrep.capture.skeleton import call_arguments, does_not_run, duplicate, skeleton
 from fxrep.capture.state import unchanged_random_state
 from fxrep.errors import EquivalenceError
@@ -131,19 +132,19 @@ def compare(
             rounding explains.
     """
     args, kwargs = call_arguments(example_inputs)
+    shared = outside(model)
     with torch.no_grad():
         try:
-            original = _outputs(duplicate(skeleton(model)), args, kwargs)
+            original = _outputs(duplicate(skeleton(model)), args, kwargs, shared)
         except Exception as error:
             raise does_not_run(model, error) from error
         try:
-            double = duplicate(skeleton(model)).double()
-            wide = _outputs(double, _widened(args), _widened(kwargs))
+            wide = _outputs(_double(model), _widened(args), _widened(kwargs), shared)
         except RuntimeError:  # the model sets a dtype itself: compare with its own results
             wide = original
         # A copy: a forward may count its calls, and the user's first call must be the first.
         try:
-            got = _outputs(duplicate(optimized), args, kwargs)
+            got = _outputs(duplicate(optimized), args, kwargs, shared)
         except Exception as error:
             raise EquivalenceError(
                 f"the optimized model does not run on example_inputs, as the original does "
@@ -158,7 +159,7 @@ def compare(
     if baseline > limit and not _apart(got, original) <= limit:
         # Rounding errors may grow in the model; or float64 takes another step at a floor, and is
         # no measure. Inputs that differ by a few roundings tell the two apart.
-        noise = _noise(model, args, kwargs, original)
+        noise = _noise(model, args, kwargs, original, shared)
         if not _apart(got, original) <= max(limit, 10 * noise):
             raise EquivalenceError(
                 f"on example_inputs the optimized model differs by {_apart(got, original):.1e} "
@@ -173,6 +174,18 @@ def compare(
     return replace(report, error=largest, baseline_error=baseline)
 
 
+def _double(model: nn.Module) -> nn.Module:
+    """A copy of a model in float64.
+
+    Raises:
+        RuntimeError: the copy has a part of the model itself, which must not be converted.
+    """
+    twin, own = duplicate(skeleton(model)), {id(module) for module in model.modules()}
+    if any(id(module) in own for module in twin.modules()):
+        raise RuntimeError("a part of the model is not copied")
+    return twin.double()
+
+
 def _apart(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest relative error of any output."""
     return max((relative_error(a, b) for a, b in zip(got, expected, strict=True)), default=0.0)
@@ -182,7 +195,9 @@ def _apart(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 _NUDGES = (-16, -4, 4, 16)
 
 
-def _noise(model: nn.Module, args: Any, kwargs: Any, original: Sequence[Tensor]) -> float:
+def _noise(
+    model: nn.Module, args: Any, kwargs: Any, original: Sequence[Tensor], shared: Snapshot
+) -> float:
     """How far the outputs of a model move when its inputs change by a few roundings."""
     worst = 0.0
     for nudge in _NUDGES:
@@ -190,9 +205,9 @@ def _noise(model: nn.Module, args: Any, kwargs: Any, original: Sequence[Tensor])
         def scaled(t: Tensor, nudge: int = nudge) -> Tensor:
             return t * (1 + nudge * torch.finfo(t.dtype).eps) if t.is_floating_point() else t
 
-        inputs = tree_map_only(Tensor, scaled, (args, kwargs))
+        nudged, named = tree_map_only(Tensor, scaled, (args, kwargs))
         with torch.no_grad():
-            moved = _outputs(duplicate(skeleton(model)), *inputs)
+            moved = _outputs(duplicate(skeleton(model)), nudged, named, shared)
         if [t.shape for t in moved] != [t.shape for t in original]:
             return math.inf
         worst = max(worst, _apart(moved, original))
@@ -205,11 +220,14 @@ def _widened(value: Any) -> Any:
     )
 
 
-def _outputs(model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
+def _outputs(model: nn.Module, args: Any, kwargs: Any, shared: Snapshot) -> list[Tensor]:
     args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-    with unchanged_random_state(despite_other_threads=True):  # each model draws the same numbers
-        leaves = tree_leaves(model(*args, **kwargs))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    try:
+        with unchanged_random_state(despite_other_threads=True):  # each draws the same numbers
+            leaves = tree_leaves(model(*args, **kwargs))
+        return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
+    finally:
+        shared.restore()
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

@@ -58,7 +58,9 @@ def equal_for_three_calls(make: Callable[[], nn.Module], **options: Any) -> fxre
     with torch.no_grad():
         for _ in range(3):
             x = torch.randn(2, 3, 6, 7, generator=generator)
-            torch.testing.assert_close(optimized(x.clone()), reference(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                optimized(x.clone()), reference(x), rtol=1e-4, atol=1e-5, equal_nan=True
+            )
     return fxrep.report(optimized)
 
 
@@ -131,6 +133,48 @@ WRITES = {
     "as_strided": "s.b.running_mean.as_strided((2,), (2,)).mul_(2)",
     "split": "torch.split(s.b.running_mean, 2)[1].mul_(2)",
     "set_": "s.b.running_mean.set_(s.b.running_var)",
+    "set_ by its class": "torch.Tensor.set_(s.b.running_mean, s.b.running_var)",
+    "set_ of aten": "torch.ops.aten.set_.source_Tensor(s.b.running_mean, s.b.running_var)",
+    "numpy": "s.b.running_mean.numpy()[:] += 1",
+    "array": "s.b.running_mean.__array__()[:] += 1",
+    "storage": "s.b.running_mean.untyped_storage().fill_(0)",
+    "dlpack": "torch.utils.dlpack.from_dlpack(s.b.running_mean).add_(1)",
+    "assigned data": "s.b.running_mean.data = s.b.running_mean * 0.5",
+    "assigned": "s.b.running_mean = s.b.running_mean * 0.5",
+    "init": "torch.nn.init.constant_(s.c.bias, 0.3)",
+    "reset_running_stats": "s.b.reset_running_stats()",
+    "load_state_dict": (
+        "s.b.load_state_dict({k: v * 1.5 if v.dtype.is_floating_point else v "
+        "for k, v in s.b.state_dict().items()})"
+    ),
+    "swap_tensors": "torch.utils.swap_tensors(s.b.running_mean, s.b.running_var)",
+    "embedding_renorm_": (
+        "torch.embedding_renorm_(s.c.weight.data.view(4, -1), torch.tensor([0, 1]), 0.1, 2.0)"
+    ),
+    "embedding": "F.embedding(torch.tensor([0, 1]), s.c.weight.data.view(4, -1), max_norm=0.1)",
+    "embedding_bag": (
+        "F.embedding_bag(torch.tensor([[0, 1]]), s.c.weight.data.view(4, -1), max_norm=0.1)"
+    ),
+    "foreach_copy_": "torch._foreach_copy_([s.b.running_mean], [s.b.running_var])",
+    "foreach_lerp_": "torch._foreach_lerp_([s.b.running_mean], [s.b.running_var], 0.5)",
+    "one of two outs": (
+        "torch.max(s.c.weight.view(4, 27), 1, out=(s.b.running_mean, torch.empty(4).long()))"
+    ),
+    "out of a list": "torch.cat([s.b.running_var], out=s.b.running_mean)",
+    "apply_": "s.b.running_mean.apply_(lambda v: v + 1)",
+    "map_": "s.b.running_mean.map_(s.b.running_var, lambda a, b: a + b)",
+    "put_": "s.b.running_mean.put_(torch.tensor([1]), torch.tensor([3.0]))",
+    "instance_norm": (
+        "F.instance_norm(s.c(x), s.b.running_mean, s.b.running_var, use_input_stats=True)"
+    ),
+    "in training": "s.b.train(); s.b(s.c(x)); s.b.eval()",
+    "all buffers": "[t.mul_(1.1) for t in s.b.buffers() if t.is_floating_point()]",
+    "apply": "s.b.apply(lambda m: m.running_mean.mul_(1.1))",
+    "_apply": "s.b._apply(lambda t: t * 1.1 if t.is_floating_point() else t)",
+    "checkpoint": (
+        "torch.utils.checkpoint.checkpoint(lambda t: s.b.running_mean.mul_(1.5), x, "
+        "use_reentrant=False)"
+    ),
 }
 
 

@@ -362,7 +362,10 @@ class Noise(nn.Module):
     ("kind", "reason"),
     [(Counts, "keeps a state"), (CountsInPython, "keeps a state"), (Noise, "draws numbers")],
 )
-def test_a_parametrization_with_a_state_is_no_constant(kind: Any, reason: str) -> None:
+@pytest.mark.parametrize("examples", [None, image(torch.float32)], ids=["", "examples"])
+def test_a_parametrization_with_a_state_is_no_constant(
+    kind: Any, reason: str, examples: Tensor | None
+) -> None:
     def make() -> nn.Module:
         conv, model = plain()
         parametrize.register_parametrization(conv, "weight", kind(), unsafe=True)
@@ -372,7 +375,7 @@ def test_a_parametrization_with_a_state_is_no_constant(kind: Any, reason: str) -
         model, x = make(), image(torch.float32)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         state = torch.get_rng_state()
-        optimized, reference = fxrep.optimize(model), copy.deepcopy(model)
+        optimized, reference = fxrep.optimize(model, examples), copy.deepcopy(model)
         assert torch.equal(state, torch.get_rng_state())
         assert all(torch.equal(before[name], v) for name, v in model.state_dict().items())
         for seed in range(3):
