@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fxrep.capture.reach import Snapshot, of_tree
+from fxrep.capture.sharing import Contents, of_tree
 from fxrep.capture.skeleton import duplicate
 from fxrep.capture.state import GeneratorStates
 from fxrep.ops.owner import weight_hooks
@@ -55,7 +55,7 @@ def computed_once(module: nn.Module, name: str, parts: Sequence[str]) -> Tensor 
     held = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
     tensors = [held[part] for part in parts]
     before = [(each, dict(vars(each))) for each in twin.modules()]
-    memory = Snapshot(each.tensor for each in of_tree(twin))
+    memory = Contents(each.tensor for each in of_tree(twin))
     try:
         value = without_random_numbers(lambda: _computed(twin, name, tuple(parts), *tensors))
     except Exception as error:  # the model's own: unrewritten, it raises where it did

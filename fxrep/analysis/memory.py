@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fxrep.capture.mentions import Mentions
-from fxrep.capture.reach import Seen, of_module, reached
+from fxrep.capture.sharing import Seen, of_module, reached
 from fxrep.ops.memory import Memory
 from fxrep.ops.owner import foreign_hooks
 

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map_only
 
 from fxrep.capture.islands import Capture, Program
-from fxrep.capture.reach import outside
+from fxrep.capture.sharing import outside
 from fxrep.capture.skeleton import (
     call_arguments,
     does_not_run,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fxrep.capture.reach import of_tree
+from fxrep.capture.sharing import of_tree
 from fxrep.errors import InputError, ModelError
 from fxrep.ops.memory import Memory, addresses
 

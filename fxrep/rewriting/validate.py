@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxrep.algebra.maps import Diagonal, Map, channel_map, pointwise_axes, with_channels
 from fxrep.algebra.recipe import Load
-from fxrep.capture.reach import Snapshot, outside
+from fxrep.capture.sharing import Contents, outside
 from fxrep.capture.skeleton import call_arguments, does_not_run, duplicate, skeleton
 from fxrep.capture.state import unchanged_random_state
 from fxrep.errors import EquivalenceError
@@ -196,7 +196,7 @@ _NUDGES = (-16, -4, 4, 16)
 
 
 def _noise(
-    model: nn.Module, args: Any, kwargs: Any, original: Sequence[Tensor], shared: Snapshot
+    model: nn.Module, args: Any, kwargs: Any, original: Sequence[Tensor], shared: Contents
 ) -> float:
     """How far the outputs of a model move when its inputs change by a few roundings."""
     worst = 0.0
@@ -220,7 +220,7 @@ def _widened(value: Any) -> Any:
     )
 
 
-def _outputs(model: nn.Module, args: Any, kwargs: Any, shared: Snapshot) -> list[Tensor]:
+def _outputs(model: nn.Module, args: Any, kwargs: Any, shared: Contents) -> list[Tensor]:
     args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
     try:
         with unchanged_random_state(despite_other_threads=True):  # each draws the same numbers

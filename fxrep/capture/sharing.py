@@ -131,7 +131,7 @@ def _owner(found: Reached) -> int:
         return id(found.tensor)
 
 
-class Snapshot:
+class Contents:
     """The content of the memory of tensors, to be compared and restored.
 
     Args:
@@ -154,9 +154,9 @@ class Snapshot:
         return bool(changed)
 
 
-def outside(model: nn.Module) -> Snapshot:
+def outside(model: nn.Module) -> Contents:
     """The memory that the code of a model reaches and that a run of a copy may write, too."""
-    return Snapshot(each.tensor for each in of_tree(model) if not each.copied)
+    return Contents(each.tensor for each in of_tree(model) if not each.copied)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
