@@ -20,8 +20,8 @@ from fxrep.capture.skeleton import (
     does_not_run,
     duplicate,
     named_inputs,
-    skeleton,
 )
+from fxrep.ops.owner import weight_hooks
 
 UNKNOWN = object()
 """The value of a node whose value could not be computed."""
@@ -88,7 +88,7 @@ def recorded_run(captured: Capture, example_inputs: object) -> Examples:
         InputError: the model does not run on the inputs.
     """
     examples = Examples(example_inputs)
-    twin = duplicate(skeleton(captured.model))
+    twin = duplicate(captured.model)
     examples.calls = _recorded(twin, _paths_called(captured), examples)
     args, kwargs = tree_map_only(Tensor, Tensor.clone, call_arguments(example_inputs))
     shared = outside(captured.model)
@@ -190,9 +190,9 @@ class Values(fx.Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a module with fake copies of its tensors: BatchNorm in training writes buffers."""
         module = self.fetch_attr(target)
-        if not parametrize.is_parametrized(module):
+        if not (parametrize.is_parametrized(module) or weight_hooks(module)):
             return torch.func.functional_call(module, self._fakes(module), args, kwargs)
-        # Code of the user's computes its weight, and may keep a state.
+        # Other code computes its weight, and may keep a state.
         with unset_fake_temporarily():
             twin, shared = duplicate(module), outside(module)
         try:

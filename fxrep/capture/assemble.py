@@ -40,7 +40,7 @@ def assemble(capture: Capture) -> nn.Module:
         if isinstance(program.module, fx.GraphModule):  # a copy holds only what its graph reads
             program.module.__dict__["_graph"] = program.graph
     memo = _copy_memo(capture)
-    tree = duplicate(capture.tree, memo)
+    tree = duplicate(capture.tree, memo, _idle_modules(capture))
     for program in capture.programs:
         if program.is_root:
             continue
@@ -75,6 +75,19 @@ def _copy_memo(capture: Capture) -> dict[int, Any]:
         if id(tensor) not in users and tensor.is_leaf and _storage(tensor) not in storages:
             memo[id(tensor)] = tensor
     return memo
+
+
+def _idle_modules(capture: Capture) -> set[int]:
+    """The modules whose forward a graph has replaced, by id."""
+    idle: set[int] = set()
+    for program in capture.programs:
+        if program.arguments.are_narrowed and not program.is_root:
+            continue  # a call that the graph does not take runs the forward
+        called = {str(node.target) for node in program.graph.find_nodes(op="call_module")}
+        modules = [program.module.get_submodule(path) for path in called]
+        running = {id(each) for module in modules for each in module.modules()}
+        idle |= {id(module) for module in program.module.modules()} - running
+    return idle
 
 
 def _tensors(root: nn.Module) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ import gc
 import sys
 import types
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,15 +93,34 @@ def of_module(module: nn.Module, seen: Seen) -> Iterator[Reached]:
     if isinstance(module, torch.jit.ScriptModule):
         yield from (Reached(tensor, module, True) for tensor in registered)
         return
-    yield from reached(registered, seen=seen)
-    others = [value for name, value in vars(module).items() if name not in _EVERY_MODULE]
-    yield from reached([*others, type(module)], seen=seen)
+    yield from (Reached(tensor, tensor, True) for tensor in registered)
+    others = [
+        value
+        for name, value in vars(module).items()
+        if name not in _EVERY_MODULE and type(value) not in _NUMBERS
+    ]
+    if others or not _is_library(type(module)):
+        yield from reached([*others, type(module)], seen=seen)
 
 
-def of_tree(tree: nn.Module) -> list[Reached]:
-    """The tensors that the modules of a tree, their code and their hooks reach."""
+_NUMBERS = frozenset({int, float, bool, str, type(None)})
+
+
+def of_tree(tree: nn.Module, idle: Set[int] = frozenset()) -> list[Reached]:
+    """The tensors that the modules of a tree, their code and their hooks reach.
+
+    Args:
+        tree: the modules.
+        idle: ids of modules whose code nobody runs any more.
+    """
     seen: Seen = {}
-    found = [each for module in tree.modules() for each in of_module(module, seen)]
+    seen_idle: Seen = {}
+    found: list[Reached] = []
+    for module in tree.modules():
+        if id(module) in idle:
+            found += (each for each in of_module(module, seen_idle) if each.copied)
+        else:
+            found += of_module(module, seen)
     hooks = [hook for module in tree.modules() for hook in foreign_hooks(module)]
     return _copied_together([*found, *reached(hooks, whole=False, seen=seen)])
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fxrep.algebra.maps import Diagonal, Map, channel_map, pointwise_axes, with_channels
 from fxrep.algebra.recipe import Load
 from fxrep.capture.sharing import Contents, outside
-from fxrep.capture.skeleton import call_arguments, does_not_run, duplicate, skeleton
+from fxrep.capture.skeleton import call_arguments, does_not_run, duplicate
 from fxrep.capture.state import unchanged_random_state
 from fxrep.errors import EquivalenceError
 from fxrep.ops.calls import ModuleTensor
@@ -135,7 +135,7 @@ def compare(
     shared = outside(model)
     with torch.no_grad():
         try:
-            original = _outputs(duplicate(skeleton(model)), args, kwargs, shared)
+            original = _outputs(duplicate(model), args, kwargs, shared)
         except Exception as error:
             raise does_not_run(model, error) from error
         try:
@@ -180,7 +180,7 @@ def _double(model: nn.Module) -> nn.Module:
     Raises:
         RuntimeError: the copy has a part of the model itself, which must not be converted.
     """
-    twin, own = duplicate(skeleton(model)), {id(module) for module in model.modules()}
+    twin, own = duplicate(model), {id(module) for module in model.modules()}
     if any(id(module) in own for module in twin.modules()):
         raise RuntimeError("a part of the model is not copied")
     return twin.double()
@@ -207,7 +207,7 @@ def _noise(
 
         nudged, named = tree_map_only(Tensor, scaled, (args, kwargs))
         with torch.no_grad():
-            moved = _outputs(duplicate(skeleton(model)), nudged, named, shared)
+            moved = _outputs(duplicate(model), nudged, named, shared)
         if [t.shape for t in moved] != [t.shape for t in original]:
             return math.inf
         worst = max(worst, _apart(moved, original))
