@@ -9,7 +9,8 @@ Result::
     w (stored) ;  x, w -> conv2d -> y
 
 At inference a weight expression (OREPA's kernels, standardised or masked weights, the arithmetic
-of a frozen BatchNorm) has one value. Only pure functions of torch and operator are evaluated;
+of a frozen BatchNorm) has one value, that which the model computes in its own dtypes: a floor or a
+comparison gives another value in float64. Only pure functions of torch and operator are evaluated;
 no random numbers, no writes, and nothing that depends on the device of the model. A value that the
 model returns is computed at each call: the caller may write it, and gradients flow through it.
 """
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxrep.algebra.recipe import Call, record
+from fxrep.analysis.computed import without_random_numbers
 from fxrep.planning.cost import CostModel
 from fxrep.planning.rule import Fold, Pass
 from fxrep.reading.view import View
@@ -36,20 +38,13 @@ def propose(view: View, node: fx.Node, cost: CostModel) -> Fold | Refusal | None
     if not _is_constant(view, node) or all(_is_constant(view, user) for user in node.users):
         return None
     expr = _expression(view, node)
-    generators = [torch.default_generator]
-    if torch.cuda.is_available():
-        generators += torch.cuda.default_generators
-    states = [generator.get_state() for generator in generators]
+    recipe = record(expr)
     try:
-        value = record(expr).run(lambda path: view.originals[path])
+        value: Any = without_random_numbers(lambda: recipe.run(view.originals.__getitem__))
     except Exception as error:  # the model's own: unrewritten, it raises where it did
         return Refusal(f"its constant value cannot be computed: {error}")
-    drawn = False
-    for generator, state in zip(generators, states, strict=True):
-        drawn = drawn or not torch.equal(generator.get_state(), state)
-        generator.set_state(state)
-    if drawn:
-        return Refusal("it draws random numbers")
+    if isinstance(value, Refusal):
+        return value
     if isinstance(value, Tensor):
         if view.aliasing.returned(node):
             return Refusal("it is returned, a new tensor at each call")

@@ -29,6 +29,8 @@ def propose(view: View, node: fx.Node, cost: CostModel) -> Drop | None:
     """Drop `node` if nobody reads it and it has no effect."""
     if node.users or node.op in ("placeholder", "output", "get_attr"):
         return None
+    if "out" in node.kwargs:  # it writes another value
+        return None
     reading = view.read(node)
     if isinstance(reading, Affine):
         # What is written over afterwards is part of the reading, and would be left without it.

@@ -19,15 +19,16 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx
 
+from fxrep.analysis.memory import Write, WrittenMemory, held, reached_by_hooks
 from fxrep.ops.calls import Calls
 from fxrep.ops.effects import Effect, effect, reads_no_values
+from fxrep.ops.memory import addresses
 from fxrep.ops.op import Memory
 from fxrep.ops.values import value_type
 
@@ -47,7 +48,7 @@ class Aliasing:
     _writes: Mapping[int, tuple[tuple[_Key, fx.Node], ...]]
     _irreplaceable: frozenset[fx.Node]
     _stale: frozenset[fx.Node]
-    _written_attributes: frozenset[fx.Node]
+    _written_memory: WrittenMemory
     _joined: dict[fx.Node, list[int]] = field(default_factory=dict)
 
     def replaceable(self, node: fx.Node) -> bool:
@@ -116,7 +117,17 @@ class Aliasing:
 
     def writes_attribute(self, node: fx.Node) -> bool:
         """Whether the model may write the parameter or buffer that a `get_attr` node reads."""
-        return node in self._written_attributes or self._any_write(node, (), None)
+        if self._any_write(node, (), None):
+            return True
+        tensor = self._calls.tensor(str(node.target)) if node.op == "get_attr" else None
+        return isinstance(tensor, Tensor) and self.writer(tensor) is not None
+
+    def writer(self, tensor: Tensor) -> str | None:
+        """The code that may write a tensor of the model at any time, for a reason; None if none.
+
+        A write that comes after the last reader counts: the next call reads it.
+        """
+        return self._written_memory.by(tensor)
 
     def writes_between(
         self,
@@ -200,24 +211,21 @@ def _is_tensor(calls: Calls, node: fx.Node) -> bool:
     return node.op not in ("placeholder", "get_attr") and value_type(calls, node) is torch.Tensor
 
 
-def analyse(graph: fx.Graph, calls: Calls) -> Aliasing:
+def analyse(graph: fx.Graph, calls: Calls, outside: Iterable[Write] = ()) -> Aliasing:
     """Find the alias sets of a graph, and the writes in them that show.
 
     Args:
         graph: as traced: operators that write in place are nodes like any other.
         calls: the calls of the graph; the module that they refer to is in eval mode.
+        outside: the tensors that code outside the graph may write.
 
     Returns:
         Answers about single nodes, each in constant or logarithmic time.
     """
     nodes = list(graph.nodes)
     index = {node: i for i, node in enumerate(nodes)}
-    effects = [effect(calls, node) for node in nodes]
-    roots = _alias_sets(nodes, index, effects, calls)
-    writes: dict[int, list[int]] = {}
-    for i, each in enumerate(effects):
-        if each.writes:
-            writes.setdefault(roots[i], []).append(i)
+    effects = _effects(nodes, calls)
+    roots, writes = _grouped(nodes, effects, calls)
     members: dict[int, list[int]] = {root: [] for root in writes}
     for i, root in enumerate(roots):
         if root in members:
@@ -234,8 +242,77 @@ def analyse(graph: fx.Graph, calls: Calls) -> Aliasing:
         {root: tuple((nodes[i]._sort_key, nodes[i]) for i in w) for root, w in writes.items()},
         frozenset(irreplaceable),
         frozenset(stale),
-        _written_attributes(nodes, effects, calls),
+        WrittenMemory(
+            [
+                *_graph_writes(nodes, calls, roots, writes),
+                *(
+                    w
+                    for n, e in zip(nodes, effects, strict=True)
+                    if e.own_state
+                    for w in _own_writes(n, calls)
+                ),
+                *outside,
+            ]
+        ),
     )
+
+
+def _effects(nodes: list[fx.Node], calls: Calls) -> list[Effect]:
+    """The effects of the nodes; a module that writes its own tensors writes what shares them."""
+    effects = [effect(calls, node) for node in nodes]
+    reads = {n: calls.tensor(str(n.target)) for n in nodes if n.op == "get_attr"}
+    for i, each in enumerate(effects):
+        if each.own_state and reads:
+            memory = WrittenMemory(_own_writes(nodes[i], calls))
+            shared = [n for n, t in reads.items() if isinstance(t, Tensor) and memory.by(t)]
+            effects[i] = replace(each, writes=(*each.writes, *shared))
+    return effects
+
+
+def _own_writes(node: fx.Node, calls: Calls) -> list[Write]:
+    """The tensors that a called module may write by itself."""
+    module = calls.submodule(str(node.target))
+    tensors = (*held(module), *reached_by_hooks(module))
+    return [Write(tensor, f"the module '{node.target}'") for tensor in tensors]
+
+
+def _graph_writes(
+    nodes: list[fx.Node], calls: Calls, roots: list[int], writes: Mapping[int, list[int]]
+) -> Iterator[Write]:
+    """The tensors of the model that the nodes of a graph write.
+
+    Args:
+        nodes: the nodes of the graph.
+        calls: the calls of the graph.
+        roots: the alias sets of the nodes.
+        writes: by alias set, the positions of the nodes that write.
+    """
+    for node, root in zip(nodes, roots, strict=True):
+        if node.op == "get_attr" and root in writes:
+            tensor = calls.tensor(str(node.target))
+            if isinstance(tensor, Tensor):
+                yield Write(tensor, nodes[writes[root][0]].name)
+
+
+def written_tensors(graph: fx.Graph, calls: Calls) -> list[Write]:
+    """The tensors of the model that a graph writes, without those that called modules write."""
+    nodes = list(graph.nodes)
+    effects = [effect(calls, node) for node in nodes]
+    roots, writes = _grouped(nodes, effects, calls)
+    return list(_graph_writes(nodes, calls, roots, writes))
+
+
+def _grouped(
+    nodes: list[fx.Node], effects: list[Effect], calls: Calls
+) -> tuple[list[int], dict[int, list[int]]]:
+    """The alias set of each node, and by alias set the positions of the nodes that write."""
+    index = {node: i for i, node in enumerate(nodes)}
+    roots = _alias_sets(nodes, index, effects, calls)
+    writes: dict[int, list[int]] = {}
+    for i, each in enumerate(effects):
+        if each.writes:
+            writes.setdefault(roots[i], []).append(i)
+    return roots, writes
 
 
 def _alias_sets(
@@ -313,11 +390,22 @@ def _examined(
 def _join_memory(nodes: list[fx.Node], parent: list[int], calls: Calls) -> None:
     """Join the nodes that may have one memory: tied tensors, and the arguments of the model."""
     first: dict[object, int] = {}
+    tensors: list[tuple[int, int, int]] = []
     for i, node in enumerate(nodes):
-        if node.op == "get_attr":
-            _union(parent, i, first.setdefault(_memory(calls.module, str(node.target)), i))
-        elif node.op == "placeholder":
+        if node.op == "placeholder":
             _union(parent, i, first.setdefault(None, i))
+        elif node.op == "get_attr":
+            value = calls.tensor(str(node.target))
+            if isinstance(value, Tensor):
+                tensors.append((*addresses(value), i))
+            else:
+                _union(parent, i, first.setdefault(str(node.target), i))
+    reached, last = None, 0  # the address after the last so far, and the node that reaches it
+    for start, stop, i in sorted(tensors):
+        if reached is not None and start < reached:
+            _union(parent, i, last)
+        if reached is None or stop > reached:
+            reached, last = stop, i
 
 
 def _union(parent: list[int], a: int, b: int) -> None:
@@ -329,40 +417,3 @@ def _find(parent: list[int], i: int) -> int:
         parent[i] = parent[parent[i]]
         i = parent[i]
     return i
-
-
-def _memory(module: nn.Module, path: str) -> object:
-    """The identity of the storage of a parameter or buffer: equal for tied tensors and views."""
-    value: Any = module
-    try:
-        for name in path.split("."):
-            value = getattr(value, name)
-        return value.untyped_storage()._cdata
-    except Exception:  # no tensor, or one without a storage
-        return path if isinstance(value, nn.Module) else id(value)
-
-
-def _written_attributes(
-    nodes: list[fx.Node], effects: list[Effect], calls: Calls
-) -> frozenset[fx.Node]:
-    """The `get_attr` nodes of tensors that a called module may write by itself."""
-    owners = [
-        calls.submodule(str(node.target))
-        for node, does in zip(nodes, effects, strict=True)
-        if node.op == "call_module" and does.own_state
-    ]
-    if not owners:
-        return frozenset()
-    held = nn.ModuleList(owners)
-    tensors = {
-        _memory(held, name)
-        for name, _ in (
-            *held.named_parameters(remove_duplicate=False),
-            *held.named_buffers(remove_duplicate=False),
-        )
-    }
-    return frozenset(
-        node
-        for node in nodes
-        if node.op == "get_attr" and _memory(calls.module, str(node.target)) in tensors
-    )

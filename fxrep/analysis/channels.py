@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxrep.analysis import size_rules
+from fxrep.analysis.computed import module_tensor
 from fxrep.analysis.size_rules import (
     NO_FACTS,
     RULES,
@@ -148,13 +149,12 @@ class Channels:
     def shape(self, value: object) -> torch.Size | None:
         """The shape of an argument that is a tensor of the model; None for any other argument.
 
-        If the tensor is parametrized, this computes it.
+        If torch computes the tensor from others, this computes it.
         """
         if isinstance(value, ModuleTensor):
             key = value.module, value.name
             if key not in self._weights:
-                with torch.no_grad():
-                    self._weights[key] = _shape(getattr(value.module, value.name, None))
+                self._weights[key] = _shape(module_tensor(value.module, value.name))
             return self._weights[key]
         if not isinstance(value, fx.Node) or value.op != "get_attr":
             return None

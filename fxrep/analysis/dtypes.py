@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxrep.analysis.computed import module_tensor
 from fxrep.ops.calls import Called, Calls, ModuleTensor, is_function_of, is_item, is_torch
 from fxrep.ops.op import Dtype, Memory
 from fxrep.ops.values import is_size
@@ -154,7 +155,7 @@ class Dtypes:
     def _of_weight(self, called: Called) -> torch.dtype | None:
         weight = called.get("weight")
         if isinstance(weight, ModuleTensor):
-            weight = getattr(weight.module, weight.name)
+            weight = module_tensor(weight.module, weight.name)
             return weight.dtype if isinstance(weight, Tensor) else None
         return self.of(weight) if isinstance(weight, fx.Node) else None
 

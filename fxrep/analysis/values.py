@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,11 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map_only
 
 from fxrep.capture.islands import Capture, Program
-from fxrep.capture.skeleton import call_arguments, does_not_run, named_inputs, skeleton
+from fxrep.capture.sharing import outside
+from fxrep.capture.skeleton import (
+    call_arguments,
+    does_not_run,
+    duplicate,
+    named_inputs,
+)
+from fxrep.ops.owner import weight_hooks
 
 UNKNOWN = object()
 """The value of a node whose value could not be computed."""
@@ -81,14 +88,17 @@ def recorded_run(captured: Capture, example_inputs: object) -> Examples:
         InputError: the model does not run on the inputs.
     """
     examples = Examples(example_inputs)
-    twin = copy.deepcopy(skeleton(captured.model))
+    twin = duplicate(captured.model)
     examples.calls = _recorded(twin, _paths_called(captured), examples)
     args, kwargs = tree_map_only(Tensor, Tensor.clone, call_arguments(example_inputs))
+    shared = outside(captured.model)
     with torch.no_grad():
         try:
             twin(*args, **kwargs)
         except Exception as error:
             raise does_not_run(captured.model, error) from error
+        finally:
+            shared.restore()
     return examples
 
 
@@ -180,9 +190,20 @@ class Values(fx.Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a module with fake copies of its tensors: BatchNorm in training writes buffers."""
         module = self.fetch_attr(target)
+        if not (parametrize.is_parametrized(module) or weight_hooks(module)):
+            return torch.func.functional_call(module, self._fakes(module), args, kwargs)
+        # Other code computes its weight, and may keep a state.
+        with unset_fake_temporarily():
+            twin, shared = duplicate(module), outside(module)
+        try:
+            return torch.func.functional_call(twin, self._fakes(twin), args, kwargs)
+        finally:
+            with unset_fake_temporarily():
+                shared.restore()
+
+    def _fakes(self, module: nn.Module) -> dict[str, Any]:
         tensors = (*module.named_parameters(), *module.named_buffers())
-        fakes = {name: self.examples.fake(tensor) for name, tensor in tensors}
-        return torch.func.functional_call(module, fakes, args, kwargs)
+        return {name: self.examples.fake(tensor) for name, tensor in tensors}
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Read a fake copy of a tensor, so that a write in the graph does not reach the tensor."""

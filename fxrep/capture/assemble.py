@@ -22,7 +22,8 @@ from fxrep.capture.records import _NodeRecord as _NodeRecord
 from fxrep.capture.records import _TorchName as _TorchName
 from fxrep.capture.rewritten import RewrittenModule
 from fxrep.capture.rewritten import _empty as _empty
-from fxrep.capture.skeleton import empty_dicts
+from fxrep.capture.skeleton import duplicate, empty_dicts
+from fxrep.capture.trace import called
 from fxrep.report import Report
 
 _REPORT = "_fxrep_report"
@@ -40,11 +41,11 @@ def assemble(capture: Capture) -> nn.Module:
     memo = _copy_memo(capture)
     root = next((program for program in capture.programs if program.is_root), None)
     if root is None:
-        result: nn.Module = copy.deepcopy(capture.tree, memo)
+        result: nn.Module = duplicate(capture.tree, memo)
     else:
         if isinstance(root.module, fx.GraphModule):  # a copy holds only what its graph reads
             root.module.__dict__["_graph"] = root.graph
-        tree = copy.deepcopy(root.module, memo)
+        tree = duplicate(root.module, memo, _idle_modules(root))
         result = RewrittenModule(tree, root.graph, root.arguments)
     for program in capture.programs:
         if program is not root and id(program.source) in memo:
@@ -142,6 +143,13 @@ def _copy_memo(capture: Capture) -> dict[int, Any]:
             if id(tensor) not in users and tensor.is_leaf and _storage(tensor) not in storages:
                 memo[id(tensor)] = tensor
     return memo
+
+
+def _idle_modules(root: Program) -> set[int]:
+    """The modules whose forward the graph of a whole model has replaced, by id."""
+    modules = [root.module.get_submodule(path) for path in called(root.graph)]
+    running = {id(each) for module in modules for each in module.modules()}
+    return {id(module) for module in root.module.modules()} - running
 
 
 def _tensors(root: nn.Module) -> list[torch.Tensor]:

@@ -185,5 +185,7 @@ def restore_tensors(tree: nn.Module, model: nn.Module) -> None:
     for mine, theirs in zip(tree.modules(), model.modules(), strict=False):
         for name, value in theirs.__dict__.items():
             own = mine.__dict__.get(name)
+            if own is value:  # it shares the memory of a parameter or buffer
+                continue
             if isinstance(value, torch.Tensor) and isinstance(own, torch.Tensor) and own._version:
                 mine.__dict__[name] = value.detach().clone()

@@ -1,6 +1,6 @@
-"""How a forward that stays Python code uses a Sequential: as a whole, or its items one by one.
+"""What Python code mentions: how it uses a Sequential, and whether it names weights.
 
-The answer is read from the forward's bytecode and decides what is worth a graph. A wrong answer
+The use of a Sequential, as a whole or item by item, decides what is worth a graph. A wrong answer
 costs memory or speed, never a result: where code runs layers that have no graph, it runs them as
 they are.
 """
@@ -11,15 +11,23 @@ import dis
 import inspect
 import sys
 import types
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 from torch import nn
+
+from fxrep.words import words
 
 # Code calls the Sequential as a whole, its items, or both; "unknown" where it does neither by name.
 Use = Literal["whole", "items", "both", "unknown"]
 
 _LOADS = ("LOAD_ATTR", "LOAD_METHOD")
+
+_WEIGHTS = words(
+    "weight bias running_mean running_var num_batches_tracked state_dict load_state_dict "
+    "parameters named_parameters buffers named_buffers _parameters _buffers get_parameter "
+    "get_buffer modules named_modules"
+)
 
 
 def use_of(module: nn.Module, child: str) -> Use:
@@ -42,6 +50,34 @@ def use_of(module: nn.Module, child: str) -> Use:
     if called:
         return "both" if otherwise else "whole"
     return "items" if otherwise else "unknown"
+
+
+def names_weights(callables: Iterable[Any]) -> bool:
+    """Whether the code of callables, or of functions that it uses, has a name of weights in it."""
+    ahead, seen = list(callables), set[types.CodeType]()
+    while ahead:
+        function = _python_function(ahead.pop())
+        for code in () if function is None else _with_nested(function.__code__):
+            if code not in seen:
+                seen.add(code)
+                if _WEIGHTS & {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}:
+                    return True
+                ahead += map(function.__globals__.get, code.co_names)  # type: ignore[union-attr]
+    return False
+
+
+def _python_function(thing: Any) -> types.FunctionType | None:
+    """The Python function behind a callable that is not torch's."""
+    thing = getattr(thing, "__func__", thing)
+    if isinstance(thing, types.FunctionType):
+        found = inspect.unwrap(thing)
+    elif isinstance(thing, type) or not callable(thing):
+        return None
+    else:
+        found = inspect.getattr_static(type(thing), "__call__", None)
+    if not isinstance(found, types.FunctionType):
+        return None
+    return None if (found.__module__ or "").partition(".")[0] == "torch" else found
 
 
 def _code(kind: type) -> Iterator[types.CodeType]:

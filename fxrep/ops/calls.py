@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from fxrep.ops.op import Op, Reads
 from fxrep.ops.owner import known_class
@@ -78,6 +79,8 @@ class Called:
             for tensors in (module._parameters, module._buffers):
                 if name in tensors:
                     return None if tensors[name] is None else tensor
+            if parametrize.is_parametrized(module, name):
+                return tensor  # without running the code of the parametrization
             if hasattr(module, name):
                 value = getattr(module, name)
                 return tensor if isinstance(value, Tensor) else value

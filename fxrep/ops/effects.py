@@ -142,7 +142,26 @@ def _unknown_effect(node: fx.Node) -> Effect:
         return Effect(_first(node), _first(node))
     if isinstance(target, str) and not hasattr(torch.Tensor, name):
         return Effect(inputs, inputs, escapes=True)
-    return Effect(inputs)
+    return Effect(inputs, inputs if _may_update(name) else ())
+
+
+@functools.cache
+def _may_update(name: str) -> bool:
+    """Whether an operator of torch may write an operand though its name does not say so.
+
+    Schemas declare such writes, but for the running statistics of normalisations.
+    """
+    found = torch._C._jit_get_schemas_for_operator(f"aten::{name}")
+    arguments = [argument for schema in found for argument in schema.arguments]
+    return any(
+        argument.name in _STATISTICS
+        or (argument.alias_info is not None and argument.alias_info.is_write)
+        for argument in arguments
+        if not argument.kwarg_only and not name.endswith("no_training")  # keywords are out=
+    )
+
+
+_STATISTICS = words("running_mean running_var")
 
 
 _RESHAPING = words("resize_ resize_as_ set_ swap_ rename_ share_memory_")
@@ -215,16 +234,16 @@ def _parameter_index(function: Callable[..., Any], name: str) -> int:
 def _operator_effect(node: fx.Node, target: torch._ops.OpOverload) -> Effect:
     """The effect that the schema of an ATen operator declares.
 
-    A schema declares all writes, but not all sharing: the result counts as sharing memory with
-    every operand.
+    A schema declares all writes but those of running statistics, and not all sharing: the result
+    counts as sharing memory with every operand.
     """
-    names = [a.name for a in target._schema.arguments if a.alias_info and a.alias_info.is_write]
-    indices = {argument.name: i for i, argument in enumerate(target._schema.arguments)}
-    given = [
-        node.kwargs[name] if name in node.kwargs else (node.args[indices[name] : indices[name] + 1])
-        for name in names
-    ]
-    return Effect(tuple(node.all_input_nodes), _nodes(given))
+    arguments = target._schema.arguments
+    names = {a.name for a in arguments if a.alias_info and a.alias_info.is_write}
+    given = {a.name: value for a, value in zip(arguments, node.args, strict=False)} | node.kwargs
+    if given.get("training", given.get("train", "no_training" not in str(target))) is not False:
+        names |= _STATISTICS
+    written = [value for name, value in given.items() if name in names]
+    return Effect(tuple(node.all_input_nodes), _nodes(written))
 
 
 def _updated(called: Called) -> tuple[fx.Node, ...]:

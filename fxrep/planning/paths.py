@@ -145,7 +145,7 @@ def _with_zero_padding(view: View, path: Path) -> Path:
     if path.padding is None:
         return path
     assert isinstance(path.map, Map)
-    value = view.value(path.padding.value).cpu()
+    value = view.unrounded(path.padding.value).cpu()
     given = torch.zeros((), dtype=torch.float64)
     for bias in path.padding.biases:
         given = given + view.value(bias).cpu()

@@ -360,6 +360,9 @@ def _read_conv(rank: int, transposed: bool = False) -> Reader:
         held = view.calls.submodule(str(node.target)) if isinstance(weight, ModuleTensor) else None
         if isinstance(held, nn.modules.conv._ConvNd) and not _padding_is_unchanged(held):
             return Refusal("its padding was changed after it was made")
+        variable = view.variable(weight, bias)
+        if variable is not None:
+            return Refusal(variable)
         constants = view.constant(weight), view.constant(bias)
         if bias is not None and constants[1] is None:
             return None
@@ -384,9 +387,12 @@ def _read_batchnorm(axis: int | None = None, kind: str = "batch_norm") -> Reader
             return Unread("BatchNorm is in training mode", Operation.BATCHNORM)
         if not track_running_stats and kind == "instance_norm":
             return None
+        variable = view.variable(running_mean, running_var, weight, bias)
+        if variable is not None:
+            return Unread(variable, Operation.BATCHNORM)
         scale, shift = view.constant(weight), view.constant(bias)
         if (weight is not None and scale is None) or (bias is not None and shift is None):
-            reason = "BatchNorm's weight or bias is computed from the input or written"
+            reason = "BatchNorm's weight or bias is computed from the input"
             return Unread(reason, Operation.BATCHNORM)
         mean, variance = view.constant(running_mean), view.constant(running_var)
         return _batchnorm(

@@ -17,6 +17,8 @@ def pointwise(view: View, node: fx.Node) -> object:
     called = view.calls.of(node)
     if called is None or called.source is None or node.all_input_nodes != [called.source]:
         return None
+    if "out" in node.kwargs:  # it writes another value
+        return None
     # Arithmetic is element-wise if all operands but one are numbers.
     if not called.op.elementwise and called.op.shape is not Shape.BROADCASTS:
         return None

@@ -8,6 +8,7 @@ readers of the operations are in `fxrep.reading.layers` and `fxrep.reading.struc
 from __future__ import annotations
 
 import enum
+import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,13 +21,17 @@ from fxrep.algebra.maps import Diagonal, Linear
 from fxrep.algebra.recipe import Call, Expr, Load, record
 from fxrep.analysis.aliasing import Aliasing
 from fxrep.analysis.channels import Channels
+from fxrep.analysis.computed import _computed, computed_once, parts_of
 from fxrep.analysis.dtypes import Dtypes
 from fxrep.analysis.ranks import Ranks
 from fxrep.ops.calls import Calls, ModuleTensor
 from fxrep.ops.effects import writes_over
 from fxrep.ops.op import Reads
-from fxrep.ops.owner import weight_hooks
 from fxrep.refusal import Refusal
+
+# How many roundings may lie between what a model computes in its dtype and the same in float64, for
+# a value that a few operations give.
+_ROUNDINGS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,8 +152,11 @@ class View:
         ranks: the ranks of the values.
         channels: the sizes of the values.
         dtypes: the dtypes of the values.
-        derived: the expressions of the tensors that fxrep made, by path.
-        originals: the user's tensors that expressions load, by path.
+        derived: the expressions of the weights of layers that fxrep made, by path.
+        computed: the expressions of constants that were computed once, in the dtypes in which the
+            model computes them, by path: of stored constants, and of weights that torch computes
+            from others.
+        originals: the tensors that expressions load, by path: the user's, and those constants.
         readings: the readings so far.
         absorbed_by: the nodes whose readings include a node.
         constants: whether a node depends on the model's tensors alone, as far as asked.
@@ -164,6 +172,7 @@ class View:
     channels: Channels
     dtypes: Dtypes
     derived: dict[str, Expr] = field(default_factory=dict)
+    computed: dict[str, Call] = field(default_factory=dict)
     originals: dict[str, Tensor] = field(default_factory=dict)
     readings: dict[fx.Node, Reading] = field(default_factory=dict)
     absorbed_by: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)
@@ -234,7 +243,8 @@ class View:
     def constant(self, arg: Any) -> Constant | None:
         """`arg` as a constant: a number, or a tensor of the model that is never written."""
         if isinstance(arg, ModuleTensor):
-            return self.attribute(arg.module, arg.path, arg.name)
+            found = None if self._written(arg) else self.attribute(arg.module, arg.path, arg.name)
+            return None if isinstance(found, Refusal) else found
         if isinstance(arg, numbers.Real) and not isinstance(arg, bool):
             try:
                 return Constant(float(arg), Call(number, (float(arg),)))
@@ -250,11 +260,36 @@ class View:
                 return None
         return None
 
+    def variable(self, *arguments: Any) -> str | None:
+        """Why tensors among the arguments of a layer are no constants; None if all are."""
+        for arg in arguments:
+            reason = self._written(arg)
+            if reason is None and isinstance(arg, ModuleTensor):
+                found = self.attribute(arg.module, arg.path, arg.name)
+                reason = found.reason if isinstance(found, Refusal) else None
+            if reason is not None:
+                return reason
+        return None
+
+    def _written(self, arg: Any) -> str | None:
+        """Why a tensor of the model is no constant: other code may write it."""
+        paths: list[str] = []
+        if isinstance(arg, ModuleTensor):
+            paths = [f"{arg.path}.{name}" for name in parts_of(arg.module, arg.name)]
+        elif isinstance(arg, fx.Node) and arg.op == "get_attr":
+            paths = [str(arg.target)]
+        for path in paths:
+            tensor = self.calls.tensor(path)
+            writer = self.aliasing.writer(tensor) if isinstance(tensor, Tensor) else None
+            if writer is not None:
+                return f"it reads '{path}', which {writer} may write"
+        return None
+
     def stored(self, path: str) -> Constant:
         """The tensor at a path as a constant.
 
-        A tensor that fxrep made is expressed by the user's tensors that it was made from: a weight
-        is rounded once, however many rewrites follow each other.
+        A weight that fxrep made is expressed by the tensors that it was made from: a weight is
+        rounded once, however many rewrites follow each other.
         """
         tensor = self.tensor(path)
         if path in self.derived:
@@ -262,19 +297,25 @@ class View:
         self.originals.setdefault(path, tensor)
         return Constant(tensor, Load(path), tensor)
 
-    def attribute(self, module: nn.Module, path: str, name: str) -> Constant | None:
+    def attribute(self, module: nn.Module, path: str, name: str) -> Constant | Refusal | None:
         """A tensor of a called module as a constant, even if torch computes it.
 
-        Parametrizations and torch's own hooks, such as weight_norm, compute it from other tensors.
+        Parametrizations and torch's own hooks, such as weight_norm, compute it from other tensors:
+        once, in the dtype of the model.
         """
-        if getattr(module, name) is None:
-            return None
         if name in module._parameters or name in module._buffers:
-            return self.stored(f"{path}.{name}")
-        parts = [n for n, _ in (*module.named_parameters(), *module.named_buffers())]
-        loads = [self.stored(f"{path}.{part}").expr for part in parts]
-        expr = Call(_computed, (module, name, tuple(parts), *loads))
-        return Constant(_Computed(module, name)().detach(), expr, module)
+            held = module._parameters.get(name, module._buffers.get(name)) is not None
+            return self.stored(f"{path}.{name}") if held else None
+        where = f"{path}.{name}"
+        if where not in self.computed:
+            parts = parts_of(module, name)
+            loads = [self.stored(f"{path}.{part}").expr for part in parts]
+            value = computed_once(module, name, parts)
+            if isinstance(value, Refusal):
+                return value
+            self.computed[where] = Call(_computed, (module, name, tuple(parts), *loads))
+            self.originals[where] = value
+        return Constant(self.originals[where], Load(where), module)
 
     def value(self, expr: Expr) -> Tensor:
         """The value of an expression in float64, for a decision that depends on it."""
@@ -282,9 +323,47 @@ class View:
         value: Tensor = record(expr).run(lambda path: double(self.originals[path]))
         return value
 
+    def unrounded(self, expr: Expr) -> Tensor:
+        """The value of an expression in real arithmetic, as far as float64 can tell.
+
+        A constant that the model computes is computed again, in float64, from the user's tensors.
+        If the result is further from the constant than rounding explains (a floor takes another
+        step), the constant counts.
+        """
+        self.depends_on_content(expr)
+        value: Tensor = record(expr).run(self._unrounded)
+        return value
+
+    def _unrounded(self, path: str) -> Tensor:
+        native = double(self.originals[path])
+        made = self.computed.get(path)
+        if made is None or made.function is _computed or not native.is_floating_point():
+            return native
+        try:
+            value = record(made).run(self._unrounded)
+        except (RuntimeError, TypeError):  # it demands the dtype of the model
+            return native
+        eps = torch.finfo(self.originals[path].dtype).eps
+        near = torch.linalg.vector_norm(value - native, math.inf) <= _ROUNDINGS * eps * (
+            torch.linalg.vector_norm(native, math.inf)
+        )
+        return value if near else native
+
     def depends_on_content(self, expr: Expr) -> None:
         """Note that a decision depends on the content of the tensors that an expression loads."""
-        self.content_read.update(record(expr).paths)
+        self.content_read.update(self.sources(expr))
+
+    def sources(self, expr: Expr) -> set[str]:
+        """The paths of the user's tensors that an expression was made from."""
+        found: set[str] = set()
+        ahead = [expr]
+        for each in ahead:  # grows while it is read
+            for path in record(each).paths:
+                if path in self.computed:
+                    ahead.append(self.computed[path])
+                else:
+                    found.add(path)
+        return found
 
     def reads_metadata(self, node: fx.Node) -> bool:
         """Whether a node reads only the shape, dtype or device of its operand."""
@@ -304,36 +383,6 @@ class View:
         if proven is not None:
             return proven, False
         return self.ranks.assumed(node), True
-
-
-class _Computed(nn.Module):
-    """A module whose result is the tensor that another module computes from its parameters."""
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        super().__init__()
-        self.module = module
-        self.name = name
-
-    def forward(self) -> Tensor:
-        """The tensor, recomputed."""
-        for hook in weight_hooks(self.module):
-            hook(self.module, None)  # torch's own: sets the weight from its parts
-        value = getattr(self.module, self.name)
-        assert isinstance(value, Tensor)
-        return value
-
-
-def _computed(module: nn.Module, name: str, parts: tuple[str, ...], *tensors: Tensor) -> Tensor:
-    """The tensor that `_Computed` gives for other parameters.
-
-    Recipes call this, so users' pickles have its name.
-    """
-    given = {f"module.{part}": tensor for part, tensor in zip(parts, tensors, strict=True)}
-    computed = _Computed(module, name)
-    value = torch.func.functional_call(computed, given, ())
-    computed()  # torch's own hooks have set the weight: this sets it back
-    assert isinstance(value, Tensor)
-    return value
 
 
 def double(tensor: Tensor) -> Tensor:

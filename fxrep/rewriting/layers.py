@@ -125,10 +125,7 @@ def _layer(piece: Piece, lookup: Lookup, like: Tensor, trains: bool) -> Layer | 
     bias = piece.bias
     full = None if bias is None else Call(weights.full_bias, (bias, shape.outputs))
     both = record(Call(_pair, (weight, full)))
-    try:
-        computed: tuple[Tensor, Tensor | None] = both.run(lookup)
-    except RuntimeError as error:  # a parametrization may demand its own dtype
-        return Refusal(f"its weight cannot be computed in float64: {error}")
+    computed: tuple[Tensor, Tensor | None] = both.run(lookup)
     # A bias computed from numbers alone is on the CPU.
     shift = computed[1]
     exact = computed[0].to(like.device), None if shift is None else shift.to(like.device)

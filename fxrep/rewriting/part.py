@@ -13,6 +13,7 @@ from fxrep.algebra.recipe import Call, record
 from fxrep.analysis import aliasing
 from fxrep.analysis.channels import Channels
 from fxrep.analysis.dtypes import Dtypes
+from fxrep.analysis.memory import Write
 from fxrep.analysis.ranks import Ranks
 from fxrep.analysis.values import Values
 from fxrep.capture.islands import Program
@@ -36,6 +37,7 @@ class Part:
     Attributes:
         program: the graph and its module; the editor alone changes the graph.
         values: the values of the graph, as far as example inputs tell.
+        outside: the tensors that code outside the graph may write.
         waiting: plans for layers that are called more than once.
         notes: why a node stayed as it is, by the name of the pass that declined it.
         new_values: values that took the place of others and that the pass has not seen yet.
@@ -46,6 +48,7 @@ class Part:
 
     program: Program
     values: Values
+    outside: Sequence[Write] = ()
     waiting: Waiting = field(default_factory=Waiting)
     notes: dict[fx.Node, dict[str, Skip]] = field(default_factory=lambda: defaultdict(dict))
     new_values: list[fx.Node] = field(default_factory=list)
@@ -66,7 +69,7 @@ class Part:
     def view(self) -> View:
         """The facts known of the graph: analysed at the first use, then kept up to date."""
         graph, calls = self.program.graph, self.calls
-        memory = aliasing.analyse(graph, calls)
+        memory = aliasing.analyse(graph, calls, self.outside)
         ranks = Ranks(graph, calls, self.values.ranks, self.program.ranks)
         channels = Channels(graph, calls, ranks.assume_for_later)
         dtypes = Dtypes(graph, calls, {**self.values.dtypes, **self.program.dtypes})
@@ -109,11 +112,14 @@ class Part:
         return shared
 
     def originals(self) -> Lookup:
-        """A lookup of the user's tensors in float64, by path."""
+        """A lookup of the user's tensors and of constants in float64, by path."""
         return _remembered(lambda path: double(self.view.originals[path]))
 
     def exact(self) -> Lookup:
-        """A lookup of all tensors in float64, by path; those that fxrep made are computed anew."""
+        """A lookup of all tensors in float64, by path; weights that fxrep made are computed anew.
+
+        A constant is what the model computes in its own dtype, and only then widened.
+        """
         return _remembered(self._exact)
 
     def _exact(self, path: str) -> Tensor:
@@ -121,7 +127,7 @@ class Part:
         if path in view.derived:
             value: Tensor = record(view.derived[path]).run(lambda p: double(view.originals[p]))
             return value
-        return double(view.tensor(path))
+        return double(view.originals[path] if path in view.computed else view.tensor(path))
 
     # --- changes ---------------------------------------------------------------------------------
 
@@ -154,9 +160,9 @@ class Part:
 
     def store(self, node: fx.Node, value: Tensor, expr: Call) -> None:
         """Store the value of a constant expression in place of its computation."""
-        sources = [self.view.originals[path] for path in record(expr).paths]
+        sources = [self.view.originals[path] for path in self.view.sources(expr)]
         path, stored = self.editor.store(node, value)
-        self.view.derived[path] = expr
+        self.view.computed[path] = expr
         if any(source.requires_grad for source in sources):
             self.view.trained.add(id(stored))
 

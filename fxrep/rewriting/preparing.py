@@ -6,9 +6,10 @@ passes find more. They are no passes: the user did not ask for them, and no repo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fxrep.analysis.aliasing import written_operand
+from fxrep.analysis.memory import Write
 from fxrep.analysis.values import Values
 from fxrep.capture.islands import Program
 from fxrep.reading.sizes import operand_of_equal_size
@@ -53,14 +54,15 @@ PREPARATIONS: tuple[Callable[[Part], None], ...] = (
 )
 
 
-def prepared(program: Program, values: Values) -> Part:
+def prepared(program: Program, values: Values, outside: Sequence[Write] = ()) -> Part:
     """A program ready for the passes.
 
     Args:
         program: the program, whose graph is changed in place.
         values: the values of the graph, as far as example inputs tell.
+        outside: the tensors that code outside the graph may write.
     """
-    part = Part(program, values)
+    part = Part(program, values, outside)
     for prepare in PREPARATIONS:
         prepare(part)
     part.count_weights()

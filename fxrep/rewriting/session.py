@@ -9,6 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor, fx
 
+from fxrep.analysis.outside import writes_outside
 from fxrep.analysis.values import Examples, recorded_run
 from fxrep.capture.islands import Capture
 from fxrep.errors import FxrepError, PassError
@@ -60,7 +61,11 @@ def rewrite(captured: Capture, settings: Settings, example_inputs: object = None
         examples = Examples(example_inputs)
         if settings.measures:
             examples = recorded_run(captured, example_inputs)
-        parts = [prepared(program, examples.values(program)) for program in captured.programs]
+        outside = writes_outside(captured)
+        parts = [
+            prepared(program, examples.values(program), outside[program.path])
+            for program in captured.programs
+        ]
         session = Session(captured, settings, parts)
         for part in parts:
             session.rewrite(part)

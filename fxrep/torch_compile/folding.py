@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxrep.algebra.recipe import Recipe, record
+from fxrep.algebra.recipe import Expr, Recipe, record
 from fxrep.analysis import aliasing
 from fxrep.capture.islands import Capture, Program
 from fxrep.capture.signature import Arguments
@@ -44,7 +44,7 @@ class Derived:
         like: a meta tensor of its shape, strides and dtype.
         device: its device.
         name: "weight" or "bias" of a layer, computed in float64 and rounded once; "" for a
-            constant of the graph, computed in the dtypes of the graph.
+            constant, computed in the dtypes of the graph. Weights are made from its value.
     """
 
     recipe: Recipe
@@ -80,7 +80,7 @@ class Folding:
 
     Attributes:
         graph: calls functions and methods only; its weights are `get_attr` nodes.
-        derived: by path, the tensors that rewrites made.
+        derived: by path, the tensors that rewrites made, each after those it is made from.
         weight_positions: by path of a parameter or buffer, its position among dynamo's inputs.
         graph_attributes: by path, attributes of dynamo's graph (constants, bodies of control flow).
         freezable: paths of parameters and buffers that may become constants of the graph.
@@ -111,8 +111,12 @@ class Folding:
         Raises:
             Unfoldable: these weights cannot be folded in the same way.
         """
+        constants: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
 
         def lookup(path: str) -> Tensor:
+            if path in constants:
+                return constants[path]
             found: Tensor = (
                 inputs[self.weight_positions[path]]
                 if path in self.weight_positions
@@ -121,7 +125,10 @@ class Folding:
             return found.detach()
 
         with plain_arithmetic():
-            return {path: each.compute(lookup) for path, each in self.derived.items()}
+            for path, each in self.derived.items():
+                kept = values if each.name else constants
+                kept[path] = each.compute(lookup)
+        return values | constants
 
 
 @contextmanager
@@ -149,7 +156,8 @@ def fold(
     """
     given = weights_as_attributes(gm, inputs)
     graph, root, positions = given.graph, given.root, given.weight_positions
-    program = Program("", root, graph, Arguments(()), ranks=given.ranks, dtypes=given.dtypes)
+    known = {"ranks": given.ranks, "dtypes": given.dtypes}
+    program = Program("", root, graph, Arguments(()), source=root, **known)
     with plain_arithmetic():
         session = rewrite(Capture(root, root, [program]), settings)
         view = session.parts[0].view
@@ -226,7 +234,7 @@ def _returned_weights(graph: fx.Graph, view: View) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in output.all_input_nodes:
         shared = aliasing.may_share(node, view.calls)
-        if any(str(each.target) in view.derived for each in shared):
+        if any(str(each.target) in view.computed for each in shared):
             with graph.inserting_before(output):
                 copy = graph.call_method("clone", (node,))
             copy.meta = dict(node.meta)
@@ -237,22 +245,31 @@ def _returned_weights(graph: fx.Graph, view: View) -> set[fx.Node]:
 
 
 def _derived_tensors(graph: fx.Graph, view: View) -> tuple[dict[str, Tensor], dict[str, Derived]]:
-    """The tensors that rewrites made and the graph reads: their values, and their recipes."""
+    """The tensors that rewrites made and the graph reads: their values, and their recipes.
+
+    The recipes include those of the constants that these tensors are made from.
+    """
     values: dict[str, Tensor] = {}
     derived: dict[str, Derived] = {}
+
+    def add(path: str, expr: Expr, value: Tensor, name: str) -> None:
+        recipe = record(expr)
+        for source in recipe.paths:
+            if source in view.computed and source not in derived:
+                add(source, view.computed[source], view.originals[source], "")
+        like = torch.empty_like(value, device="meta")
+        derived[path] = Derived(recipe, like, value.device, name)
+
     for node in graph.nodes:
-        names: tuple[str, ...] = ()
-        if node.op == "call_module":
-            names = ("weight", "bias")
-        elif node.op == "get_attr" and node.target in view.derived:
-            names = ("",)
-        for name in names:
-            path = f"{node.target}.{name}" if name else str(node.target)
-            if path in view.derived:
-                value = view.tensor(path).detach()
-                values[path] = value
-                like = torch.empty_like(value, device="meta")
-                derived[path] = Derived(record(view.derived[path]), like, value.device, name)
+        path = str(node.target)
+        if node.op == "get_attr" and path in view.computed:
+            values[path] = view.tensor(path).detach()
+            add(path, view.computed[path], values[path], "")
+        for name in ("weight", "bias") if node.op == "call_module" else ():
+            if f"{path}.{name}" in view.derived:
+                values[f"{path}.{name}"] = view.tensor(f"{path}.{name}").detach()
+                expr = view.derived[f"{path}.{name}"]
+                add(f"{path}.{name}", expr, values[f"{path}.{name}"], name)
     return values, derived
 
 
@@ -330,8 +347,10 @@ def bind(folding: Folding, gm: fx.GraphModule, frozen: Mapping[str, Tensor]) -> 
         weights[path] = graph.placeholder(re.sub(r"\W", "_", f"folded_{path}"))
     # Attributes of the graph: frozen weights, and the attributes of dynamo's graph.
     names = {path: f"frozen_{i}" for i, path in enumerate(frozen)}
+    read = {str(node.target) for node in reads}
     for path, value in frozen.items():
-        root.register_buffer(names[path], value.detach())
+        if path in read:  # a constant that weights are made from may have no other reader
+            root.register_buffer(names[path], value.detach())
     for path in unfrozen:
         if path not in weights:
             register(root, path, folding.graph_attributes[path])

@@ -1,0 +1,286 @@
+"""The tensors that an object reaches, without running code of the object.
+
+Given: a module that keeps a deque of tensors, a method whose function closes over a tensor, and a
+NumPy array that shares the memory of a buffer.
+
+Result: all these tensors, the array as a tensor over its memory, and for each whether a deepcopy of
+the module copies it. What a function, a class, a weak reference or an array reaches is not copied:
+the copy reaches the same memory.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import gc
+import sys
+import types
+import weakref
+from collections.abc import Iterable, Iterator, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxrep.ops.memory import addresses
+from fxrep.ops.owner import foreign_hooks
+
+# How many objects, one inside the other, may lead to a tensor; and how many functions are read.
+_DEEPEST = 12
+_MOST_FUNCTIONS = 500
+
+
+# Objects by their ids, and whether they are copied: kept, so that no other object gets their ids.
+Seen = dict[tuple[int, bool], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Reached:
+    """A tensor that an object reaches.
+
+    Attributes:
+        tensor: the tensor, or one over the memory of `holder`.
+        holder: the object itself: the tensor, an array, a storage, or a script that has the tensor.
+        copied: whether a deepcopy of what reaches it copies it.
+    """
+
+    tensor: Tensor
+    holder: Any
+    copied: bool
+
+
+def reached(
+    values: Iterable[Any], *, whole: bool = True, seen: Seen | None = None
+) -> Iterator[Reached]:
+    """The tensors that objects reach.
+
+    Args:
+        values: the objects.
+        whole: of a module that is reached, also what its children reach.
+        seen: what was searched already.
+    """
+    seen = {} if seen is None else seen
+    functions = 0
+    level = [(value, True) for value in values]
+    for _ in range(_DEEPEST):
+        ahead: list[tuple[Any, bool]] = []
+        for value, copied in level:
+            if isinstance(value, _ATOMS) or (id(value), copied) in seen:
+                continue
+            seen[id(value), copied] = value
+            memory = _memory(value)
+            if memory is not None:
+                yield Reached(memory, value, copied and memory is value)
+                continue
+            if isinstance(value, types.FunctionType):
+                functions += 1
+                if functions > _MOST_FUNCTIONS:
+                    continue
+            ahead.extend(_references(value, copied, whole))
+        level = ahead
+
+
+def of_module(module: nn.Module, seen: Seen) -> Iterator[Reached]:
+    """The tensors that a module and the code of its class reach, without those of its children.
+
+    Args:
+        module: the module; its hooks do not count.
+        seen: as for `reached`.
+    """
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    registered = [tensor for tensor in tensors if tensor is not None]
+    if isinstance(module, torch.jit.ScriptModule):
+        yield from (Reached(tensor, module, True) for tensor in registered)
+        return
+    yield from (Reached(tensor, tensor, True) for tensor in registered)
+    others = [
+        value
+        for name, value in vars(module).items()
+        if name not in _EVERY_MODULE and type(value) not in _NUMBERS
+    ]
+    if others or not _is_library(type(module)):
+        yield from reached([*others, type(module)], seen=seen)
+
+
+_NUMBERS = frozenset({int, float, bool, str, type(None)})
+
+
+def of_tree(tree: nn.Module, idle: Set[int] = frozenset()) -> list[Reached]:
+    """The tensors that the modules of a tree, their code and their hooks reach.
+
+    Args:
+        tree: the modules.
+        idle: ids of modules whose code nobody runs any more.
+    """
+    seen: Seen = {}
+    seen_idle: Seen = {}
+    found: list[Reached] = []
+    for module in tree.modules():
+        if id(module) in idle:
+            found += (each for each in of_module(module, seen_idle) if each.copied)
+        else:
+            found += of_module(module, seen)
+    hooks = [hook for module in tree.modules() for hook in foreign_hooks(module)]
+    return _copied_together([*found, *reached(hooks, whole=False, seen=seen)])
+
+
+def _copied_together(found: list[Reached]) -> list[Reached]:
+    """The tensors; those that a deepcopy would tear apart count as not copied.
+
+    Two storages with common memory become two memories, and a script copies its tensors itself.
+    """
+    fixed: set[int] = set()
+    ranges = sorted((*addresses(each.tensor), i) for i, each in enumerate(found))
+    reaches, last = 0, -1
+    for start, stop, i in ranges:
+        if last >= 0 and start < reaches and _owner(found[i]) != _owner(found[last]):
+            fixed |= {i, last}
+        if last < 0 or stop > reaches:
+            reaches, last = stop, i
+    return [replace(each, copied=each.copied and i not in fixed) for i, each in enumerate(found)]
+
+
+def _owner(found: Reached) -> int:
+    if isinstance(found.holder, torch.jit.ScriptModule):
+        return id(found.holder)
+    try:
+        return int(found.tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):
+        return id(found.tensor)
+
+
+class Contents:
+    """The content of the memory of tensors, to be compared and restored.
+
+    Args:
+        tensors: the tensors; those without an address do not count.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        found = {addresses(tensor): tensor for tensor in tensors}
+        self._saved = [
+            (_bytes(tensor), _bytes(tensor).clone())
+            for (start, _), tensor in found.items()
+            if start > 0
+        ]
+
+    def restore(self) -> bool:
+        """Write the saved content back; whether anything had changed."""
+        changed = [(now, saved) for now, saved in self._saved if not torch.equal(now, saved)]
+        for now, saved in changed:
+            now.copy_(saved)
+        return bool(changed)
+
+
+def outside(model: nn.Module) -> Contents:
+    """The memory that the code of a model reaches and that a run of a copy may write, too."""
+    return Contents(each.tensor for each in of_tree(model) if not each.copied)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The memory of a tensor as bytes."""
+    with torch.inference_mode(False):
+        found = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+        return found.set_(tensor.untyped_storage())
+
+
+# Attributes that every module has: its tensors and children, and its hooks. Recurrent layers have
+# weak references to their own weights, too, which they renew in a copy.
+_EVERY_MODULE = vars(nn.Module()).keys() | {"_flat_weight_refs"}
+
+
+def _references(value: Any, copied: bool, whole: bool) -> Iterator[tuple[Any, bool]]:
+    """The objects that an object refers to, and whether a deepcopy of it copies them."""
+    if isinstance(value, types.FunctionType):
+        yield from ((each, False) for each in _of_function(value))
+    elif isinstance(value, type):
+        for kind in value.__mro__:
+            if not _is_library(kind):
+                yield from ((each, False) for each in vars(kind).values())
+    elif isinstance(value, types.BuiltinMethodType):
+        yield value.__self__, False
+    elif isinstance(value, weakref.ref):
+        yield value(), False
+    elif type(value) in weakref.ProxyTypes:
+        yield value.__repr__.__self__, False
+    elif isinstance(value, memoryview):
+        yield value.obj, False
+    elif isinstance(value, nn.Module):
+        yield type(value), False
+        for name, each in value.__dict__.items():
+            if whole or name != "_modules":
+                yield each, copied
+    else:
+        yield from ((each, copied) for each in gc.get_referents(value))
+
+
+def _of_function(function: types.FunctionType) -> Iterator[Any]:
+    """What a function carries, and the global variables that its code reads."""
+    for cell in function.__closure__ or ():
+        yield from gc.get_referents(cell)
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    yield from vars(function).values()
+    if not _is_library(function):
+        for name in _global_names(function.__code__):
+            yield function.__globals__.get(name)
+
+
+@functools.lru_cache(maxsize=4096)
+def _global_names(code: types.CodeType) -> tuple[str, ...]:
+    """The global variables that code reads, and the code inside it."""
+    names = {
+        str(step.argval)
+        for step in dis.get_instructions(code)
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            names.update(_global_names(inner))
+    return tuple(sorted(names))
+
+
+def _is_library(thing: Any) -> bool:
+    """Whether a class or function is of torch, of Python, or our own."""
+    home = str(getattr(thing, "__module__", "")).partition(".")[0]
+    return home in ("torch", "fxrep", "builtins") or home in sys.stdlib_module_names
+
+
+def _memory(value: Any) -> Tensor | None:
+    """A tensor over the memory of a value; None if the value has none that a tensor may share."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, torch.TypedStorage):
+        value = value._untyped_storage
+    if isinstance(value, torch.UntypedStorage):
+        return torch.empty(0, dtype=torch.uint8, device=value.device).set_(value)
+    numpy = sys.modules.get("numpy")
+    if numpy is None or not isinstance(value, numpy.ndarray):
+        return None
+    while isinstance(value.base, numpy.ndarray):
+        value = value.base
+    if isinstance(value.base, Tensor):
+        return value.base
+    try:
+        return torch.from_numpy(value)
+    except (TypeError, ValueError, RuntimeError):  # of objects or strings, or of negative strides
+        return None
+
+
+_ATOMS = (
+    types.ModuleType,
+    types.CodeType,
+    types.FrameType,
+    fx.Graph,
+    fx.Node,
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+)
