@@ -156,8 +156,9 @@ def fold(
     """
     given = weights_as_attributes(gm, inputs)
     graph, root, positions = given.graph, given.root, given.weight_positions
-    known = {"ranks": given.ranks, "dtypes": given.dtypes}
-    program = Program("", root, graph, Arguments(()), source=root, **known)
+    program = Program(
+        "", root, graph, Arguments(()), source=root, ranks=given.ranks, dtypes=given.dtypes
+    )
     with plain_arithmetic():
         session = rewrite(Capture(root, root, [program]), settings)
         view = session.parts[0].view
