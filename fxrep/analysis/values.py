@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from fxrep.capture.islands import Capture, Program
 from fxrep.capture.skeleton import call_arguments, does_not_run, named_inputs, skeleton
+from fxrep.capture.snapshot import cannot_run, unchanged_state
 
 UNKNOWN = object()
 """The value of a node whose value could not be computed."""
@@ -81,12 +83,14 @@ def recorded_run(captured: Capture, example_inputs: object) -> Examples:
         InputError: the model does not run on the inputs.
     """
     examples = Examples(example_inputs)
+    if cannot_run(captured.model) is not None:
+        return examples
     twin = copy.deepcopy(skeleton(captured.model))
     examples.calls = _recorded(twin, _paths_called(captured), examples)
     args, kwargs = tree_map_only(Tensor, Tensor.clone, call_arguments(example_inputs))
-    with torch.no_grad():
+    with torch.no_grad(), unchanged_state(twin):
         try:
-            twin(*args, **kwargs)
+            contextvars.copy_context().run(twin, *args, **kwargs)
         except Exception as error:
             raise does_not_run(captured.model, error) from error
     return examples

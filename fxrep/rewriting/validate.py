@@ -7,6 +7,7 @@ residues: a wrong stride, padding or border shows at one of them.
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import math
 import operator
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxrep.algebra.maps import Diagonal, Map, channel_map, pointwise_axes, with_channels
 from fxrep.capture.skeleton import call_arguments, does_not_run, skeleton
+from fxrep.capture.snapshot import cannot_run, unchanged_state
 from fxrep.capture.state import unchanged_random_state
 from fxrep.errors import EquivalenceError
 from fxrep.ops.owner import weight_hooks
@@ -28,7 +30,7 @@ from fxrep.planning.plan import Plan
 from fxrep.reading.commuting import Commuter
 from fxrep.reading.view import View
 from fxrep.refusal import Refusal
-from fxrep.report import Report
+from fxrep.report import Report, Skip
 from fxrep.rewriting.layers import Layer, Lookup
 from fxrep.rewriting.replacement import replacement
 
@@ -125,6 +127,10 @@ def compare(
         InputError: the original does not run on the inputs.
         EquivalenceError: the optimized model is further from float64 than rounding explains.
     """
+    reason = cannot_run(model)
+    if reason is not None:
+        skip = Skip("capture", "", f"not run on the example inputs: {reason}")
+        return replace(report, skipped=(*report.skipped, skip))
     args, kwargs = call_arguments(example_inputs)
     with torch.no_grad():
         try:
@@ -134,7 +140,10 @@ def compare(
         try:
             double = copy.deepcopy(skeleton(model)).double()
             wide = _outputs(double, _widened(args), _widened(kwargs))
-        except RuntimeError:  # the model sets a dtype itself: compare with its own results
+        except (
+            RuntimeError,
+            TypeError,
+        ):  # the model sets a dtype itself: compare with its own results
             wide = original
         # A copy: a forward may count its calls, and the user's first call must be the first.
         try:
@@ -166,8 +175,10 @@ def _widened(value: Any) -> Any:
 
 def _outputs(model: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
     args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-    with unchanged_random_state(despite_other_threads=True):  # each model draws the same numbers
-        leaves = tree_leaves(model(*args, **kwargs))
+    # Each model draws the same numbers, and finds the same state outside of itself.
+    with unchanged_random_state(despite_other_threads=True), unchanged_state(model):
+        result = contextvars.copy_context().run(model, *args, **kwargs)
+    leaves = tree_leaves(result)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
