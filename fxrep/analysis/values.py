@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from fxrep.capture.skeleton import (
     duplicate,
     named_inputs,
 )
+from fxrep.capture.snapshot import cannot_run, unchanged_state
 from fxrep.ops.owner import weight_hooks
 
 UNKNOWN = object()
@@ -88,13 +90,15 @@ def recorded_run(captured: Capture, example_inputs: object) -> Examples:
         InputError: the model does not run on the inputs.
     """
     examples = Examples(example_inputs)
+    if cannot_run(captured.model) is not None:
+        return examples
     twin = duplicate(captured.model)
     examples.calls = _recorded(twin, _paths_called(captured), examples)
     args, kwargs = tree_map_only(Tensor, Tensor.clone, call_arguments(example_inputs))
     shared = outside(captured.model)
-    with torch.no_grad():
+    with torch.no_grad(), unchanged_state(twin):
         try:
-            twin(*args, **kwargs)
+            contextvars.copy_context().run(twin, *args, **kwargs)
         except Exception as error:
             raise does_not_run(captured.model, error) from error
         finally:

@@ -24,7 +24,7 @@ from fxrep.capture.skeleton import (
     skeleton,
     unwrap,
 )
-from fxrep.capture.state import restore_tensors
+from fxrep.capture.snapshot import Snapshot, check_shared_tensors
 from fxrep.capture.substitution import with_traceable_names
 from fxrep.capture.trace import Traced, Untraceable, trace
 from fxrep.capture.uses import Use, use_of
@@ -122,10 +122,20 @@ def capture(model: nn.Module, example_inputs: object = None) -> Capture:
     check(model)
     tree = skeleton(model)
     examples = named_inputs(tree, example_inputs)
-    explorer = _Explorer(Capture(model, tree), examples)
-    with_traceable_names(tree, lambda: explorer.explore(tree, "", use="whole"))
-    restore_tensors(tree, model)
-    return explorer.capture
+    return with_traceable_names(tree, lambda: _explored(model, tree, examples))
+
+
+def _explored(model: nn.Module, tree: nn.Module, examples: Mapping[str, object]) -> Capture:
+    """The graphs of a tree; none reads state that a forward was found to write."""
+    state = Snapshot(tree)
+    while True:
+        explorer = _Explorer(Capture(model, tree), examples, state)
+        explorer.explore(tree, "", use="whole")
+        if not state.bars_traced(state.traced):
+            if state.refused:
+                check_shared_tensors(model, state.refused)
+            return explorer.capture
+        state.traced.clear()
 
 
 class _Explorer:
@@ -134,10 +144,12 @@ class _Explorer:
     Args:
         capture: takes the programs and the skipped modules.
         examples: the example inputs of the whole model, by argument.
+        state: all that forwards of the tree can write, as it was before.
     """
 
-    def __init__(self, capture: Capture, examples: Mapping[str, object]) -> None:
+    def __init__(self, capture: Capture, examples: Mapping[str, object], state: Snapshot) -> None:
         self.capture = capture
+        self.state = state
         self.examples = examples
         self.seen: set[int] = set()
 
@@ -155,13 +167,13 @@ class _Explorer:
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             self._explore_children(module, path)
             return
-        if path and (is_leaf(module) or not any(True for _ in named_tensors(module))):
+        if path and (is_leaf(module) or not _has_tensors(module)):
             return
         if use == "items":
             self._explore_children(module, path)
             return
         try:
-            traced = trace(module, self.examples if not path else None)
+            traced = trace(module, self.state, self.examples if not path else None)
         except Untraceable as error:
             self._leave_as_it_is(module, path, error)
             return
@@ -191,6 +203,10 @@ class _Explorer:
                 continue
             if opaque.hooked:
                 self._skip(where, "hook registered: captured on its own")
+            elif id(opaque.module) not in self.seen and not _has_tensors(opaque.module):
+                self.seen.add(id(opaque.module))
+                self._skip(where, f"runs as it is: {opaque.reason}")
+                continue
             self.explore(opaque.module, where, use="whole")
 
     def _explore_children(self, module: nn.Module, path: str) -> None:
@@ -201,3 +217,7 @@ class _Explorer:
 
     def _skip(self, path: str, reason: str) -> None:
         self.capture.skipped.append(Skip(_PASS, path, reason))
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return any(True for _ in named_tensors(module))

@@ -8,7 +8,7 @@ reach the tensors of the user's model; both are refused before they happen.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fxrep.capture.proxies import Unfaithful
+from fxrep.words import words
 
 if TYPE_CHECKING:
     from fxrep.capture.tracer import Tracer
@@ -35,12 +36,30 @@ def contexts() -> tuple[object, ...]:
 _UP_AND_DOWN = (torch.autocast_increment_nesting, torch.autocast_decrement_nesting)
 
 
-class _GradientGuard(TorchFunctionMode):
-    """Refuses a forward that switches gradients on or off."""
+# Ways to the memory, gradient or flags of a tensor that no operator takes. Most give the memory to
+# somebody else, whose writes nothing sees.
+_ACCESSES = frozenset(
+    getattr(Tensor, name)
+    for name in words(
+        "numpy __array__ __dlpack__ data_ptr untyped_storage storage _typed_storage apply_ map_ "
+        "map2_ requires_grad_ retain_grad register_hook share_memory_"
+    )
+) | frozenset(getattr(Tensor, name).__set__ for name in words("data grad requires_grad"))
 
-    def __init__(self, tracer: Tracer) -> None:
+_BACKWARD = (Tensor.backward, torch.autograd.backward)
+
+
+# Tensors that must not be written, in words, by the id of their memory.
+Memory = dict[int | None, str]
+
+
+class _FunctionGuard(TorchFunctionMode):
+    """Refuses a forward that switches gradients, or takes the memory of a tensor of the model."""
+
+    def __init__(self, tracer: Tracer, memory: Memory) -> None:
         super().__init__()
         self.tracer = tracer
+        self.memory = memory
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -48,39 +67,72 @@ class _GradientGuard(TorchFunctionMode):
         if func is torch._C._set_grad_enabled:
             name = "enable_grad" if args and args[0] else "no_grad"
             raise self.tracer.refuse(Unfaithful(f"forward uses 'with torch.{name}'"))
+        if func in _BACKWARD:
+            raise self.tracer.refuse(Unfaithful("forward computes gradients"))
+        if func in _ACCESSES and args and _is_in(args[0], self.memory):
+            attribute = getattr(getattr(func, "__self__", None), "__name__", func.__name__)
+            raise self.tracer.refuse(
+                Unfaithful(f"forward uses .{attribute} of {self.memory[_storage_id(args[0])]}")
+            )
         return func(*args, **(kwargs or {}))
 
 
 class _RealTensorGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses operations on real tensors that draw random numbers or write tensors of the model."""
 
-    def __init__(self, tracer: Tracer, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, tracer: Tracer, memory: Memory) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tracer = tracer
-        self.memory = {place for tensor in tensors if (place := _storage_id(tensor)) is not None}
+        self.memory = memory
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
             raise self.tracer.refuse(Unfaithful("forward draws random numbers"))
-        if func._schema.is_mutable and self._writes(func._schema, args, kwargs):
-            raise self.tracer.refuse(Unfaithful("forward writes into a tensor of the model"))
+        may_write = func._schema.is_mutable or _trains(func, args, kwargs)
+        written = self._written(func._schema, args, kwargs) if may_write else None
+        if written is not None:
+            raise self.tracer.refuse(Unfaithful(f"forward writes into {written}"))
         return func(*args, **kwargs)
 
-    def _writes(self, schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _written(self, schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """The tensor of the model that an operator writes, in words."""
         for i, argument in enumerate(schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
+            declared = argument.alias_info is not None and argument.alias_info.is_write
+            if not declared and argument.name not in _WRITTEN_IN_TRAINING:
                 continue
             given = args[i] if i < len(args) else kwargs.get(argument.name)
             for value in tree_leaves(given):
-                if isinstance(value, Tensor) and _storage_id(value) in self.memory:
-                    return True
+                if _is_in(value, self.memory):
+                    self.tracer.state.refused.add(id(value))
+                    return self.memory[_storage_id(value)]
+        return None
+
+
+# Operators whose schema does not say that they write the running statistics.
+_NORMS = frozenset(words("native_batch_norm cudnn_batch_norm miopen_batch_norm"))
+_WRITTEN_IN_TRAINING = ("running_mean", "running_var")
+
+
+def _trains(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a batch normalization takes the statistics of the batch, and writes them."""
+    name = func.__name__.partition(".")[0]
+    if name == "batch_norm_update_stats":
+        return True
+    if name not in _NORMS:
         return False
+    names = [argument.name for argument in func._schema.arguments]
+    return bool({**dict(zip(names, args, strict=False)), **kwargs}.get("training"))
+
+
+def _is_in(value: Any, memory: Memory) -> bool:
+    return isinstance(value, Tensor) and _storage_id(value) in memory
 
 
 def _storage_id(tensor: Tensor) -> int | None:
     try:
-        return int(tensor.untyped_storage()._cdata)
+        with torch._C.DisableTorchFunction():
+            return int(tensor.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):  # no storage of its own
         return None
 
@@ -90,17 +142,28 @@ class Watch:
 
     Args:
         tracer: is told of violations.
-        tensors: the tensors of the model, which must not be written.
+        tensors: those that must not be written.
+        names: the names of some of them, by id.
     """
 
-    def __init__(self, tracer: Tracer, tensors: Iterable[Tensor]) -> None:
-        self.gradients, self.writes = _GradientGuard(tracer), _RealTensorGuard(tracer, tensors)
+    def __init__(self, tracer: Tracer, tensors: Iterable[Tensor], names: Mapping[int, str]) -> None:
+        memory = {
+            _storage_id(tensor): f"the tensor attribute '{names[id(tensor)]}'"
+            if id(tensor) in names
+            else "a tensor of the model"
+            for tensor in tensors
+        }
+        memory.pop(None, None)
+        self.functions, self.writes = (
+            _FunctionGuard(tracer, memory),
+            _RealTensorGuard(tracer, memory),
+        )
         self.depths = _depths()
 
     def start(self) -> None:
         """Enter the modes."""
         # Not by `with`: that sets flags of the process, which torch.compile reads in other threads.
-        torch._C._push_on_torch_function_stack(self.gradients)
+        torch._C._push_on_torch_function_stack(self.functions)
         torch._C._push_on_torch_dispatch_stack(self.writes)
 
     def stop(self) -> None:

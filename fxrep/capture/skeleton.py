@@ -89,12 +89,27 @@ def skeleton(model: nn.Module) -> nn.Module:
         if found.tensor in memory:
             memo[id(found.holder)] = found.holder
     try:
-        return _copied(model, memo)
+        copied = _copied(model, memo)
     except Exception as error:
         raise ModelError(
             f"model ({type(model).__name__}) cannot be copied{_cause(model, memo)}: "
             f"{type(error).__name__}: {error}; remove that attribute before optimizing"
         ) from error
+    _refuse_shared_modules(model, copied)
+    return copied
+
+
+def _refuse_shared_modules(model: nn.Module, copied: nn.Module) -> None:
+    """Refuse a module whose copy is itself: a rewrite of the copy would be one of the user's."""
+    users = {id(module): path for path, module in model.named_modules()}
+    for module in copied.modules():
+        if id(module) in users:
+            where = f"model.{users[id(module)]}" if users[id(module)] else "model"
+            raise ModelError(
+                f"{where} ({type(module).__name__}) cannot be copied: its copy is the module "
+                "itself, so that optimizing the copy would change the original; give its "
+                "__deepcopy__ a copy to return, or optimize the modules around it"
+            )
 
 
 def _registered(module: nn.Module) -> Iterator[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import dataclasses
 import inspect
@@ -14,12 +15,8 @@ from torch import fx, nn
 from fxrep.capture.proxies import ParameterWrite, Unfaithful
 from fxrep.capture.signature import Arguments, is_variadic
 from fxrep.capture.skeleton import private
-from fxrep.capture.state import (
-    is_only_thread,
-    tensor_versions,
-    unchanged_random_state,
-    written_tensor,
-)
+from fxrep.capture.snapshot import Snapshot, unchanged_state
+from fxrep.capture.state import is_only_thread, unchanged_random_state
 from fxrep.capture.tracer import MissingTensor, Opaque, Restart, Tracer, explain
 from fxrep.errors import FxrepError
 from fxrep.ops.calls import Calls
@@ -74,11 +71,14 @@ class Untraceable(FxrepError):
         self.drew_numbers = drew_numbers
 
 
-def trace(module: nn.Module, examples: Mapping[str, object] | None = None) -> Traced:
+def trace(
+    module: nn.Module, state: Snapshot, examples: Mapping[str, object] | None = None
+) -> Traced:
     """Trace one module's forward as a root.
 
     Args:
         module: a module of the skeleton.
+        state: all that forwards of the skeleton can write, as it was before.
         examples: example values of some of its arguments.
 
     Raises:
@@ -88,7 +88,7 @@ def trace(module: nn.Module, examples: Mapping[str, object] | None = None) -> Tr
     problem: Untraceable | None = None
     for arguments in _choices_of_inputs(module, examples or {}):
         try:
-            traced = _trace_with_tensors(module, arguments)
+            traced = _trace_with_tensors(module, arguments, state)
         except Untraceable as error:
             problem = problem or error
             continue
@@ -102,7 +102,7 @@ def trace(module: nn.Module, examples: Mapping[str, object] | None = None) -> Tr
     return best
 
 
-def _trace_with_tensors(module: nn.Module, arguments: Arguments) -> Traced:
+def _trace_with_tensors(module: nn.Module, arguments: Arguments, state: Snapshot) -> Traced:
     """Trace with a tensor for every argument without which the forward cannot run.
 
     ``forward(self, image=None, labels=None)`` cannot run without an image. The arguments that
@@ -112,7 +112,7 @@ def _trace_with_tensors(module: nn.Module, arguments: Arguments) -> Traced:
     supplied: list[str] = []
     while True:
         try:
-            return _trace(module, arguments)
+            return _trace(module, arguments, state)
         except Untraceable as error:
             problem = error
         if not problem.lacks_tensor:
@@ -120,26 +120,30 @@ def _trace_with_tensors(module: nn.Module, arguments: Arguments) -> Traced:
         for name in arguments.left_out:
             trial = arguments.with_input(name)
             try:
-                traced = _trace(module, trial)
+                traced = _trace(module, trial, state)
             except Untraceable as error:
                 if error.progress > problem.progress:
                     arguments = trial
                     supplied.append(name)
                     break
             else:
-                return _with_fewest_inputs(module, traced, trial, supplied)
+                return _with_fewest_inputs(module, traced, trial, supplied, state)
         else:
             raise problem
 
 
 def _with_fewest_inputs(
-    module: nn.Module, traced: Traced, arguments: Arguments, supplied: list[str]
+    module: nn.Module,
+    traced: Traced,
+    arguments: Arguments,
+    supplied: list[str],
+    state: Snapshot,
 ) -> Traced:
     """The trace that takes as few of the supplied arguments as possible."""
     for name in supplied:
         fewer = arguments.without_input(name)
         try:
-            traced, arguments = _trace(module, fewer), fewer
+            traced, arguments = _trace(module, fewer, state), fewer
         except Untraceable:
             continue
     return traced
@@ -197,12 +201,12 @@ def _has_tensor(value: object) -> bool:
 _MOST_TRIALS = 3
 
 
-def _trace(module: nn.Module, arguments: Arguments) -> Traced:
+def _trace(module: nn.Module, arguments: Arguments, state: Snapshot) -> Traced:
     """Trace, again if another thread may have drawn random numbers meanwhile."""
     for trial in range(_MOST_TRIALS):
         last = trial == _MOST_TRIALS - 1
         try:
-            traced = _trace_once(module, arguments)
+            traced = _trace_once(module, arguments, state)
         except Untraceable as error:
             if last or not error.drew_numbers or is_only_thread():
                 raise
@@ -212,31 +216,22 @@ def _trace(module: nn.Module, arguments: Arguments) -> Traced:
     raise AssertionError("the last trial returns or raises")
 
 
-def _trace_once(module: nn.Module, arguments: Arguments) -> Traced:
+def _trace_once(module: nn.Module, arguments: Arguments, state: Snapshot) -> Traced:
     """Trace; again, with one more submodule opaque, until no submodule stands in the way."""
     known_opaque: dict[int, Opaque] = {}
     while True:
-        tracer = Tracer(module, arguments, known_opaque)
-        versions = tensor_versions(module)
+        _refuse_barred(module, state)
+        tracer = Tracer(module, arguments, known_opaque, state)
         try:
-            graph = tracer.run()
+            # A context of its own: what the forward sets in it is gone with it.
+            graph = contextvars.copy_context().run(tracer.run)
             _refuse_unfaithful(tracer, graph)
-            written = tracer.containers.written() or written_tensor(versions)
-            if written is not None and written[0] is module:
-                raise Unfaithful(written[1])
         except Restart:
             continue  # known_opaque has grown
         except (Exception, MissingTensor) as error:
             raise _untraceable(tracer, error) from error
-        finally:
-            tracer.containers.restore()
-        if written is not None:
-            submodule, reason = written
-            if id(submodule) in known_opaque:  # the write is that of a module above it
-                raise Untraceable(reason)
-            path = next(path for path, m in module.named_modules() if m is submodule)
-            known_opaque[id(submodule)] = Opaque(submodule, path, reason)
-            continue
+        _refuse_barred(module, state)
+        state.traced |= {id(module), *tracer.inlined}
         copied = private(module, {id(module.get_submodule(path)) for path in called(graph)})
         _install_constants(copied, graph, tracer.constants)
         if not arguments.values and _lacks_input(copied, graph, arguments):
@@ -247,6 +242,12 @@ def _trace_once(module: nn.Module, arguments: Arguments) -> Traced:
             )
         arguments = dataclasses.replace(arguments, tensors=frozenset(tracer.tensor_arguments))
         return Traced(copied, graph, arguments, tuple(tracer.opaque.values()), tracer.drew_numbers)
+
+
+def _refuse_barred(module: nn.Module, state: Snapshot) -> None:
+    reason = state.barred(module)
+    if reason is not None:
+        raise Untraceable(reason)
 
 
 def _refuse_unfaithful(tracer: Tracer, graph: fx.Graph) -> None:
@@ -293,7 +294,7 @@ def _lacks_input(module: nn.Module, graph: fx.Graph, arguments: Arguments) -> bo
 def _runs(module: nn.Module, graph: fx.Graph) -> bool:
     """Whether a graph without inputs runs, tried on a copy of the module."""
     try:
-        with torch.no_grad(), unchanged_random_state():
+        with torch.no_grad(), unchanged_random_state(), unchanged_state(module):
             unused = [None] * len(graph.find_nodes(op="placeholder"))
             fx.Interpreter(copy.deepcopy(module), graph=graph).run(*unused)
     except Exception:

@@ -23,7 +23,8 @@ from fxrep.capture.modes import Watch, contexts
 from fxrep.capture.proxies import ParameterWrite, TracedValue, Unfaithful
 from fxrep.capture.signature import Arguments, is_literal
 from fxrep.capture.skeleton import named_tensors
-from fxrep.capture.state import Containers, GeneratorStates, is_only_thread
+from fxrep.capture.snapshot import Snapshot
+from fxrep.capture.state import GeneratorStates, is_only_thread
 from fxrep.capture.substitution import run_and_undo
 from fxrep.ops.absent import lacks_input, lacks_operand
 from fxrep.ops.calls import Calls
@@ -92,6 +93,7 @@ class Tracer(fx.Tracer):
         root: a module of the skeleton.
         arguments: its forward's arguments; specialised ones are constants of the graph.
         known_opaque: by id, modules that earlier traces of the root found to be opaque.
+        state: all that forwards of the tree can write, as it was before.
 
     Attributes:
         opaque: by id, the modules that the graph calls as they are.
@@ -104,7 +106,11 @@ class Tracer(fx.Tracer):
     """
 
     def __init__(
-        self, root: nn.Module, arguments: Arguments, known_opaque: dict[int, Opaque]
+        self,
+        root: nn.Module,
+        arguments: Arguments,
+        known_opaque: dict[int, Opaque],
+        state: Snapshot,
     ) -> None:
         super().__init__(param_shapes_constant=False)
         self.root = root
@@ -126,9 +132,9 @@ class Tracer(fx.Tracer):
             id(t): name for name, t in reversed([*_plain_tensors(root), *registered])
         }
         self.module_paths = {id(module): path for path, module in root.named_modules()}
-        self.containers = Containers(root)
+        self.state = state
         self.hollow = Hollow(root, self)
-        self.watch = Watch(self, [tensor for _, tensor in registered])
+        self.watch = Watch(self, state.tensors, self.tensor_names)
         self.generators = GeneratorStates()
         self.drew_numbers = False
         self.contexts = contexts()
@@ -144,7 +150,17 @@ class Tracer(fx.Tracer):
         result = call()
         self.create_node("output", "output", (self.create_arg(result),), {})
         self._refuse_written_attributes(self.root)
+        self._refuse_written_state()
+        reason = self.state.tensor_attribute()
+        if reason is not None:
+            raise self.refuse(Unfaithful(reason))
         return self.graph
+
+    def _refuse_written_state(self) -> None:
+        """Refuse a forward that wrote state which is no attribute of a module."""
+        reason = self.state.find_written()
+        if reason is not None:
+            raise self.refuse(Unfaithful(reason))
 
     def refuse_drawn_numbers(self, generators: GeneratorStates) -> None:
         """Refuse a forward if `random` or NumPy drew numbers since `generators` was recorded."""
@@ -156,6 +172,8 @@ class Tracer(fx.Tracer):
             raise Unfaithful("forward, or another thread meanwhile, draws random numbers")
 
     def _restore(self) -> None:
+        self.state.find_written()
+        self.state.restore()
         self.watch.stop()
         self.hollow.uninstall()
 
@@ -325,6 +343,9 @@ class Tracer(fx.Tracer):
             found = Opaque(m, path, "hook registered", hooked=True)
         if found is None and own_call_impls(m):
             found = Opaque(m, path, "it has its own _call_impl")
+        reason = self.state.barred(m) if found is None else None
+        if reason is not None:
+            found = Opaque(m, path, reason)
         return found
 
     def _trace_into(
@@ -340,12 +361,13 @@ class Tracer(fx.Tracer):
             result = m.forward(*args, **kwargs)
             if len(self.violations) > checkpoint.violations:
                 raise self.violations[checkpoint.violations]
+            self._refuse_written_state()
             self.refuse_drawn_numbers(generators)
             self._refuse_written_attributes(m)
         except Exception as error:
             self._roll_back(checkpoint, m)
             opaque = Opaque(m, path, explain(error), isinstance(error, ParameterWrite))
-            if id(m) in self.inlined:
+            if id(m) in self.inlined or self.state.bars_traced(self.inlined):
                 self.known_opaque[id(m)] = opaque
                 raise Restart(opaque.reason) from error
             return opaque, None
@@ -377,7 +399,8 @@ class Tracer(fx.Tracer):
         self.num_calls = checkpoint.num_calls
         self.opaque, self.inlined = checkpoint.opaque, checkpoint.inlined
         self.hollow.restore(m)
-        self.containers.restore(m)
+        self.state.find_written()
+        self.state.restore()
 
     def _call_opaque(
         self, opaque: Opaque, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -390,6 +413,7 @@ class Tracer(fx.Tracer):
             )
         if type(m).__call__ is not nn.Module.__call__ and not isinstance(m, fx.GraphModule):
             raise self.refuse(Unfaithful(f"'{opaque.path}' has its own __call__"))
+        self._refuse_written_state()  # the module may read what was written
         proxy = self.create_proxy("call_module", opaque.path, args, kwargs)
         proxy.node.meta["owner"] = None  # no class of torch.nn: its result is not known
         self.opaque[id(m)] = opaque

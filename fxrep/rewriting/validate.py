@@ -7,6 +7,7 @@ residues: a wrong stride, padding or border shows at one of them.
 
 from __future__ import annotations
 
+import contextvars
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from fxrep.algebra.maps import Diagonal, Map, channel_map, pointwise_axes, with_
 from fxrep.algebra.recipe import Load
 from fxrep.capture.sharing import Contents, outside
 from fxrep.capture.skeleton import call_arguments, does_not_run, duplicate
+from fxrep.capture.snapshot import cannot_run, unchanged_state
 from fxrep.capture.state import unchanged_random_state
 from fxrep.errors import EquivalenceError
 from fxrep.ops.calls import ModuleTensor
@@ -30,7 +32,7 @@ from fxrep.planning.plan import Plan
 from fxrep.reading.commuting import Commuter
 from fxrep.reading.view import View
 from fxrep.refusal import Refusal
-from fxrep.report import Report
+from fxrep.report import Report, Skip
 from fxrep.rewriting.layers import Layer, Lookup
 from fxrep.rewriting.replacement import replacement
 
@@ -131,6 +133,10 @@ def compare(
         EquivalenceError: the optimized model is further from float64, or from the original, than
             rounding explains.
     """
+    reason = cannot_run(model)
+    if reason is not None:
+        skip = Skip("capture", "", f"not run on the example inputs: {reason}")
+        return replace(report, skipped=(*report.skipped, skip))
     args, kwargs = call_arguments(example_inputs)
     shared = outside(model)
     with torch.no_grad():
@@ -140,7 +146,10 @@ def compare(
             raise does_not_run(model, error) from error
         try:
             wide = _outputs(_double(model), _widened(args), _widened(kwargs), shared)
-        except RuntimeError:  # the model sets a dtype itself: compare with its own results
+        except (
+            RuntimeError,
+            TypeError,
+        ):  # the model sets a dtype itself: compare with its own results
             wide = original
         # A copy: a forward may count its calls, and the user's first call must be the first.
         try:
@@ -222,10 +231,11 @@ def _widened(value: Any) -> Any:
 
 def _outputs(model: nn.Module, args: Any, kwargs: Any, shared: Contents) -> list[Tensor]:
     args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+    # Each model draws the same numbers, and finds the same state outside of itself.
     try:
-        with unchanged_random_state(despite_other_threads=True):  # each draws the same numbers
-            leaves = tree_leaves(model(*args, **kwargs))
-        return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)]
+        with unchanged_random_state(despite_other_threads=True), unchanged_state(model):
+            result = contextvars.copy_context().run(model, *args, **kwargs)
+        return [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
     finally:
         shared.restore()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import random
@@ -84,12 +85,27 @@ def in_a_thread(run: Callable[[], object]) -> object:
     return found[0]
 
 
+@contextlib.contextmanager
+def notes() -> Iterator[list[Any]]:
+    """What `note` is told: kept where no forward can reach it, as writing it would be an effect."""
+    home = vars(threading.main_thread())
+    home["notes"] = []
+    try:
+        yield home["notes"]
+    finally:
+        del home["notes"]
+
+
+def note(value: object) -> None:
+    vars(threading.main_thread())["notes"].append(value)
+
+
 def test_no_other_thread_sees_a_trace() -> None:
     """All but one name: `torch.is_tensor`, which gives every other thread the answer it always did.
 
     The names in the module that a model is written in do so, too.
     """
-    before, seen = the_process(), list[Any]()
+    before = the_process()
 
     def look() -> object:
         changed = [a for a, b in zip(before, the_process(), strict=True) if a != b]
@@ -97,7 +113,8 @@ def test_no_other_thread_sees_a_trace() -> None:
             answers = isinstance(1, int), isinstance(1, str), torch.is_tensor(torch.ones(1))
         return changed, answers, math.sqrt(4), sqrt(9), nn.Conv2d(1, 1, 1)(torch.ones(1, 1, 1, 1))
 
-    fast = fxrep.optimize(randomize(Asking(lambda: seen.append(in_a_thread(look)))).eval())
+    with notes() as seen:
+        fast = fxrep.optimize(randomize(Asking(lambda: note(in_a_thread(look)))).eval())
     assert batchnorms(fast) == 0 and len(seen) == 1
     changed, answers, *_ = seen[0]
     assert [name for _, name, _ in changed] == ["is_tensor"]
@@ -129,14 +146,19 @@ def test_two_captures_share_the_names() -> None:
 
 def test_numbers_drawn_by_another_thread_are_not_the_forwards() -> None:
     """Torch's generator is watched call by call; of the others, a quiet moment is waited for."""
-    stop, left = threading.Event(), [random.random, np.random.rand]
+    stop = threading.Event()
 
-    def draw() -> object:
+    def draw(left: list[Any]) -> object:
         return torch.rand(1), left and left.pop()()
+
+    def drawn_by_another() -> None:
+        in_a_thread(lambda: draw(vars(threading.main_thread())["notes"]))
 
     other = threading.Thread(target=stop.wait)
     other.start()
-    fast = fxrep.optimize(randomize(Asking(lambda: in_a_thread(draw))).eval())
+    with notes() as left:
+        left += [random.random, np.random.rand]
+        fast = fxrep.optimize(randomize(Asking(drawn_by_another)).eval())
     stop.set()
     assert batchnorms(fast) == 0, fxrep.report(fast)
 
@@ -175,7 +197,9 @@ def test_drawn_numbers_are_not_baked_in(
 
 # --- interrupts ----------------------------------------------------------------------------------
 
-_WATCHED = ("islands", "trace", "tracer", "hollow", "modes", "substitution", "state")
+_WATCHED = (
+    "islands", "trace", "tracer", "hollow", "modes", "substitution", "state", "snapshot", "kept",
+)  # fmt: skip
 
 
 class Interrupt:

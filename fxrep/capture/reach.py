@@ -1,0 +1,288 @@
+"""What a forward can reach without its arguments: objects, names and tensors.
+
+A walk over values and code. From an object it goes to what the object holds, and to the methods of
+its class that the code names; from a function to the global names, the variables of enclosing
+scopes and the defaults that it mentions. Code of torch, NumPy and Python's own library is not
+walked through: what it writes is seen by torch's modes, or not at all.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import os
+import random
+import sys
+import types
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxrep.capture.kept import is_container, kept, values_of
+from fxrep.words import words
+
+_ATOMS = frozenset(
+    {
+        str, int, float, bool, complex, bytes, type(None), type(Ellipsis), type(NotImplemented),
+        torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, slice, range,
+        frozenset,
+    }
+)  # fmt: skip
+
+_FOREIGN = frozenset({"torch", "numpy", "fxrep"}) | (
+    frozenset(sys.stdlib_module_names) - {"__main__"}
+)
+# Parts of Python's own library whose objects are plain state. Locks and events are not: threads
+# wait for them.
+_PLAIN = frozenset(words("types collections functools _thread weakref array ctypes"))
+_QUEUES = frozenset(words("queue _queue multiprocessing asyncio"))
+_TORCH = os.path.dirname(torch.__file__)
+
+_STATES = (random.Random, torch.Generator, contextvars.ContextVar, bytearray)
+
+# Methods that run without being named, but for those that make or describe an object.
+_NOT_CALLED = frozenset(
+    words(
+        "__init__ __new__ __post_init__ __init_subclass__ __class_getitem__ __repr__ __str__ "
+        "__getstate__ __setstate__ __reduce__ __reduce_ex__ __deepcopy__ __copy__ __del__ "
+        "__instancecheck__ __subclasscheck__ __prepare__ __doc__ __module__ __dict__ __weakref__"
+    )
+)
+_MAKERS = ("__init__", "__new__", "__post_init__")
+
+# What none of torch's modes sees: memory handed to others by plain functions.
+_UNSEEN = frozenset(words("to_dlpack _to_dlpack swap_tensors _swap_tensor_impl"))
+
+_THREADS = frozenset(words("Thread Timer ThreadPool ThreadPoolExecutor start_new_thread"))
+
+# Names of functions that set the state of torch's own generator of random numbers.
+_SEEDING = frozenset(words("manual_seed seed set_rng_state fork_rng set_state"))
+
+
+class Reach:
+    """Everything that can be reached from some values and classes.
+
+    Args:
+        values: to start from, each with the words that describe where it is.
+        kinds: classes whose methods are called `forward` and `__call__`.
+        tree: ids of modules that are not walked into, because each has a reach of its own.
+
+    Attributes:
+        objects: by id, the objects whose state may be written.
+        cells: by id, the variables of enclosing scopes.
+        namespaces: by id, the global names of Python modules that are mentioned.
+        tensors: by id, the tensors.
+        names: the names that the code mentions.
+        barred: why no code may run that reaches this: its effects could not be undone.
+    """
+
+    def __init__(
+        self, values: Iterable[tuple[str, object]], kinds: Iterable[type], tree: frozenset[int]
+    ) -> None:
+        self.tree = tree
+        self.objects: dict[int, object] = {}
+        self.cells: dict[int, types.CellType] = {}
+        self.namespaces: dict[int, tuple[dict[str, Any], set[str]]] = {}
+        self.tensors: dict[int, torch.Tensor] = {}
+        self.names: set[str] = set()
+        self.barred: list[str] = []
+        self._seen: dict[int, object] = {}
+        self._open: dict[int, tuple[Any, set[str]]] = {}
+        self._packages: set[str] = set()
+        self._ahead = list(values)
+        kinds = list(kinds)
+        for kind in kinds:
+            self.names |= {"forward", "__call__"}
+            self._class(kind)
+        self._walk()
+        self._note_names()
+
+    @property
+    def code(self) -> tuple[int, ...]:
+        """Ids of the classes, functions and modules of the user's that were reached."""
+        return (*self._open, *self.namespaces, *self.cells)
+
+    def _walk(self) -> None:
+        while True:
+            while self._ahead:
+                self._visit(*self._ahead.pop())
+            for thing, known in list(self._open.values()):
+                for name in self.names - known:
+                    known.add(name)
+                    if name in vars(thing):
+                        self._ahead.append((f"{thing.__name__}.{name}", vars(thing)[name]))
+            if not self._ahead:
+                return
+
+    @property
+    def starts_threads(self) -> bool:
+        """Whether the code may start threads, which none of torch's modes watches."""
+        return bool(_THREADS & self.names)
+
+    def _note_names(self) -> None:
+        """What is known by its name alone."""
+        self.barred += [f"forward uses '{name}'" for name in sorted(_UNSEEN & self.names)]
+        if _SEEDING & self.names:
+            self.objects[id(torch.default_generator)] = torch.default_generator
+
+    def _visit(self, where: str, value: Any) -> None:
+        kind = type(value)
+        if kind in _ATOMS or id(value) in self._seen or id(value) in self.tree:
+            return
+        self._seen[id(value)] = value
+        visit = _VISITS.get(kind)
+        if visit is not None:
+            visit(self, where, value)
+        elif isinstance(value, torch.Tensor):
+            self.tensors[id(value)] = value
+        elif isinstance(value, type):
+            if not _is_foreign(value):
+                self._class(value)
+                self._ahead += [(where, vars(value)[n]) for n in _MAKERS if n in vars(value)]
+        elif is_container(value) or kind is tuple:
+            self._container(where, value)
+        elif hasattr(kind, "__next__"):
+            self.barred.append(
+                f"forward can read {where}, which reading advances ({kind.__name__})"
+            )
+        elif isinstance(value, functools._lru_cache_wrapper):
+            self._cached(where, value)
+        else:
+            self._instance(where, value)
+
+    def _container(self, where: str, value: Any) -> None:
+        if type(value) is not tuple:
+            self.objects[id(value)] = value
+        if isinstance(value, dict):
+            self._ahead += [(f"{where}[{key!r:.20}]", v) for key, v in dict.items(value)]
+        elif not isinstance(value, set):
+            self._ahead += [(f"{where}[{i}]", v) for i, v in enumerate(value)]
+        if not _is_foreign(type(value)) or hasattr(value, "__dict__"):
+            self._class(type(value))
+            self._ahead += [(where, vars(value))] if hasattr(value, "__dict__") else []
+
+    def _instance(self, where: str, value: Any) -> None:
+        kind = type(value)
+        home = kind.__module__.partition(".")[0]
+        if isinstance(value, _STATES):
+            self.objects[id(value)] = value
+            return
+        if home in _QUEUES:
+            self.barred.append(f"forward can put into {where} ({kind.__name__})")
+        if home in _FOREIGN - _PLAIN and home != "numpy" and not isinstance(value, nn.Module):
+            return
+        self.objects[id(value)] = value
+        if home == "numpy":
+            return
+        self._ahead += [(f"{where} of a {kind.__name__}", each) for each in values_of(value)]
+        if kind.__module__ == "functools" and hasattr(value, "func"):  # partial, cached_property
+            held = (value.func, getattr(value, "args", ()), getattr(value, "keywords", None))
+            self._ahead += [(where, each) for each in held]
+        self._class(kind)
+
+    def _class(self, kind: type) -> None:
+        for each in kind.__mro__:
+            if _is_foreign(each) or id(each) in self._open:
+                continue
+            self._packages.add(each.__module__.partition(".")[0])
+            self.objects[id(each)] = each
+            special = {n for n in vars(each) if n.startswith("__") and n not in _NOT_CALLED}
+            self._open[id(each)] = (
+                each,
+                {n for n in vars(each) if n.startswith("__")} - {"__call__"},
+            )
+            self._ahead += [(f"{each.__name__}.{name}", vars(each)[name]) for name in special]
+
+    def _function(self, where: str, function: types.FunctionType) -> None:
+        if _is_foreign(function) or function.__code__.co_filename.startswith(_TORCH):
+            inner = getattr(function, "__wrapped__", None)
+            if inner is not None and function.__code__.co_filename != fx._symbolic_trace.__file__:
+                self._ahead.append((where, inner))
+            return
+        namespace = function.__globals__
+        _, mentioned = self.namespaces.setdefault(id(namespace), (namespace, set()))
+        names = _names(function.__code__)
+        self.names |= names
+        for name in names - mentioned:
+            if name in namespace:
+                self._ahead.append((f"the global '{name}'", namespace[name]))
+            elif name in sys.modules:
+                self._ahead.append((name, sys.modules[name]))
+        mentioned |= names
+        for name, cell in zip(
+            function.__code__.co_freevars, function.__closure__ or (), strict=True
+        ):
+            self.cells[id(cell)] = cell
+            try:
+                self._ahead.append((f"the variable '{name}'", cell.cell_contents))
+            except ValueError:
+                continue
+        self._ahead.append((f"a default of {function.__name__}()", function.__defaults__))
+        self._ahead.append((f"a default of {function.__name__}()", function.__kwdefaults__))
+        self._ahead.append((f"{function.__name__}()", vars(function)))
+
+    def _method(self, where: str, method: Any) -> None:
+        self._ahead += [(where, method.__self__), (where, getattr(method, "__func__", None))]
+
+    def _property(self, where: str, found: property) -> None:
+        self._ahead += [(where, each) for each in (found.fget, found.fset, found.fdel)]
+
+    def _wrapper(self, where: str, found: Any) -> None:
+        self._ahead.append((where, found.__func__))
+
+    def _module(self, where: str, module: types.ModuleType) -> None:
+        home = module.__name__
+        if home == "random":
+            self._ahead.append((where, random._inst))
+        elif home == "numpy.random":
+            self._ahead.append((where, module.mtrand._rand))
+        elif home == "numpy":
+            self._open.setdefault(id(module), (module, set(vars(module)) - {"random"}))
+        elif home.partition(".")[0] not in _FOREIGN:
+            self._open.setdefault(id(module), (module, set()))
+            _, mentioned = self.namespaces.setdefault(id(vars(module)), (vars(module), set()))
+            mentioned |= {n for n in self.names if n in vars(module)}
+
+    def _cached(self, where: str, function: Any) -> None:
+        if _is_foreign(function):
+            return
+        self.objects[id(function)] = function
+        self._ahead.append((where, function.__wrapped__))
+        found = kept(function)
+        if function.__module__.partition(".")[0] in self._packages and not found.is_unused:  # type: ignore[union-attr]
+            self.barred.append(f"forward can call {function.__name__}(), which keeps its results")
+
+
+_VISITS: dict[type, Any] = {
+    types.FunctionType: Reach._function,
+    types.MethodType: Reach._method,
+    types.BuiltinFunctionType: Reach._method,
+    types.ModuleType: Reach._module,
+    property: Reach._property,
+    staticmethod: Reach._wrapper,
+    classmethod: Reach._wrapper,
+}
+
+
+def _is_foreign(thing: Any) -> bool:
+    """Whether a class or function is torch's, NumPy's or Python's own."""
+    return str(thing.__module__ or "builtins").partition(".")[0] in _FOREIGN
+
+
+def is_atom(value: object) -> bool:
+    """Whether a value can neither change nor lead to anything that can."""
+    return type(value) in _ATOMS
+
+
+@functools.cache
+def _names(code: types.CodeType) -> frozenset[str]:
+    """The names that code mentions, as names or as strings, nested functions included."""
+    found = {name for name in code.co_names if name.isidentifier()}  # no "@pytest_ar"
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found |= _names(constant)
+        elif isinstance(constant, str) and constant.isidentifier():
+            found.add(constant)
+    return frozenset(found)

@@ -1,0 +1,245 @@
+"""The state that the forwards of a model can write, as it was before they were traced.
+
+Given: `self.counter.n += 1` in a forward, or `type(self).calls += 1`, `CACHE.append(x)`,
+`rng.random()`. A trace runs the forward, on a copy of the module tree that shares classes, global
+names and closures with the user's model.
+
+Result: all of it is found changed and put back. The module whose forward wrote it is left as
+Python, and so is every other module that can read it: what it read would be a constant of a graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Container, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxrep.capture.kept import Cell, Items, Kept, Names, TensorContent, kept, process
+from fxrep.capture.reach import Reach, is_atom
+from fxrep.errors import ModelError
+
+_PLAIN_ATTRIBUTES = nn.Module().__dict__.keys()
+_NOTHING = Reach((), (), frozenset())
+
+# The id of an object or cell, or that of a namespace and one of its names.
+Key = int | tuple[int, str]
+
+
+class _Owned:
+    """What one module can reach.
+
+    Args:
+        held: what its attributes hold.
+        code: what the code of its forward reaches besides.
+    """
+
+    def __init__(self, module: nn.Module, held: Reach, code: Reach) -> None:
+        self.reaches = (held, code)
+        self.attributes = {n for n in vars(module) if n not in _PLAIN_ATTRIBUTES}
+        self.names = code.names
+        self.barred = next((why for reach in self.reaches for why in reach.barred), None)
+
+    def reaches_key(self, key: Key) -> bool:
+        """Whether a piece of state can be reached."""
+        if isinstance(key, tuple):
+            spaces = (reach.namespaces.get(key[0]) for reach in self.reaches)
+            return any(space is not None and key[1] in space[1] for space in spaces)
+        return any(key in reach.objects or key in reach.cells for reach in self.reaches)
+
+
+class Snapshot:
+    """The state that a tree of modules can reach.
+
+    Args:
+        root: the tree.
+
+    Attributes:
+        tensors: the tensors that can be reached, those of the modules included.
+        written: by key, the state that forwards were found to write, as reasons for the report.
+        traced: ids of the modules whose forwards are parts of graphs.
+        refused: ids of the tensors that a forward tried to write.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.modules = list(root.modules())
+        self.kinds = [type(module) for module in self.modules]
+        self.written: dict[Key, str] = {}
+        self.traced: set[int] = set()
+        self.refused: set[int] = set()
+        self._tree = frozenset(map(id, self.modules))
+        self._code: dict[Any, Reach] = {}
+        self._owned = {id(module): self._reached(module) for module in self.modules}
+        reaches = {id(r): r for owned in self._owned.values() for r in owned.reaches}.values()
+        registered = (*root.parameters(), *root.buffers())
+        held = (t for reach in reaches for t in reach.tensors.values())
+        self.tensors = list({id(t): t for t in (*registered, *held)}.values())
+        self._kept = _kept(reaches)
+        if any(reach.starts_threads for reach in reaches):  # whose writes no mode sees
+            self._kept.update((id(t), TensorContent(t)) for t in self.tensors)
+        self._on_tensors = [Items(t.__dict__) for t in self.tensors]
+        self._barred = self._all_barred()
+
+    def _reached(self, module: nn.Module) -> _Owned:
+        values = [
+            (f"self.{name}", value)
+            for name, value in vars(module).items()
+            if name not in _PLAIN_ATTRIBUTES and not is_atom(value)
+        ]
+        held = Reach(values, (), self._tree) if values else _NOTHING
+        kind = type(module)
+        key = (kind, *held.code)
+        if key not in self._code:
+            self._code[key] = Reach(values if held.code else (), (kind,), self._tree)
+        return _Owned(module, held, self._code[key])
+
+    def _all_barred(self) -> dict[int, str]:
+        found = {key: owned.barred for key, owned in self._owned.items() if owned.barred}
+        for barred in [self._owned[key] for key in found]:
+            for key, owned in self._owned.items():
+                if barred.attributes & owned.names:
+                    found.setdefault(key, str(barred.barred))
+        return found
+
+    def barred(self, module: nn.Module) -> str | None:
+        """Why the forward of a module must not be run; None if it may.
+
+        It reaches state that could not be put back, or state that a forward was found to write.
+        """
+        return self._barred.get(id(module))
+
+    def bars_traced(self, modules: Iterable[int]) -> bool:
+        """Whether one of some modules, by id, turned out to be barred after it was traced."""
+        return any(key in self._barred for key in modules)
+
+    def find_written(self) -> str | None:
+        """Note what was written since the snapshot; why a graph cannot do the same, or None."""
+        reason = None
+        for key, what in self._changes():
+            reason = reason or f"forward writes {what}"
+            if key not in self.written:
+                self.written[key] = f"forward can read what another one writes: {what}"
+                self._bar_users(key)
+        for module, kind in zip(self.modules, self.kinds, strict=True):
+            if type(module) is not kind:
+                reason = reason or "forward sets the class of a module"
+        return reason
+
+    def _changes(self) -> Iterator[tuple[Key, str]]:
+        for key, each in self._kept.items():
+            if not each.changed():
+                continue
+            if isinstance(each, Names):
+                yield from (((key, name), f"the global name '{name}'") for name in each.written())
+            elif not (isinstance(each, Items) and _is_cache(each)):
+                yield key, each.what
+
+    def _bar_users(self, key: Key) -> None:
+        """Bar every module that can reach a piece of state, or the attribute that holds it."""
+        users = {k: owned for k, owned in self._owned.items() if owned.reaches_key(key)}
+        names = {
+            name
+            for owned in users.values()
+            if isinstance(key, int) and key in owned.reaches[0].objects
+            for name in owned.attributes
+        }
+        for module, owned in self._owned.items():
+            if module in users or names & owned.names:
+                self._barred.setdefault(module, self.written[key])
+
+    def tensor_attribute(self) -> str | None:
+        """Why a graph cannot do what a forward did: set an attribute of a tensor. None if not."""
+        changed = any(each.changed() for each in self._on_tensors)
+        return "forward sets an attribute of a tensor" if changed else None
+
+    def restore(self) -> None:
+        """Put everything back. A second call changes nothing."""
+        for each in (*self._kept.values(), *self._on_tensors):
+            if each.changed():
+                each.restore()
+        for module, kind in zip(self.modules, self.kinds, strict=True):
+            if type(module) is not kind:
+                object.__setattr__(module, "__class__", kind)
+
+
+def check_shared_tensors(model: nn.Module, refused: Container[int]) -> None:
+    """Refuse a model if its copy writes tensors that it shares with the model itself.
+
+    Args:
+        model: the user's model.
+        refused: ids of the tensors that forwards of its copy tried to write.
+
+    Raises:
+        ModelError: an attribute holds such a tensor, because its copy is itself.
+    """
+    tree = frozenset(map(id, model.modules()))
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name in _PLAIN_ATTRIBUTES or is_atom(value):
+                continue
+            held = Reach([(name, value)], (), tree)
+            if any(key in refused for key in held.tensors):
+                where = ".".join(filter(None, ("model", path, name)))
+                raise ModelError(
+                    f"{where} ({type(value).__name__}) holds a tensor that the forward writes, and "
+                    "its copy holds the same tensor, so that the optimized model would write that "
+                    "of the original; give its __deepcopy__ a copy to return"
+                )
+
+
+def _kept(reaches: Iterable[Reach]) -> dict[int, Kept]:
+    found: dict[int, Kept] = {id(setting): setting for setting in process()}
+    spaces: dict[int, tuple[dict[str, Any], set[str]]] = {}
+    for reach in reaches:
+        for key, value in reach.objects.items():
+            if key not in found:
+                state = kept(value)
+                if state is not None:
+                    found[key] = state
+        for key, cell in reach.cells.items():
+            found.setdefault(key, Cell(cell))
+        for key, (namespace, names) in reach.namespaces.items():
+            spaces.setdefault(key, (namespace, set()))[1].update(names)
+    found.update((key, Names(namespace, names)) for key, (namespace, names) in spaces.items())
+    return found
+
+
+def _is_cache(items: Items) -> bool:
+    """Whether a dict has new entries only, and none that depends on the forward's inputs."""
+    values = items.new_values()
+    if values is None or not all(isinstance(value, fx.Proxy | torch.Tensor) for value in values):
+        return False
+    stack = [value.node for value in values if isinstance(value, fx.Proxy)]
+    seen: set[fx.Node] = set()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node._erased or node.op == "placeholder":
+            return False
+        stack.extend(node.all_input_nodes)
+    return True
+
+
+def cannot_run(model: nn.Module) -> str | None:
+    """Why not even a copy of a model may be run: state outside of it could not be put back."""
+    owned = Snapshot(model)._owned.values()
+    return next((why for each in owned for why in each.reaches[1].barred), None)
+
+
+@contextlib.contextmanager
+def unchanged_state(model: nn.Module) -> Iterator[None]:
+    """Put back, at the end, all that a run of the model writes besides its own tensors."""
+    snapshot = Snapshot(model)
+    own = {id(t) for t in (*model.parameters(), *model.buffers())}
+    tensors = [TensorContent(t) for t in snapshot.tensors if id(t) not in own]
+    try:
+        yield
+    finally:
+        snapshot.restore()
+        for tensor in tensors:
+            if tensor.changed():
+                tensor.restore()
