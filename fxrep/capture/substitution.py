@@ -15,6 +15,7 @@ from __future__ import annotations
 import builtins
 import inspect
 import math
+import operator
 import sys
 import threading
 import types
@@ -26,7 +27,16 @@ import torch
 from torch import nn
 from torch.fx import _symbolic_trace as fx_trace
 
-from fxrep.capture.proxies import is_instance, is_tensor
+from fxrep.capture.askers import is_library
+from fxrep.capture.proxies import (
+    identity,
+    is_callable,
+    is_instance,
+    is_other,
+    is_same,
+    is_tensor,
+    traced_type,
+)
 
 _Result = TypeVar("_Result")
 
@@ -112,8 +122,9 @@ def _replacements(root: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
                 fx_trace._create_wrapped_func(_original(namespace, name, function)),
             )
     for namespace in _namespaces(root):
-        if _original(namespace, "isinstance", namespace.get("isinstance")) in (None, _NOT_SET):
-            yield namespace, "isinstance", is_instance
+        for name, substitute in _builtins_for(namespace):
+            if _original(namespace, name, namespace.get(name)) in (None, _NOT_SET):
+                yield namespace, name, substitute
         for name, value in list(namespace.items()):
             substitute = _SUBSTITUTES.get(id(value))
             if substitute is not None:
@@ -177,6 +188,21 @@ def _package_namespaces(root: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
+# Builtins that look at an object without asking it.
+_BUILTINS: dict[str, Any] = {
+    "isinstance": is_instance,
+    "type": traced_type,
+    "id": identity,
+    "callable": is_callable,
+}
+
+
+def _builtins_for(namespace: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Python's own library gets no `type`: it looks into `type` itself."""
+    own = is_library(str(namespace.get("__file__", "")))
+    return [("isinstance", is_instance)] if own else list(_BUILTINS.items())
+
+
 class _MathFunction:
     """A function of math that, called with traced numbers, becomes a node of the graph.
 
@@ -203,6 +229,14 @@ def getattr_of_math(name: str) -> Any:
     return getattr(math, name)
 
 
+def _operator() -> types.ModuleType:
+    """A module like operator whose `is_` and `is_not` refuse traced values."""
+    stand_in = types.ModuleType("operator", operator.__doc__)
+    vars(stand_in).update({k: v for k, v in vars(operator).items() if not k.startswith("__")})
+    vars(stand_in).update(is_=is_same, is_not=is_other)
+    return stand_in
+
+
 def _math() -> types.ModuleType:
     """A module like math whose functions, called with traced numbers, become nodes of the graph."""
     stand_in = types.ModuleType("math", math.__doc__)
@@ -213,12 +247,16 @@ def _math() -> types.ModuleType:
 
 
 _MATH = _math()
+_OPERATOR = _operator()
 
 # By the id of a name's value: the original, or already the substitute, for another thread.
 _SUBSTITUTES: dict[int, Any] = {
     id(each): substitute
     for original, substitute in (
         (math, _MATH),
+        (operator, _OPERATOR),
+        (operator.is_, is_same),
+        (operator.is_not, is_other),
         (torch.is_tensor, is_tensor),
         *((f.function, f) for f in vars(_MATH).values() if isinstance(f, _MathFunction)),
     )

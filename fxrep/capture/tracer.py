@@ -10,7 +10,9 @@ import collections
 import contextlib
 import copy
 import os
+import sys
 import traceback
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
 from typing import Any
@@ -18,14 +20,17 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxrep.capture.askers import is_users
+from fxrep.capture.hidden import expected_exceptions, hidden_question
 from fxrep.capture.hollow import Hollow
 from fxrep.capture.modes import Watch, contexts
 from fxrep.capture.proxies import ParameterWrite, TracedValue, Unfaithful
+from fxrep.capture.reachable import reachable_code
 from fxrep.capture.signature import Arguments, is_literal
 from fxrep.capture.skeleton import named_tensors
 from fxrep.capture.state import Containers, GeneratorStates, is_only_thread
 from fxrep.capture.substitution import run_and_undo
-from fxrep.ops.absent import lacks_input, lacks_operand
+from fxrep.ops.absent import check_arguments, lacks_input, lacks_operand
 from fxrep.ops.calls import Calls
 from fxrep.ops.owner import called_class, foreign_hooks, is_leaf, weight_hooks
 from fxrep.ops.values import item_count
@@ -114,9 +119,8 @@ class Tracer(fx.Tracer):
         self.tensor_attrs: dict[Any, str] = {}  # names of `constants`, in fx's own attribute
         self.script_object_map: dict[Any, str] = {}
         registered = list(named_tensors(root))
-        self.tensor_names = {
-            id(t): name for name, t in reversed([*_plain_tensors(root), *registered])
-        }
+        self.named_tensors = dict([*_plain_tensors(root), *registered])
+        self.tensor_names = {id(t): name for name, t in reversed(self.named_tensors.items())}
         self.module_paths = {id(module): path for path, module in root.named_modules()}
         self.containers = Containers(root)
         self.hollow = Hollow(root, self)
@@ -124,6 +128,9 @@ class Tracer(fx.Tracer):
         self.generators = GeneratorStates()
         self.drew_numbers = False
         self.contexts = contexts()
+        self.finished = False
+        self.heard: set[types.CodeType] = set()
+        self.suspicion: tuple[types.CodeType, int, Unfaithful] | None = None
 
     def run(self) -> fx.Graph:
         """Trace the root's forward."""
@@ -132,9 +139,11 @@ class Tracer(fx.Tracer):
     def _trace_root(self) -> fx.Graph:
         self.hollow.install()
         call = self._root_call()
+        self._refuse_hidden_questions(self.root)
         self.watch.start()
         result = call()
         self.create_node("output", "output", (self.create_arg(result),), {})
+        self._settle_suspicion(None)
         self._refuse_written_attributes(self.root)
         return self.graph
 
@@ -148,6 +157,7 @@ class Tracer(fx.Tracer):
             raise Unfaithful("forward, or another thread meanwhile, draws random numbers")
 
     def _restore(self) -> None:
+        self.finished = True
         self.watch.stop()
         self.hollow.uninstall()
 
@@ -155,6 +165,64 @@ class Tracer(fx.Tracer):
         """Record a violation and return it, to be raised: user code may catch the error."""
         self.violations.append(error)
         return error
+
+    # questions
+
+    def suspect(self, frame: types.FrameType, reason: str) -> None:
+        """Remember what may be a question: it is none if torch records a call right there."""
+        self._settle_suspicion(frame)
+        self.suspicion = frame.f_code, frame.f_lasti, Unfaithful(reason)
+
+    def _settle_suspicion(self, frame: types.FrameType | None) -> None:
+        """Refuse what was suspected, unless the user's code is still at the same instruction."""
+        if self.suspicion is None:
+            return
+        code, at, error = self.suspicion
+        self.suspicion = None
+        if frame is None or (frame.f_code, frame.f_lasti) != (code, at):
+            raise self.refuse(error)
+
+    def _refuse_hidden_questions(self, m: nn.Module) -> None:
+        """Refuse the forward of a module if its code asks what a traced value does not hear."""
+        for code, is_method in reachable_code(m):
+            reason = hidden_question(code, is_method)
+            if reason is not None:
+                raise self.refuse(Unfaithful(f"{reason} ({place(code)})"))
+
+    def _refuse_frames(self, kind: str) -> None:
+        """Refuse an operation in code that asks hidden questions, or expects its exceptions."""
+        frame: types.FrameType | None = sys._getframe(2)
+        innermost: types.FrameType | None = None
+        layer = kind == "call_module"
+        while frame is not None and frame.f_code is not _TRACE_ROOT:
+            code = frame.f_code
+            if is_users(code.co_filename):
+                innermost = innermost or frame
+                if code not in self.heard:
+                    reason = hidden_question(code, _is_method(frame))
+                    if reason is not None:
+                        raise self.refuse(Unfaithful(f"{reason} ({place(code)})"))
+                    self.heard.add(code)
+                self._refuse_expected_exceptions(frame, layer)
+            frame = frame.f_back
+        self._settle_suspicion(innermost)
+
+    def _refuse_expected_exceptions(self, frame: types.FrameType, layer: bool) -> None:
+        code = frame.f_code
+        if code.co_exceptiontable:
+            reason = expected_exceptions(code, frame.f_lasti, layer)
+            if reason is not None:
+                raise self.refuse(Unfaithful(f"{reason} ({place(code)})"))
+
+    def expected_exception(self, frame: types.FrameType) -> bool:
+        """Whether the user's code expects an exception at this instruction."""
+        return expected_exceptions(frame.f_code, frame.f_lasti, False) is not None
+
+    def tensor(self, target: str) -> torch.Tensor:
+        """The tensor that a node reads."""
+        if target in self.constants:
+            return self.constants[target][0]
+        return self.named_tensors[target]
 
     # values
 
@@ -165,6 +233,8 @@ class Tracer(fx.Tracer):
         if contexts() != self.contexts:
             which = "inference_mode" if torch.is_inference_mode_enabled() else "autocast"
             raise self.refuse(Unfaithful(f"forward uses 'with torch.{which}'"))
+        if args[0].startswith("call_"):
+            self._refuse_frames(args[0])
         if args[0] in ("call_function", "call_method") and lacks_operand(*args[1:4]):
             name = getattr(args[1], "__name__", args[1])
             raise self._missing_tensor(f"forward passes None to {name}() for a tensor")
@@ -254,6 +324,8 @@ class Tracer(fx.Tracer):
         """The traced result of a call of a module of the tree."""
         path = self.module_paths[id(m)]
         self._refuse_written_attributes(m)
+        if not foreign_hooks(m):  # a hook may change the arguments
+            check_arguments(m, args, kwargs)
         with self._module_scope(m, path):
             if self.is_leaf_module(m, path):
                 return self._call_leaf(m, path, args, kwargs)
@@ -327,9 +399,11 @@ class Tracer(fx.Tracer):
         """
         checkpoint, generators = self._checkpoint(), GeneratorStates()
         try:
+            self._refuse_hidden_questions(m)
             result = m.forward(*args, **kwargs)
             if len(self.violations) > checkpoint.violations:
                 raise self.violations[checkpoint.violations]
+            self._settle_suspicion(None)
             self.refuse_drawn_numbers(generators)
             self._refuse_written_attributes(m)
         except Exception as error:
@@ -355,6 +429,7 @@ class Tracer(fx.Tracer):
     def _roll_back(self, checkpoint: _Checkpoint, m: nn.Module) -> None:
         """Undo all that the trace of a submodule has changed."""
         del self.violations[checkpoint.violations :]
+        self.suspicion = None
         for node in reversed(self.graph.nodes):
             if node is checkpoint.last:
                 break
@@ -414,6 +489,20 @@ class Tracer(fx.Tracer):
                 left_out = True
         forward = self.root.forward
         return lambda: forward(*positional, **named)
+
+
+_TRACE_ROOT = Tracer._trace_root.__code__
+
+
+def _is_method(frame: types.FrameType) -> bool:
+    """Whether the first argument of a function that runs is a module."""
+    code = frame.f_code
+    return bool(code.co_argcount) and isinstance(frame.f_locals.get(code.co_varnames[0]), nn.Module)
+
+
+def place(code: types.CodeType) -> str:
+    """Where some code is, for a reason."""
+    return f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
 
 
 def _plain_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

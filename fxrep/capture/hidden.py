@@ -1,0 +1,251 @@
+"""Questions that a traced value does not hear: found in the bytecode that would ask them.
+
+``a is b`` and the patterns ``case [a, b]`` and ``case {"key": a}`` look at an object without
+calling it. The state of the process (``torch.is_grad_enabled()``) is no value. And an exception
+that the forward expects (``try: ... except RuntimeError``) comes when the graph runs, not when the
+forward is traced.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fxrep.words import words
+
+# Functions that say in which mode torch runs: a graph that was traced in one mode runs in another;
+# and functions that look at a traced value without asking it.
+_MODES = words(
+    "is_grad_enabled is_inference_mode_enabled is_autocast_enabled is_autocast_cpu_enabled "
+    "is_autocast_ipu_enabled is_autocast_hpu_enabled is_autocast_xla_enabled "
+    "is_autocast_cache_enabled is_any_autocast_enabled get_autocast_dtype get_autocast_gpu_dtype "
+    "get_autocast_cpu_dtype get_autocast_device_type get_default_dtype get_default_device "
+    "is_anomaly_enabled is_anomaly_check_nan_enabled is_multithreading_enabled "
+    "is_view_replay_enabled are_deterministic_algorithms_enabled get_deterministic_debug_mode "
+    "is_deterministic_algorithms_warn_only_enabled is_deterministic_fill_uninitialized_memory_set "
+    "get_float32_matmul_precision get_num_threads get_num_interop_threads initial_seed "
+    "get_rng_state is_tracing is_compiling is_exporting is_dynamo_compiling "
+    "is_torchdynamo_compiling is_in_onnx_export is_fx_tracing is_fx_symbolic_tracing "
+    "_is_fx_tracing_flag is_torch_function_enabled is_torch_function_mode_enabled "
+    "_is_torch_function_mode_enabled _is_torch_function_enabled _is_tracing _get_tracing_state "
+    "_len_torch_function_stack _len_torch_dispatch_stack builtins __builtins__ getattr_static "
+    "getmembers getmembers_static has_torch_function has_torch_function_unary "
+    "has_torch_function_variadic"
+)
+
+_PATTERNS = frozenset({"MATCH_SEQUENCE", "MATCH_MAPPING"})
+
+# Exceptions that no traced operation raises when the graph runs.
+_NEVER_RAISED = words(
+    "ImportError ModuleNotFoundError KeyError LookupError StopIteration StopAsyncIteration "
+    "GeneratorExit KeyboardInterrupt SystemExit OSError FileNotFoundError IOError EOFError "
+    "PermissionError TimeoutError UnicodeError UnicodeDecodeError NameError RecursionError"
+) - {"LookupError"}
+
+# Exceptions that a layer raises only where its arguments do not fit, which is found while tracing.
+_RAISED_BY_ARGUMENTS = words("TypeError AttributeError")
+
+
+@functools.cache
+def hidden_question(code: types.CodeType, is_method: bool) -> str | None:
+    """The first question in some code that a traced value would not hear.
+
+    Args:
+        code: code of a function; that of functions inside it is not looked at.
+        is_method: the first argument is a module, no traced value.
+    """
+    mentioned = _MODES & {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}
+    if mentioned:
+        return f"forward uses {min(mentioned)}"
+    names = {step.opname for step in dis.get_instructions(code)}
+    if names & _PATTERNS:
+        return "forward matches a pattern"
+    if "IS_OP" in names and _compares_identity(code, is_method):
+        return "forward compares the identity of values"
+    return None
+
+
+# --- identity -----------------------------------------------------------------------------------
+
+
+def _compares_identity(code: types.CodeType, is_method: bool) -> bool:
+    """Whether an `is` compares what may be a traced value with anything but None."""
+    steps = [s for s in dis.get_instructions(code) if s.opname not in _NO_OPERATION]
+    plain = _plain_variables(code, steps, is_method)
+    for index, step in enumerate(steps):
+        if step.opname != "IS_OP":
+            continue
+        right = _operand(steps, index)
+        left = _operand(steps, index - len(right)) if right else []
+        if not right or not left:
+            return True
+        if any(_is_none(side) for side in (left, right)):
+            continue
+        if not (_is_plain(left, plain) and _is_plain(right, plain)):
+            return True
+    return False
+
+
+_NO_OPERATION = frozenset(
+    {"NOP", "CACHE", "RESUME", "EXTENDED_ARG", "PRECALL", "PUSH_NULL", "KW_NAMES"}
+)
+
+
+def _operand(steps: Sequence[dis.Instruction], end: int) -> list[dis.Instruction]:
+    """The instructions that compute the value on the stack before `end`; [] if not certain."""
+    wanted, start = 1, end
+    while wanted > 0:
+        start -= 1
+        if start < 0:
+            return []
+        step = steps[start]
+        if step.opcode in dis.hasjrel or step.opcode in dis.hasjabs:
+            return []
+        pushed, popped = _stack_use(step)
+        if pushed is None:
+            return []
+        wanted += popped - pushed
+    return list(steps[start:end]) if wanted == 0 else []
+
+
+def _stack_use(step: dis.Instruction) -> tuple[int | None, int]:
+    """How many values an instruction puts on the stack, and takes; the callee's null left out."""
+    name, arg = step.opname, step.arg or 0
+    if name.startswith("LOAD_FAST") or name in _LOADS:
+        return 1, 0
+    if name in ("LOAD_ATTR", "LOAD_METHOD"):
+        return 1, 1
+    if name in ("CALL", "CALL_FUNCTION"):
+        return 1, arg + 1
+    if name in ("BINARY_SUBSCR", "BINARY_OP", "COMPARE_OP", "IS_OP", "CONTAINS_OP"):
+        return 1, 2
+    return None, 0
+
+
+_LOADS = words("LOAD_CONST LOAD_GLOBAL LOAD_NAME LOAD_DEREF LOAD_CLOSURE LOAD_SMALL_INT")
+
+
+def _is_none(operand: Sequence[dis.Instruction]) -> bool:
+    only = operand[0]
+    return len(operand) == 1 and only.opname == "LOAD_CONST" and only.argval in (None, ...)
+
+
+def _is_plain(operand: Sequence[dis.Instruction], plain: frozenset[str]) -> bool:
+    """Whether an expression is certainly no traced value.
+
+    A constant, a global name, an attribute of a module, ``type(x)`` and ``x.__class__``: the last
+    two are asked of the traced value, which answers or refuses.
+    """
+    first, last = operand[0], operand[-1]
+    if last.opname == "LOAD_ATTR" and last.argval == "__class__":
+        return True
+    if last.opname == "CALL" and first.opname == "LOAD_GLOBAL" and first.argval == "type":
+        return True
+    if any(step.opname not in ("LOAD_ATTR", "LOAD_METHOD") for step in operand[1:]):
+        return False
+    if first.opname.startswith("LOAD_FAST"):
+        return first.argval in plain
+    return first.opname in ("LOAD_CONST", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_SMALL_INT")
+
+
+def _plain_variables(
+    code: types.CodeType, steps: Sequence[dis.Instruction], is_method: bool
+) -> frozenset[str]:
+    """The local variables that never hold a traced value."""
+    arguments = code.co_argcount + code.co_kwonlyargcount + 2
+    plain = set(code.co_varnames[:1]) if is_method and code.co_argcount else set()
+    for _ in range(3):  # a variable may be plain because another is
+        stored: dict[str, bool] = {}
+        for index, step in enumerate(steps):
+            if step.opname != "STORE_FAST":
+                continue
+            value = _operand(steps, index)
+            if steps[index - 1].opname == "FOR_ITER" and steps[index - 2].opname == "GET_ITER":
+                value = _operand(steps, index - 2)  # `for block in self.blocks`
+            fine = bool(value) and _is_plain(value, frozenset(plain))
+            stored[step.argval] = stored.get(step.argval, True) and fine
+        plain = {name for name in plain if stored.get(name, True)}
+        given = set(code.co_varnames[:arguments])
+        plain |= {name for name, fine in stored.items() if fine and name not in given}
+    return frozenset(plain)
+
+
+# --- expected exceptions ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Handler:
+    """Instructions whose exceptions are caught, and the names of those exceptions; () for all."""
+
+    start: int
+    end: int
+    names: tuple[str, ...]
+
+
+def expected_exceptions(code: types.CodeType, offset: int, layer: bool) -> str | None:
+    """Which exceptions of a traced operation the code would catch, for a reason; None for none.
+
+    Args:
+        code: code of a function.
+        offset: the instruction that runs.
+        layer: the operation is a call of a layer whose arguments fit.
+    """
+    for handler in _handlers(code):
+        if not handler.start <= offset < handler.end:
+            continue
+        names = [name for name in handler.names if name not in _NEVER_RAISED]
+        if layer:
+            names = [name for name in names if name not in _RAISED_BY_ARGUMENTS]
+        if names or not handler.names:
+            return f"forward expects an exception (except {', '.join(handler.names)})"
+    return None
+
+
+@functools.cache
+def _handlers(code: types.CodeType) -> tuple[_Handler, ...]:
+    if not code.co_exceptiontable:
+        return ()
+    steps = [s for s in dis.get_instructions(code) if s.opname not in _NO_OPERATION]
+    places = {step.offset: index for index, step in enumerate(steps)}
+    found: list[_Handler] = []
+    table: Any = dis.Bytecode(code)
+    for entry in table.exception_entries:
+        if entry.target in places:
+            names = _caught(code, steps[places[entry.target] :])
+            if names is not None:
+                found.append(_Handler(entry.start, entry.end, names))
+    return tuple(found)
+
+
+def _caught(code: types.CodeType, steps: Sequence[dis.Instruction]) -> tuple[str, ...] | None:
+    """The exceptions that a handler catches; None for `finally`, `with` and what cleans up."""
+    if steps[0].opname != "PUSH_EXC_INFO":
+        return None
+    if steps[1].opname == "POP_TOP":
+        return ()
+    if steps[1].opname == "WITH_EXCEPT_START":
+        return ("those of a with",) if _SWALLOWING & set(code.co_names) else None
+    return tuple(_names_of(steps[1:])) or None
+
+
+_SWALLOWING = words("suppress assertRaises raises")
+
+
+def _names_of(steps: Sequence[dis.Instruction]) -> Iterator[str]:
+    """The names in all `except` clauses of one `try`."""
+    pending: list[str] = []
+    for step in steps:
+        if step.opname in ("CHECK_EXC_MATCH", "CHECK_EG_MATCH"):
+            yield from pending
+        if step.opname == "PUSH_EXC_INFO" or (step.opname == "RERAISE" and not step.arg):
+            return
+        if step.opname == "LOAD_ATTR" and pending:
+            pending[-1] = str(step.argval)
+        elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_FAST"):
+            pending.append(str(step.argval))
+        elif step.opname != "BUILD_TUPLE":
+            pending = []
