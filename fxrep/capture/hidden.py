@@ -17,24 +17,25 @@ from typing import Any
 
 from fxrep.words import words
 
-# Functions that say in which mode torch runs: a graph that was traced in one mode runs in another;
-# and functions that look at a traced value without asking it.
-_MODES = words(
+# What looks at a traced value, or at the modes of torch that watch a trace, without asking.
+_UNHEARD = words(
+    "builtins __builtins__ getattr_static getmembers getmembers_static "
+    "has_torch_function has_torch_function_unary has_torch_function_variadic "
+    "_len_torch_function_stack _len_torch_dispatch_stack is_torch_function_mode_enabled "
+    "_is_torch_function_mode_enabled _is_torch_function_enabled _is_torch_function_all_disabled"
+)
+
+# Functions that say in which mode torch runs. Whether code is compiled, exported or traced by torch
+# is no such question: as in an ordinary call, the answer is no.
+MODES = words(
     "is_grad_enabled is_inference_mode_enabled is_autocast_enabled is_autocast_cpu_enabled "
     "is_autocast_ipu_enabled is_autocast_hpu_enabled is_autocast_xla_enabled "
-    "is_autocast_cache_enabled is_any_autocast_enabled get_autocast_dtype get_autocast_gpu_dtype "
-    "get_autocast_cpu_dtype get_autocast_device_type get_default_dtype get_default_device "
-    "is_anomaly_enabled is_anomaly_check_nan_enabled is_multithreading_enabled "
-    "is_view_replay_enabled are_deterministic_algorithms_enabled get_deterministic_debug_mode "
-    "is_deterministic_algorithms_warn_only_enabled is_deterministic_fill_uninitialized_memory_set "
+    "is_autocast_cache_enabled get_autocast_dtype get_autocast_gpu_dtype get_autocast_cpu_dtype "
+    "get_autocast_xla_dtype get_autocast_ipu_dtype get_default_dtype get_default_device "
+    "is_anomaly_enabled is_anomaly_check_nan_enabled are_deterministic_algorithms_enabled "
+    "is_deterministic_algorithms_warn_only_enabled get_deterministic_debug_mode "
     "get_float32_matmul_precision get_num_threads get_num_interop_threads initial_seed "
-    "get_rng_state is_tracing is_compiling is_exporting is_dynamo_compiling "
-    "is_torchdynamo_compiling is_in_onnx_export is_fx_tracing is_fx_symbolic_tracing "
-    "_is_fx_tracing_flag is_torch_function_enabled is_torch_function_mode_enabled "
-    "_is_torch_function_mode_enabled _is_torch_function_enabled _is_tracing _get_tracing_state "
-    "_len_torch_function_stack _len_torch_dispatch_stack builtins __builtins__ getattr_static "
-    "getmembers getmembers_static has_torch_function has_torch_function_unary "
-    "has_torch_function_variadic"
+    "get_rng_state is_warn_always_enabled"
 )
 
 _PATTERNS = frozenset({"MATCH_SEQUENCE", "MATCH_MAPPING"})
@@ -58,10 +59,14 @@ def hidden_question(code: types.CodeType, is_method: bool) -> str | None:
         code: code of a function; that of functions inside it is not looked at.
         is_method: the first argument is a module, no traced value.
     """
-    mentioned = _MODES & {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}
-    if mentioned:
-        return f"forward uses {min(mentioned)}"
-    names = {step.opname for step in dis.get_instructions(code)}
+    mentioned = {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}
+    steps = list(dis.get_instructions(code))
+    unheard = mentioned & _UNHEARD
+    if any(s.opname == "IMPORT_NAME" and str(s.argval).startswith("torch") for s in steps):
+        unheard |= mentioned & MODES  # of torch itself, no stand-in
+    if unheard:
+        return f"forward uses {min(unheard)}"
+    names = {step.opname for step in steps}
     if names & _PATTERNS:
         return "forward matches a pattern"
     if "IS_OP" in names and _compares_identity(code, is_method):
@@ -121,10 +126,59 @@ def _stack_use(step: dis.Instruction) -> tuple[int | None, int]:
         return 1, 1
     if name in ("CALL", "CALL_FUNCTION"):
         return 1, arg + 1
+    if name == "BUILD_STRING":
+        return 1, arg
+    if name in _FORMATS:
+        with_format = name == "FORMAT_WITH_SPEC" or (name == "FORMAT_VALUE" and arg & 4)
+        return 1, 2 if with_format else 1
     if name in ("BINARY_SUBSCR", "BINARY_OP", "COMPARE_OP", "IS_OP", "CONTAINS_OP"):
         return 1, 2
     return None, 0
 
+
+# Functions whose text argument is a message, read when they raise.
+_TAKING_MESSAGES = words("_assert")
+
+
+@functools.cache
+def is_message(code: types.CodeType, offset: int) -> bool:
+    """Whether the text that is made of a value here is only the message of `torch._assert`.
+
+    Args:
+        code: code of a function.
+        offset: an instruction of an f-string.
+    """
+    steps = [s for s in dis.get_instructions(code) if s.opname not in _NO_OPERATION]
+    start = next((i for i, step in enumerate(steps) if step.offset == offset), None)
+    if start is None or steps[start].opname not in _FORMATS:
+        return False
+    above = 0  # values on the stack above the text
+    for index in range(start + 1, len(steps)):
+        step = steps[index]
+        pushed, popped = _stack_use(step)
+        if pushed is None:
+            return False
+        if popped <= above:
+            above += pushed - popped
+        elif step.opname == "BUILD_STRING" and pushed == 1:
+            above = 0
+        else:
+            return step.opname == "CALL" and _callee(steps, index) in _TAKING_MESSAGES
+    return False
+
+
+def _callee(steps: Sequence[dis.Instruction], call: int) -> str:
+    """The name of what is called."""
+    end = call
+    for _ in range(steps[call].arg or 0):
+        argument = _operand(steps, end)
+        if not argument:
+            return ""
+        end -= len(argument)
+    return str(steps[end - 1].argval)
+
+
+_FORMATS = words("FORMAT_VALUE FORMAT_SIMPLE FORMAT_WITH_SPEC CONVERT_VALUE")
 
 _LOADS = words("LOAD_CONST LOAD_GLOBAL LOAD_NAME LOAD_DEREF LOAD_CLOSURE LOAD_SMALL_INT")
 

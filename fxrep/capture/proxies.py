@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,6 +19,7 @@ from torch import Tensor, fx
 from torch.fx.proxy import Attribute
 
 from fxrep.capture.askers import accesses, asker, asks_for_class, asks_for_users
+from fxrep.capture.hidden import is_message
 from fxrep.ops.effects import effect
 from fxrep.ops.values import is_size, item_count, value_type
 from fxrep.words import words
@@ -32,6 +34,19 @@ class Unfaithful(fx.proxy.TraceError):
 
 class ParameterWrite(Unfaithful):
     """The forward replaces parameters."""
+
+
+_threads = threading.local()
+
+
+def running() -> Tracer | None:
+    """The tracer whose trace runs in this thread."""
+    return getattr(_threads, "tracer", None)
+
+
+def set_running(tracer: Tracer | None) -> None:
+    """Let `running` return this tracer."""
+    _threads.tracer = tracer
 
 
 class _TracedMixin:
@@ -63,7 +78,9 @@ class _TracedMixin:
         return id(self)
 
     def __repr__(self) -> str:
-        self._refuse_users("prints a traced value")
+        frame = sys._getframe(1)
+        if not is_message(frame.f_code, frame.f_lasti):
+            self._refuse_users("makes a text of a traced value")
         return f"Proxy({_real(self, 'node').name})"
 
     def __index__(self) -> int:

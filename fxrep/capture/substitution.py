@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import builtins
 import inspect
-import math
-import operator
 import sys
 import threading
 import types
@@ -28,15 +26,8 @@ from torch import nn
 from torch.fx import _symbolic_trace as fx_trace
 
 from fxrep.capture.askers import is_library
-from fxrep.capture.proxies import (
-    identity,
-    is_callable,
-    is_instance,
-    is_other,
-    is_same,
-    is_tensor,
-    traced_type,
-)
+from fxrep.capture.proxies import identity, is_callable, is_instance, is_tensor, traced_type
+from fxrep.capture.standins import STAND_INS
 
 _Result = TypeVar("_Result")
 
@@ -126,7 +117,7 @@ def _replacements(root: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
             if _original(namespace, name, namespace.get(name)) in (None, _NOT_SET):
                 yield namespace, name, substitute
         for name, value in list(namespace.items()):
-            substitute = _SUBSTITUTES.get(id(value))
+            substitute = STAND_INS.get(id(value))
             if substitute is not None:
                 yield namespace, name, substitute
 
@@ -201,64 +192,3 @@ def _builtins_for(namespace: dict[str, Any]) -> list[tuple[str, Any]]:
     """Python's own library gets no `type`: it looks into `type` itself."""
     own = is_library(str(namespace.get("__file__", "")))
     return [("isinstance", is_instance)] if own else list(_BUILTINS.items())
-
-
-class _MathFunction:
-    """A function of math that, called with traced numbers, becomes a node of the graph.
-
-    A copy or pickle is the original function: a model made during a capture may keep it.
-    """
-
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self.__name__ = self.__qualname__ = name
-        self.__module__, self.__doc__, self.function = "math", function.__doc__, function
-        self.traced = fx_trace._create_wrapped_func(function)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.traced(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self.function
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr_of_math, (self.__name__,)
-
-
-def getattr_of_math(name: str) -> Any:
-    """The function of math with this name, for pickles."""
-    return getattr(math, name)
-
-
-def _operator() -> types.ModuleType:
-    """A module like operator whose `is_` and `is_not` refuse traced values."""
-    stand_in = types.ModuleType("operator", operator.__doc__)
-    vars(stand_in).update({k: v for k, v in vars(operator).items() if not k.startswith("__")})
-    vars(stand_in).update(is_=is_same, is_not=is_other)
-    return stand_in
-
-
-def _math() -> types.ModuleType:
-    """A module like math whose functions, called with traced numbers, become nodes of the graph."""
-    stand_in = types.ModuleType("math", math.__doc__)
-    for name, value in vars(math).items():
-        public = callable(value) and not name.startswith("_")
-        setattr(stand_in, name, _MathFunction(name, value) if public else value)
-    return stand_in
-
-
-_MATH = _math()
-_OPERATOR = _operator()
-
-# By the id of a name's value: the original, or already the substitute, for another thread.
-_SUBSTITUTES: dict[int, Any] = {
-    id(each): substitute
-    for original, substitute in (
-        (math, _MATH),
-        (operator, _OPERATOR),
-        (operator.is_, is_same),
-        (operator.is_not, is_other),
-        (torch.is_tensor, is_tensor),
-        *((f.function, f) for f in vars(_MATH).values() if isinstance(f, _MathFunction)),
-    )
-    for each in (original, substitute)
-}

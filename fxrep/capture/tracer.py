@@ -24,7 +24,7 @@ from fxrep.capture.askers import is_users
 from fxrep.capture.hidden import expected_exceptions, hidden_question
 from fxrep.capture.hollow import Hollow
 from fxrep.capture.modes import Watch, contexts
-from fxrep.capture.proxies import ParameterWrite, TracedValue, Unfaithful
+from fxrep.capture.proxies import ParameterWrite, TracedValue, Unfaithful, set_running
 from fxrep.capture.reachable import reachable_code
 from fxrep.capture.signature import Arguments, is_literal
 from fxrep.capture.skeleton import named_tensors
@@ -141,6 +141,7 @@ class Tracer(fx.Tracer):
         call = self._root_call()
         self._refuse_hidden_questions(self.root)
         self.watch.start()
+        set_running(self)
         result = call()
         self.create_node("output", "output", (self.create_arg(result),), {})
         self._settle_suspicion(None)
@@ -158,6 +159,7 @@ class Tracer(fx.Tracer):
 
     def _restore(self) -> None:
         self.finished = True
+        set_running(None)
         self.watch.stop()
         self.hollow.uninstall()
 
