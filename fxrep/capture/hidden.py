@@ -178,6 +178,36 @@ def _callee(steps: Sequence[dis.Instruction], call: int) -> str:
     return str(steps[end - 1].argval)
 
 
+@functools.cache
+def cache_names(code: types.CodeType, offset: int) -> frozenset[str]:
+    """The attributes of self that are caches, if a text is only the key of entries in these.
+
+    Given: ``key = str(x.device)``, and then ``key in self.cache`` and ``self.cache[key]`` only.
+
+    Args:
+        code: code of a method.
+        offset: the call of `str`, or the PRECALL before it.
+    """
+    steps = [s for s in dis.get_instructions(code) if s.opname not in _NO_OPERATION]
+    at = next((i for i, step in enumerate(steps) if step.offset >= offset), None)
+    is_text = at is not None and steps[at].opname == "CALL" and _callee(steps, at) == "str"
+    if at is None or not is_text or steps[at + 1].opname != "STORE_FAST":
+        return frozenset()
+    found: set[str] = set()
+    for index, step in enumerate(steps):
+        if step.argval == steps[at + 1].argval and step.opname.startswith("LOAD_FAST"):
+            after = steps[index + 1].opname in ("BINARY_SUBSCR", "STORE_SUBSCR")
+            cache = steps[index - 2 : index] if after else steps[index + 1 : index + 3]
+            if not (after or steps[index + 3].opname == "CONTAINS_OP"):
+                return frozenset()
+            if [s.opname for s in cache] != ["LOAD_FAST", "LOAD_ATTR"]:
+                return frozenset()
+            if cache[0].argval != code.co_varnames[0]:
+                return frozenset()
+            found.add(str(cache[1].argval))
+    return frozenset(found)
+
+
 _FORMATS = words("FORMAT_VALUE FORMAT_SIMPLE FORMAT_WITH_SPEC CONVERT_VALUE")
 
 _LOADS = words("LOAD_CONST LOAD_GLOBAL LOAD_NAME LOAD_DEREF LOAD_CLOSURE LOAD_SMALL_INT")

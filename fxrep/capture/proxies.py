@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.fx.proxy import Attribute
 
 from fxrep.capture.askers import accesses, asker, asks_for_class, asks_for_users
-from fxrep.capture.hidden import is_message
+from fxrep.capture.hidden import cache_names, is_message
 from fxrep.ops.effects import effect
 from fxrep.ops.values import is_size, item_count, value_type
 from fxrep.words import words
@@ -79,7 +79,7 @@ class _TracedMixin:
 
     def __repr__(self) -> str:
         frame = sys._getframe(1)
-        if not is_message(frame.f_code, frame.f_lasti):
+        if not _is_harmless_text(self, frame):
             self._refuse_users("makes a text of a traced value")
         return f"Proxy({_real(self, 'node').name})"
 
@@ -179,6 +179,17 @@ def _real(value: Any, name: str) -> Any:
         return object.__getattribute__(value, name)
     except AttributeError:
         return TracedAttribute(value, name)
+
+
+def _is_harmless_text(value: Any, frame: types.FrameType) -> bool:
+    """Whether the text of a traced value is only a message, or the key of a cache that is empty."""
+    code, at = frame.f_code, frame.f_lasti
+    if not asks_for_users(frame) or is_message(code, at):
+        return True
+    names = cache_names(code, at)
+    owner = frame.f_locals[code.co_varnames[0]] if names else None
+    containers = _real(value, "tracer").containers
+    return bool(names) and all(containers.began_empty(owner, name) for name in names)
 
 
 def _name_of(kind: type | None) -> str:

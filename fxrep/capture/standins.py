@@ -9,6 +9,7 @@ stand-ins give what the modules give.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import operator
 import types
@@ -23,29 +24,40 @@ from fxrep.capture.proxies import Unfaithful, is_other, is_same, is_tensor, runn
 
 
 class _StandIn(types.ModuleType):
-    """A module that stands for another, but for some of its names."""
+    """A module that stands for another, equal to it, but for some of its names."""
 
     def __init__(self, original: types.ModuleType, changed: dict[str, Any]) -> None:
         super().__init__(original.__name__, original.__doc__)
-        object.__setattr__(self, "_original", original)
-        vars(self).update(changed)
         for name in ("__spec__", "__loader__", "__package__"):
-            vars(self).pop(name, None)
+            object.__delattr__(self, name)
+        for name, value in {"_original": original, **changed}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
+        original: types.ModuleType = self._original
+        return vars(original)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["_original"], name)
+        return getattr(object.__getattribute__(self, "_original"), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(vars(self)["_original"], name, value)
+        setattr(self._original, name, value)
 
     def __delattr__(self, name: str) -> None:
-        delattr(vars(self)["_original"], name)
+        delattr(self._original, name)
 
     def __dir__(self) -> list[str]:
-        return dir(vars(self)["_original"])
+        return dir(self._original)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or other is self._original
+
+    def __hash__(self) -> int:
+        return hash(self._original)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return __import__, (self.__name__,)
+        return importlib.import_module, (self.__name__,)
 
 
 def _refused_in_traces(function: Callable[..., Any]) -> Callable[..., Any]:

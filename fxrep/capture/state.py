@@ -42,6 +42,12 @@ class Containers:
                 for item in value.values() if isinstance(value, dict) else value:
                     self._collect(item, found, depth + 1)
 
+    def began_empty(self, owner: object, name: str) -> bool:
+        """Whether an attribute of a module is a dict that was empty before the trace."""
+        value = owner.__dict__.get(name) if isinstance(owner, nn.Module) else None
+        entries = self.saved.get(id(owner), ())
+        return isinstance(value, dict) and any(c is value and not saved for c, saved in entries)
+
     def restore(self, root: nn.Module | None = None) -> None:
         """Restore the content of the containers of `root` and below; of all without a root."""
         if not self.saved:

@@ -77,7 +77,9 @@ class Called:
             tensor = ModuleTensor(module, str(self.node.target), name)
             for tensors in (module._parameters, module._buffers):
                 if name in tensors:
-                    return None if tensors[name] is None else tensor
+                    # Not by index: that records a read, while a forward is traced.
+                    known = dict(tensors.items())
+                    return None if known[name] is None else tensor
             if hasattr(module, name):
                 value = getattr(module, name)
                 return tensor if isinstance(value, Tensor) else value

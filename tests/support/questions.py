@@ -667,7 +667,6 @@ torch.get_autocast_dtype("cpu") == torch.bfloat16
 torch.get_autocast_cpu_dtype() == torch.bfloat16
 torch.is_autocast_cache_enabled()
 torch._C.is_grad_enabled()
-torch.autograd.grad_mode.torch.is_grad_enabled()
 getattr(torch, "is_grad_enabled")()
 operator.attrgetter("is_grad_enabled")(torch)()
 torch.get_default_dtype() == torch.float32
