@@ -206,6 +206,7 @@ def _asked(value: Any, name: str, frame: types.FrameType) -> Any:
     if name == "__torch_function__":  # torch's C code, called by the user's
         return _real(value, name)
     tracer = _real(value, "tracer")
+    tracer.hear(frame)
     kind = kind_of(value)
     if kind is not None and _defines(kind, name):
         return _attribute(value, kind, name, frame)

@@ -23,6 +23,7 @@ def reachable_code(module: nn.Module) -> Iterator[tuple[types.CodeType, bool]]:
     start = vars(module).get("forward", type(module).forward)
     ahead = [(function, True) for function in _functions(start)]
     seen: set[types.CodeType] = set()
+    kinds = {type(each) for each in module.modules()} - {type(module)}
     while ahead:
         function, is_method = ahead.pop()
         code = function.__code__
@@ -34,13 +35,15 @@ def reachable_code(module: nn.Module) -> Iterator[tuple[types.CodeType, bool]]:
         yield from ((each, False) for each in inner)
         # What pytest adds to an assertion is named by no identifier.
         names = {n for each in (code, *inner) for n in each.co_names if n.isidentifier()}
-        ahead += [(f, True) for name in names for f in _methods(module, name)]
+        ahead += [(f, True) for name in names for f in _methods(type(module), name)]
+        others = names - {"forward"}
+        ahead += [(f, True) for cls in kinds for name in others for f in _methods(cls, name)]
         ahead += [(f, False) for f in _mentioned(function, module, names)]
 
 
-def _methods(module: nn.Module, name: str) -> Iterator[types.FunctionType]:
+def _methods(kind: type, name: str) -> Iterator[types.FunctionType]:
     """The methods of this name, overridden ones included: `super()` may call these."""
-    for cls in type(module).__mro__:
+    for cls in kind.__mro__:
         value = vars(cls).get(name)
         if isinstance(value, types.FunctionType | property):
             yield from _functions(value)
@@ -56,11 +59,31 @@ def _mentioned(
     values += [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
     values += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     for value in values:
-        if isinstance(value, types.ModuleType) and not value.__name__.startswith("torch"):
-            for name in names:
-                yield from _functions(vars(value).get(name))
-        else:
-            yield from _functions(value)
+        yield from _below(value, names, 3)
+
+
+def _below(value: Any, names: set[str], depth: int) -> Iterator[types.FunctionType]:
+    """The functions that a value holds or is, as far as they may be called by one of the names."""
+    found = list(_functions(value))
+    yield from found
+    if found or depth == 0 or value is None or isinstance(value, nn.Module):
+        return
+    if isinstance(value, dict | list | tuple | set):
+        inner = list(value.values() if isinstance(value, dict) else value)[:_MOST_ITEMS]
+    elif isinstance(value, types.ModuleType):
+        if value.__name__.startswith("torch"):
+            return
+        inner = [vars(value).get(name) for name in names]
+    else:
+        kind = value if isinstance(value, type) else type(value)
+        wanted = {*names, "__init__", "__post_init__", "__new__", "__call__"}
+        inner = [vars(cls).get(name) for cls in kind.__mro__ for name in wanted]
+    for each in inner:
+        yield from _below(each, names, depth - 1)
+
+
+# A longer table holds data.
+_MOST_ITEMS = 64
 
 
 def _is_filled(cell: Any) -> bool:

@@ -191,6 +191,15 @@ class Tracer(fx.Tracer):
             if reason is not None:
                 raise self.refuse(Unfaithful(f"{reason} ({place(code)})"))
 
+    def hear(self, frame: types.FrameType) -> None:
+        """Refuse code that handles traced values and asks what these do not hear."""
+        code = frame.f_code
+        if code not in self.heard:
+            reason = hidden_question(code, _is_method(frame))
+            if reason is not None:
+                raise self.refuse(Unfaithful(f"{reason} ({place(code)})"))
+            self.heard.add(code)
+
     def _refuse_frames(self, kind: str) -> None:
         """Refuse an operation in code that asks hidden questions, or expects its exceptions."""
         frame: types.FrameType | None = sys._getframe(2)
@@ -200,11 +209,7 @@ class Tracer(fx.Tracer):
             code = frame.f_code
             if is_users(code.co_filename):
                 innermost = innermost or frame
-                if code not in self.heard:
-                    reason = hidden_question(code, _is_method(frame))
-                    if reason is not None:
-                        raise self.refuse(Unfaithful(f"{reason} ({place(code)})"))
-                    self.heard.add(code)
+                self.hear(frame)
                 self._refuse_expected_exceptions(frame, layer)
             frame = frame.f_back
         self._settle_suspicion(innermost)

@@ -40,17 +40,21 @@ class Asking(nn.Module):
         s.wide, s.own, s.odd = nn.Conv2d(5, 4, 1), Own(), Odd()
 
 
-def asking(statement: str) -> type[Asking]:
+def asking(statement: str) -> Asking:
     """A module whose forward asks one question."""
-    code = (
-        "def forward(s, x):\n"
-        "    y = s.c(x)\n"
-        + textwrap.indent(statement, "    ")
-        + "\n    return s.b(y) if a else s.c2(y)\n"
+    asks = textwrap.indent(statement, "    ")
+    return module_of(
+        f"def forward(s, x):\n    y = s.c(x)\n{asks}\n    return s.b(y) if a else s.c2(y)\n"
     )
-    names: dict[str, Any] = {}
-    exec(compile(code, f"<question {statement!r}>", "exec"), vars(asked), names)
-    return type("M", (Asking,), {"forward": names["forward"]})
+
+
+def module_of(code: str) -> Asking:
+    """A module with the forward that some code defines, prepared by it."""
+    names: dict[str, Any] = dict(vars(asked))
+    exec(compile(code, f"<question {code!r}>", "exec"), names)
+    module: Asking = type("M", (Asking,), {"forward": names["forward"]})()
+    names.get("prepare", lambda _: None)(module)
+    return module
 
 
 def outcome(model: nn.Module, x: Tensor, gradients: bool) -> Tensor | Exception:
@@ -61,10 +65,9 @@ def outcome(model: nn.Module, x: Tensor, gradients: bool) -> Tensor | Exception:
         return error
 
 
-def answer(statement: str, dtype: torch.dtype, with_examples: bool, gradients: bool) -> str:
+def answer(made: Asking, dtype: torch.dtype, with_examples: bool, gradients: bool) -> str:
     """What became of a question: "equal", "python", "raises" as the original, or what is wrong."""
-    torch.manual_seed(0)
-    model = randomize(asking(statement)()).to(dtype).eval()
+    model = randomize(made).to(dtype).eval()
     x = torch.randn(1, 4, 6, 6, dtype=dtype)
     others = [x, torch.randn(1, 4, 5, 7, dtype=dtype)]
     expected = outcome(copy.deepcopy(model), x, gradients)
@@ -100,7 +103,11 @@ SETTINGS = [
 
 
 def all_right(chosen: list[tuple[str, str]], setting: tuple[torch.dtype, bool, bool]) -> None:
-    found = {name: answer(statement, *setting) for name, statement in chosen}
+    found = {name: answer(asking(statement), *setting) for name, statement in chosen}
+    none_wrong(found)
+
+
+def none_wrong(found: dict[str, str]) -> None:
     wrong = [f"{name}: {what}" for name, what in found.items() if what.startswith("WRONG")]
     assert not wrong, f"{len(wrong)} of {len(found)}:\n" + "\n".join(wrong)
 
@@ -131,4 +138,20 @@ def test_every_question_in_every_setting(setting: tuple[torch.dtype, bool, bool]
     ],
 )  # fmt: skip
 def test_a_certain_answer_lets_the_forward_fold(statement: str) -> None:
-    assert answer(statement, torch.float32, False, True) == "equal"
+    assert answer(asking(statement), torch.float32, False, True) == "equal"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("place", asked.PLACES)
+def test_a_question_is_heard_wherever_it_is_asked(place: str) -> None:
+    sources = {
+        question: asked.PLACES[place].replace("QUESTION", question) for question in asked.SILENT
+    }
+    none_wrong({q: answer(module_of(s), torch.float32, False, True) for q, s in sources.items()})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("place", asked.SAME)
+def test_identity_is_heard_in_code_that_sees_two_values_only(place: str) -> None:
+    code = asked.SAME[place].replace("QUESTION", "y is x")
+    none_wrong({place: answer(module_of(code), torch.float32, False, True)})

@@ -21,6 +21,7 @@ import operator
 import pickle
 import sys
 import textwrap
+import types
 import typing
 import weakref
 from collections.abc import Iterator
@@ -832,3 +833,247 @@ def questions() -> Iterator[tuple[str, str]]:
         yield f"y.{name} is None", f"a = y.{name} is None"
         yield f"hasattr y.{name}", f"a = hasattr(y, '{name}')"
     yield from STATEMENTS.items()
+
+
+# --- the places where a question can be asked ---------------------------------------------------
+
+# Each defines `forward(s, x)`; QUESTION is an expression over `y` and `x`.
+PLACES: dict[str, str] = {
+    "helper": """
+def ask(y, x): return QUESTION
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if ask(y, x) else s.c2(y)
+""",
+    "helper_of_helper": """
+def first(y, x): return QUESTION
+def ask(y, x): return first(y, x)
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if ask(y, x) else s.c2(y)
+""",
+    "lambda": """
+ask = lambda y, x: QUESTION
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if ask(y, x) else s.c2(y)
+""",
+    "closure": """
+def made():
+    def ask(y, x): return QUESTION
+    def forward(s, x):
+        y = s.c(x)
+        return s.b(y) if ask(y, x) else s.c2(y)
+    return forward
+forward = made()
+""",
+    "nested": """
+def forward(s, x):
+    def ask(): return QUESTION
+    y = s.c(x)
+    return s.b(y) if ask() else s.c2(y)
+""",
+    "default": """
+def forward(s, x, ask=lambda y, x: QUESTION):
+    y = s.c(x)
+    return s.b(y) if ask(y, x) else s.c2(y)
+""",
+    "comprehension": """
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if [QUESTION for y in [y]][0] else s.c2(y)
+""",
+    "generator": """
+def asked(y, x): yield QUESTION
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if next(asked(y, x)) else s.c2(y)
+""",
+    "attribute": """
+def prepare(s): s.ask = lambda y, x: QUESTION
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if s.ask(y, x) else s.c2(y)
+""",
+    "partial": """
+def question(flag, y, x): return QUESTION
+ask = functools.partial(question, True)
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if ask(y, x) else s.c2(y)
+""",
+    "decorated": """
+def decorated(f):
+    @functools.wraps(f)
+    def ask(y, x): return f(y, x)
+    return ask
+@decorated
+def ask(y, x): return QUESTION
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if ask(y, x) else s.c2(y)
+""",
+    "decorator": """
+def decorated(f):
+    @functools.wraps(f)
+    def ask(y, x): return f(QUESTION)
+    return ask
+@decorated
+def ask(answer): return answer
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if ask(y, x) else s.c2(y)
+""",
+    "object": """
+class Asks:
+    def __call__(self, y, x): return QUESTION
+ask = Asks()
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if ask(y, x) else s.c2(y)
+""",
+    "object_of_module": """
+class Asks:
+    def ask(self, y, x): return QUESTION
+def prepare(s): s.helper = Asks()
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if s.helper.ask(y, x) else s.c2(y)
+""",
+    "class": """
+class Asks:
+    def __init__(self, y, x): self.answer = QUESTION
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if Asks(y, x).answer else s.c2(y)
+""",
+    "static_method": """
+class Asks:
+    @staticmethod
+    def ask(y, x): return QUESTION
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if Asks.ask(y, x) else s.c2(y)
+""",
+    "class_method": """
+class Asks:
+    @classmethod
+    def ask(cls, y, x): return QUESTION
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if Asks.ask(y, x) else s.c2(y)
+""",
+    "table": """
+table = {"ask": lambda y, x: QUESTION}
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if table["ask"](y, x) else s.c2(y)
+""",
+    "list_of_module": """
+def prepare(s): s.asks = [lambda y, x: QUESTION]
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if any(ask(y, x) for ask in s.asks) else s.c2(y)
+""",
+    "other_module": """
+helpers = types.ModuleType("helpers")
+exec("import torch\\nfrom torch import Tensor, nn\\ndef ask(y, x): return QUESTION", vars(helpers))
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if helpers.ask(y, x) else s.c2(y)
+""",
+    "module_of_other_module": """
+helpers = types.ModuleType("helpers")
+inner = helpers.inner = types.ModuleType("inner")
+exec("import torch\\nfrom torch import Tensor, nn\\ndef ask(y, x): return QUESTION", vars(inner))
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if helpers.inner.ask(y, x) else s.c2(y)
+""",
+    "method": """
+def prepare(s): type(s).ask = lambda s, y, x: QUESTION
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if s.ask(y, x) else s.c2(y)
+""",
+    "property": """
+def prepare(s): type(s).ask = property(lambda s: lambda y, x: QUESTION)
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if s.ask(y, x) else s.c2(y)
+""",
+    "submodule": """
+class Asks(nn.Module):
+    def forward(self, y, x): return 1.0 if QUESTION else 0.0
+def prepare(s): s.asks = Asks()
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) * s.asks(y, x) + s.c2(y)
+""",
+    "unregistered": """
+class Asks(nn.Module):
+    def forward(self, y, x): return 1.0 if QUESTION else 0.0
+def prepare(s): s.asks = [Asks()]
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) * s.asks[0](y, x) + s.c2(y)
+""",
+    "method_of_submodule": """
+class Asks(nn.Module):
+    def ask(self, y, x): return QUESTION
+def prepare(s): s.asks = Asks()
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if s.asks.ask(y, x) else s.c2(y)
+""",
+    "hook": """
+def prepare(s): s.c.register_forward_hook(lambda m, x, y: y * 2 if QUESTION else y)
+def forward(s, x):
+    return s.b(s.c(x))
+""",
+    "local_import": """
+def forward(s, x):
+    import torch
+    from torch import Tensor
+    y = s.c(x)
+    return s.b(y) if QUESTION else s.c2(y)
+""",
+    "base_class": """
+class Base:
+    def ask(s, y, x): return QUESTION
+def prepare(s): type(s).__bases__ = (Base, *type(s).__bases__)
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if super(type(s), s).ask(y, x) else s.c2(y)
+""",
+    "map": """
+def ask(y): x = y; return QUESTION
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if all(map(ask, [y])) else s.c2(y)
+""",
+    "sorted": """
+def ask(y): x = y; return QUESTION
+def forward(s, x):
+    y = s.c(x)
+    largest = max([1, 2], key=lambda n: ask(y) * n)
+    return s.b(y) if sorted([y], key=ask) and largest == 2 else s.c2(y)
+""",
+}
+
+# Where helpers get `y` as `x` too, by an operation that returns its operand.
+SAME = {
+    place: start + middle + end.replace("ask(y, x)", "ask(y, y.contiguous())")
+    for place, code in PLACES.items()
+    for start, middle, end in [code.rpartition("def forward")]
+    if "ask(y, x)" in end and "QUESTION" not in end
+}
+
+# What no class of proxies can hear.
+SILENT = [
+    "y is x", "y is not x", "y is y.contiguous()", "y.dtype is torch.float32", "type(y) is Tensor",
+    "id(y) == id(x)", "callable(y)", "torch.is_grad_enabled()", "hasattr(y, 'mask')",
+    "isinstance(y, Tensor)", "y.is_cuda is False", "torch.get_default_dtype() == torch.float32",
+    "y.shape[1] in {4}", "str(y.dtype) == 'torch.float32'", "y.__class__ is Tensor",
+    "type(y.shape[1]) is int", "torch.jit.isinstance(y, Tensor)", "torch.is_tensor(y)",
+]  # fmt: skip
