@@ -7,6 +7,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxrep.capture.askers import is_library, is_users
@@ -24,6 +25,7 @@ def reachable_code(module: nn.Module) -> Iterator[tuple[types.CodeType, bool]]:
     ahead = [(function, True) for function in _functions(start)]
     seen: set[types.CodeType] = set()
     kinds = {type(each) for each in module.modules()} - {type(module)}
+    kinds = {kind for kind in kinds if not kind.__module__.startswith("torch.")}
     while ahead:
         function, is_method = ahead.pop()
         code = function.__code__
@@ -64,9 +66,11 @@ def _mentioned(
 
 def _below(value: Any, names: set[str], depth: int) -> Iterator[types.FunctionType]:
     """The functions that a value holds or is, as far as they may be called by one of the names."""
+    if type(value) in _DATA:
+        return
     found = list(_functions(value))
     yield from found
-    if found or depth == 0 or value is None or isinstance(value, nn.Module):
+    if found or depth == 0 or isinstance(value, nn.Module):
         return
     if isinstance(value, dict | list | tuple | set):
         inner = list(value.values() if isinstance(value, dict) else value)[:_MOST_ITEMS]
@@ -81,6 +85,20 @@ def _below(value: Any, names: set[str], depth: int) -> Iterator[types.FunctionTy
     for each in inner:
         yield from _below(each, names, depth - 1)
 
+
+def code_key(module: nn.Module) -> tuple[object, ...]:
+    """What decides which code is reachable: modules with equal keys reach the same code."""
+    own = [v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE and not _is_data(v)]
+    kinds = frozenset(type(each) for each in module.modules())
+    return type(module), kinds, tuple(map(id, own))
+
+
+def _is_data(value: Any) -> bool:
+    return type(value) in _DATA or (type(value) is tuple and all(map(_is_data, value)))
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_DATA = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device})
 
 # A longer table holds data.
 _MOST_ITEMS = 64

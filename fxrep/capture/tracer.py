@@ -25,7 +25,7 @@ from fxrep.capture.hidden import expected_exceptions, hidden_question
 from fxrep.capture.hollow import Hollow
 from fxrep.capture.modes import Watch, contexts
 from fxrep.capture.proxies import ParameterWrite, TracedValue, Unfaithful, set_running
-from fxrep.capture.reachable import reachable_code
+from fxrep.capture.reachable import code_key, reachable_code
 from fxrep.capture.signature import Arguments, is_literal
 from fxrep.capture.skeleton import named_tensors
 from fxrep.capture.state import Containers, GeneratorStates, is_only_thread
@@ -130,6 +130,7 @@ class Tracer(fx.Tracer):
         self.contexts = contexts()
         self.finished = False
         self.heard: set[types.CodeType] = set()
+        self.without_questions: set[tuple[object, ...]] = set()
         self.suspicion: tuple[types.CodeType, int, Unfaithful] | None = None
 
     def run(self) -> fx.Graph:
@@ -186,10 +187,14 @@ class Tracer(fx.Tracer):
 
     def _refuse_hidden_questions(self, m: nn.Module) -> None:
         """Refuse the forward of a module if its code asks what a traced value does not hear."""
+        key = code_key(m)
+        if key in self.without_questions:
+            return
         for code, is_method in reachable_code(m):
             reason = hidden_question(code, is_method)
             if reason is not None:
                 raise self.refuse(Unfaithful(f"{reason} ({place(code)})"))
+        self.without_questions.add(key)
 
     def hear(self, frame: types.FrameType) -> None:
         """Refuse code that handles traced values and asks what these do not hear."""
