@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -229,6 +230,8 @@ def _is_plain(operand: Sequence[dis.Instruction], plain: frozenset[str]) -> bool
         return True
     if last.opname == "CALL" and first.opname == "LOAD_GLOBAL" and first.argval == "type":
         return True
+    if last.opname == "CALL" and not last.arg and operand[-2].argval in _OF_MODULES:
+        operand = operand[:-2]  # `for layer in self.layers.children()`
     if any(step.opname not in ("LOAD_ATTR", "LOAD_METHOD") for step in operand[1:]):
         return False
     if first.opname.startswith("LOAD_FAST"):
@@ -236,11 +239,17 @@ def _is_plain(operand: Sequence[dis.Instruction], plain: frozenset[str]) -> bool
     return first.opname in ("LOAD_CONST", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_SMALL_INT")
 
 
+_OF_MODULES = words("children modules values")
+
+
 def _plain_variables(
     code: types.CodeType, steps: Sequence[dis.Instruction], is_method: bool
 ) -> frozenset[str]:
     """The local variables that never hold a traced value."""
-    arguments = code.co_argcount + code.co_kwonlyargcount + 2
+    starred = bool(code.co_flags & inspect.CO_VARARGS) + bool(
+        code.co_flags & inspect.CO_VARKEYWORDS
+    )
+    arguments = code.co_argcount + code.co_kwonlyargcount + starred
     plain = set(code.co_varnames[:1]) if is_method and code.co_argcount else set()
     for _ in range(3):  # a variable may be plain because another is
         stored: dict[str, bool] = {}
