@@ -11,6 +11,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,20 @@ def hidden_question(code: types.CodeType, is_method: bool) -> str | None:
     if "IS_OP" in names and _compares_identity(code, is_method):
         return "forward compares the identity of values"
     return None
+
+
+@functools.cache
+def may_return_none(code: types.CodeType) -> bool:
+    """Whether a function says that it returns None, for its caller to ask ``is None``."""
+    steps = [s for s in dis.get_instructions(code) if s.opname not in _NO_OPERATION]
+    places = {step.offset: index for index, step in enumerate(steps)}
+    for step, after in itertools.pairwise(steps):
+        if step.opname == "LOAD_CONST" and step.argval is None:
+            if after.opname == "JUMP_FORWARD":  # `return None if .. else x`
+                after = steps[places.get(after.argval, 0)]
+            if after.opname == "RETURN_VALUE":
+                return True
+    return any(step.opname == "RETURN_CONST" and step.argval is None for step in steps)
 
 
 # --- identity -----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 
 from fxrep.capture.askers import is_users
-from fxrep.capture.hidden import expected_exceptions, hidden_question
+from fxrep.capture.hidden import expected_exceptions, hidden_question, may_return_none
 from fxrep.capture.hollow import Hollow
 from fxrep.capture.modes import Watch, contexts
 from fxrep.capture.proxies import ParameterWrite, TracedValue, Unfaithful, set_running
@@ -465,6 +465,9 @@ class Tracer(fx.Tracer):
             raise self.refuse(
                 Unfaithful(f"forward passes a list or dict to '{opaque.path}' ({opaque.reason})")
             )
+        code = getattr(m.forward, "__code__", None)
+        if code is not None and may_return_none(code):
+            raise self.refuse(Unfaithful(f"'{opaque.path}' may return None ({opaque.reason})"))
         if type(m).__call__ is not nn.Module.__call__ and not isinstance(m, fx.GraphModule):
             raise self.refuse(Unfaithful(f"'{opaque.path}' has its own __call__"))
         proxy = self.create_proxy("call_module", opaque.path, args, kwargs)
