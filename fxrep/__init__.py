@@ -24,6 +24,8 @@ from fxrep.planning.rule import Fold as Fold
 from fxrep.planning.rule import Joint as Joint
 from fxrep.planning.rule import Pass as Pass
 from fxrep.planning.rule import Same as Same
+from fxrep.reading.view import Affine as Affine
+from fxrep.reading.view import View as View
 from fxrep.refusal import Refusal as Refusal
 from fxrep.registry import refresh as refresh
 from fxrep.report import Report as Report

@@ -10,7 +10,8 @@ Result::
 
 At inference a weight expression (OREPA's kernels, standardised or masked weights, the arithmetic
 of a frozen BatchNorm) has one value. Only pure functions of torch and operator are evaluated;
-no random numbers, no writes, and nothing that depends on the device of the model.
+no random numbers, no writes, and nothing that depends on the device of the model. A value that the
+model returns is computed at each call: the caller may write it, and gradients flow through it.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def propose(view: View, node: fx.Node, cost: CostModel) -> Fold | Refusal | None
     if drawn:
         return Refusal("it draws random numbers")
     if isinstance(value, Tensor):
+        if view.aliasing.returned(node):
+            return Refusal("it is returned, a new tensor at each call")
         if type(value) not in (Tensor, nn.Parameter):  # `.contiguous()` may return the parameter
             return Refusal(f"its constant value is a {type(value).__name__}")
     elif not isinstance(value, (int, float, bool, torch.Size)):

@@ -101,9 +101,7 @@ class Aliasing:
 
     def gives_back(self, node: fx.Node, *operand: fx.Node) -> bool:
         """Whether a node writes an operand, and that only, and returns it."""
-        does = effect(self._calls, node)
-        only = does.writes == does.aliases == operand
-        return bool(operand) and only and not does.escapes and not does.reshapes
+        return bool(operand) and operand == _given_back(node, self._calls)
 
     def returned(self, node: fx.Node) -> bool:
         """Whether the graph returns a value, or another value that may share its memory."""
@@ -178,18 +176,23 @@ class Aliasing:
 
 def written_operand(node: fx.Node, calls: Calls) -> fx.Node | None:
     """The operand that a node writes and returns, if the node has no other effect."""
-    found = effect(calls, node)
-    written = found.writes
-    if len(written) != 1 or found.aliases != written or found.reshapes or found.escapes:
-        return None
-    return written[0] if _returns_it(calls, node) and _is_tensor(calls, written[0]) else None
-
-
-def _returns_it(calls: Calls, node: fx.Node) -> bool:
-    """Whether an operation that writes its operand returns that very tensor."""
+    written = _given_back(node, calls)
     called = calls.of(node)
     assigns = called is not None and called.op.memory is Memory.WRITES
-    return not assigns and "out" not in node.kwargs
+    if len(written) != 1 or assigns:
+        return None
+    return written[0] if _is_tensor(calls, written[0]) else None
+
+
+def _given_back(node: fx.Node, calls: Calls) -> tuple[fx.Node, ...]:
+    """The operands that a node writes and gives back, if it has no other effect.
+
+    Operators that write the tensors of a list return a list, not a tensor: they count as none.
+    """
+    does = effect(calls, node)
+    first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+    other = does.reshapes or does.escapes or isinstance(first, tuple | list)
+    return does.writes if does.writes == does.aliases and not other else ()
 
 
 def _is_tensor(calls: Calls, node: fx.Node) -> bool:

@@ -38,7 +38,7 @@ from fxrep.analysis.size_rules import (
     known,
     unchanged,
 )
-from fxrep.ops.calls import Calls, ModuleTensor
+from fxrep.ops.calls import Calls, ModuleTensor, target_name
 from fxrep.ops.effects import effect
 from fxrep.ops.values import value_type
 
@@ -189,6 +189,6 @@ def _shape(value: object) -> torch.Size | None:
 
 def _reshapes(calls: Calls, node: fx.Node) -> bool:
     """Whether an operation changes the shape of an operand in place."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    writes = node.op != "call_module" and (name.endswith("_") or "out" in node.kwargs)
+    named = target_name(node.target).endswith("_")
+    writes = node.op != "call_module" and (named or "out" in node.kwargs)
     return writes and effect(calls, node).reshapes

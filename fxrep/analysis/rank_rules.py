@@ -139,6 +139,12 @@ def _matmul(call: Called, ranks: Ranks) -> Iterator[Fact]:
     yield Broadcast(call.node, call.node.all_input_nodes, least=2)
 
 
+def _attention(call: Called, ranks: Ranks) -> Iterator[Fact]:
+    # A mask broadcasts to the scores, but adds no axis to the result.
+    operands = (call.source, call.get("key"), call.get("value"))
+    yield Broadcast(call.node, [each for each in operands if isinstance(each, fx.Node)], least=2)
+
+
 def _batched_matmul(call: Called, ranks: Ranks) -> Iterator[Fact]:
     for each in (call.node, *call.node.all_input_nodes):
         yield Exactly(each, 3)
@@ -215,7 +221,8 @@ def _joins(change: int) -> Rule:
                 yield Shifted(call.node, parts[0], parts[1] + change)
             return
         for tensor in tensors or ():
-            if isinstance(tensor, fx.Node):
+            # `cat` takes an empty vector beside values of any rank.
+            if isinstance(tensor, fx.Node) and (change or ranks.proven(tensor) != 1):
                 yield Shifted(call.node, tensor, change)
 
     return rule
@@ -276,6 +283,7 @@ RULES: dict[Shape, Rule] = {
     Shape.RESIZE: _resize,
     Shape.BROADCASTS: _broadcasts,
     Shape.MATMUL: _matmul,
+    Shape.ATTENTION: _attention,
     Shape.BATCHED_MATMUL: _batched_matmul,
     Shape.FLATTEN: _flatten,
     Shape.UNFLATTEN: _unflatten,

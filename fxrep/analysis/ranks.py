@@ -96,6 +96,10 @@ class Ranks:
         known = self._known(node)
         return None if known is None else known[0]
 
+    def least(self, node: fx.Node) -> int:
+        """The least rank that a value can have."""
+        return max(self._bounds(node)[0], self.rank(node) or 0) if node in self._index else 0
+
     def use_assumption(self, node: fx.Node) -> None:
         """Note that a rewrite is right only if `assumed(node)` is."""
         known = self._known(node)

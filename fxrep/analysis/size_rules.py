@@ -111,11 +111,13 @@ def _fixed(call: Called, inputs: int, outputs: int) -> AxisFacts:
 
 def _layer(call: Called, axis: int, channels: Channels) -> AxisFacts:
     """A convolution, or a linear layer, which has no spatial axes."""
-    spatial = call.op.spatial
+    spatial, weight = call.op.spatial, channels.shape(call.get("weight"))
+    groups = call.get("groups") if spatial else 1
+    if (weight is None and not spatial) or (weight is not None and len(weight) != spatial + 2):
+        return NO_FACTS  # the weight of a linear function may be a vector
     if axis != -spatial - 1:
         return _unchanged_before(spatial + 1, call, axis)
-    weight, groups = channels.shape(call.get("weight")), call.get("groups") if spatial else 1
-    if weight is None or len(weight) != spatial + 2 or not isinstance(groups, int):
+    if weight is None or not isinstance(groups, int):
         return NO_FACTS
     outputs, inputs = weight[0], weight[1] * groups
     if call.op.shape is Shape.TRANSPOSED_LAYER:  # weight (I, O/g, *k)

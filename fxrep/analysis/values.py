@@ -192,3 +192,8 @@ class Values(fx.Interpreter):
     def ranks(self) -> dict[fx.Node, int]:
         """The rank of each value that is a tensor."""
         return {node: v.dim() for node, v in self.env.items() if isinstance(v, Tensor)}
+
+    @property
+    def dtypes(self) -> dict[fx.Node, torch.dtype]:
+        """The dtype of each value that is a tensor."""
+        return {node: v.dtype for node, v in self.env.items() if isinstance(v, Tensor)}

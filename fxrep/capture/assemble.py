@@ -110,7 +110,7 @@ def _sign(forward: Callable[..., Any], arguments: Arguments) -> None:
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     if arguments.parameters and arguments.parameters[0].kind is first.POSITIONAL_ONLY:
         first = first.replace(kind=first.POSITIONAL_ONLY)
-    parameters = [first, *arguments.parameters]
+    parameters = [first, *arguments.declared]
     forward.__signature__ = inspect.Signature(parameters, return_annotation=arguments.returns)  # type: ignore[attr-defined]
 
 
@@ -209,6 +209,7 @@ class GraphForward:
         self.run = _compile(graph, arguments)
         self.__signature__ = arguments.signature
         self.positions = {p.name: index for index, p in enumerate(arguments.parameters)}
+        self.names = {p.name for p in arguments.parameters if p.kind is not p.POSITIONAL_ONLY}
         keywords = {p.name for p in arguments.parameters if p.kind is p.KEYWORD_ONLY}
         self.max_positional = len(self.positions) - len(keywords)
         self.constants = [
@@ -234,7 +235,7 @@ class GraphForward:
         if len(args) > self.max_positional:
             return False
         for name in kwargs:
-            if name not in self.positions:
+            if name not in self.names:
                 return False
         for name, position, value in self.constants:
             if position is not None and position < len(args):

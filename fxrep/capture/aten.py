@@ -2,8 +2,8 @@
 
 Given: a `GraphModule` of `torch.ops.aten` calls, as `torch.export` or `make_fx` writes it.
 Result: a `GraphModule` that calls ``torch.conv2d`` and so on, with the same arguments. An exported
-program's module checks its inputs in hooks, which cannot be traced: asserts on the sizes that the
-export fixed replace them.
+program's module calls a submodule that asserts what the export knows of the sizes of its inputs:
+that submodule is traced like any other. Where a hook checks the sizes, asserts replace the hook.
 
 An operator that the table of operators does not know stays as it is.
 """
@@ -37,20 +37,19 @@ def respelled(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, fx.GraphModule) or not any(map(_is_aten, model.graph.nodes)):
         return model
-    exported = any(_checks_inputs(model, node) for node in model.graph.nodes)
+    guarded = any(_checks_inputs(model, node) for node in model.graph.nodes)
+    exported = guarded or _is_checked_by_hook(model)
     graph = fx.Graph()
     graph.output(graph.graph_copy(model.graph, {}))
     graph.set_codegen(copy.deepcopy(model.graph._codegen))
     for node in list(graph.nodes):
-        if _checks_inputs(model, node):
-            graph.erase_node(node)
-        elif _is_aten(node):
+        if _is_aten(node):
             _respell(graph, node, model)
     for node in reversed(list(graph.nodes)):
         if not node.users and (node.op == "get_attr" or node.target in (torch.permute, torch.t)):
             graph.erase_node(node)
-    if exported:
-        _assert_sizes(graph)
+    if exported and not guarded and not _assert_sizes(graph, model):
+        return model
     result = fx.GraphModule(model, graph, type(model).__name__)
     # Each BatchNorm of an exported program says whether it trains; `model.training` means nothing.
     result.training = model.training and not exported
@@ -66,6 +65,52 @@ def _checks_inputs(model: nn.Module, node: fx.Node) -> bool:
         return False
     kind = type(model.get_submodule(str(node.target)))
     return kind.__name__ == "GuardsFn" and kind.__module__.startswith("torch.export")
+
+
+def _is_checked_by_hook(model: nn.Module) -> bool:
+    """Whether it is an exported program's module without guards (``check_guards=False``)."""
+    names = {getattr(hook, "__name__", "") for hook in model._forward_pre_hooks.values()}
+    return "_check_input_constraints_pre_hook" in names
+
+
+def _assert_sizes(graph: fx.Graph, model: fx.GraphModule) -> bool:
+    """Assert the sizes of the inputs that an exported program allows; False if they are derived.
+
+    Args:
+        graph: gets the asserts.
+        model: the module of the exported program.
+    """
+    if not getattr(model, "validate_inputs", True):
+        return True
+    ranges: Any = model.range_constraints
+    first: dict[Any, fx.Node] = {}
+    start = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
+    with graph.inserting_before(start):
+        for node in graph.find_nodes(op="placeholder"):
+            value = node.meta.get("val")
+            for axis, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+                given = graph.call_method("size", (node, axis))
+                message = f"{node.name} was exported with size {size} at dimension {axis}"
+                if isinstance(size, int):
+                    _assert(graph, operator.eq, given, size, message)
+                    continue
+                symbol = size.node.expr
+                if not symbol.is_Symbol or symbol not in ranges:
+                    return False
+                low, high = ranges[symbol].lower, ranges[symbol].upper
+                message += f", between {low} and {high}"
+                if low.is_Integer:
+                    _assert(graph, operator.ge, given, int(low), message)
+                if high.is_Integer:
+                    _assert(graph, operator.le, given, int(high), message)
+                if symbol in first:
+                    _assert(graph, operator.eq, given, first[symbol], message)
+                first.setdefault(symbol, given)
+    return True
+
+
+def _assert(graph: fx.Graph, compare: Any, size: fx.Node, other: Any, message: str) -> None:
+    graph.call_function(torch._assert, (graph.call_function(compare, (size, other)), message))
 
 
 def _respell(graph: fx.Graph, node: fx.Node, model: nn.Module) -> None:
@@ -209,18 +254,3 @@ _RENAMED: dict[str, Any] = {
 }
 
 _METHODS = words("add_ sub_ mul_ div_ view reshape expand contiguous")
-
-
-def _assert_sizes(graph: fx.Graph) -> None:
-    """Assert that inputs have the sizes that the export fixed."""
-    inputs = graph.find_nodes(op="placeholder")
-    first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
-    with graph.inserting_before(first):
-        for node in inputs:
-            value = node.meta.get("val")
-            for axis, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
-                if isinstance(size, int):
-                    given = graph.call_method("size", (node, axis))
-                    equal = graph.call_function(operator.eq, (given, size))
-                    message = f"{node.name} was exported with size {size} at dimension {axis}"
-                    graph.call_function(torch._assert, (equal, message))

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxrep.capture.aten import respelled
@@ -27,12 +28,17 @@ from fxrep.capture.skeleton import (
 from fxrep.capture.state import restore_tensors
 from fxrep.capture.substitution import with_traceable_names
 from fxrep.capture.trace import Traced, Untraceable, trace
-from fxrep.ops.owner import foreign_hooks, is_leaf
+from fxrep.ops.owner import foreign_hooks, is_leaf, own_calls
 from fxrep.report import Skip
 
 _PASS = "capture"
 
 _GRAPH_MODULE_NAMES = set(dir(fx.GraphModule)) - set(dir(nn.Module))
+
+
+def _around(module: nn.Module) -> list[Any]:
+    """The code that a call of a module runs around its forward."""
+    return [*foreign_hooks(module), *own_calls(module)]
 
 
 def _attributes(module: nn.Module) -> set[str]:
@@ -51,6 +57,7 @@ class Program:
         arguments: the forward's arguments; specialised ones are constants of the graph.
         keep_modules: other code still calls or reads the submodules: none may be removed.
         ranks: ranks of values that the caller guarantees.
+        dtypes: dtypes of values that the caller guarantees.
     """
 
     path: str
@@ -59,17 +66,18 @@ class Program:
     arguments: Arguments
     keep_modules: bool = False
     ranks: Mapping[fx.Node, int] = field(default_factory=dict)
+    dtypes: Mapping[fx.Node, torch.dtype] = field(default_factory=dict)
 
     @property
     def is_root(self) -> bool:
         """Whether the graph becomes the whole model as a GraphModule.
 
-        A model keeps its class if it has hooks, which may rely on the class, or attributes that a
-        GraphModule needs for itself (`code`, `graph`, `meta`).
+        A model keeps its class if it has hooks or a `__call__` of its own, which may rely on the
+        class, or attributes that a GraphModule needs for itself (`code`, `graph`, `meta`).
         """
         taken = _GRAPH_MODULE_NAMES & _attributes(self.module)
         is_graph_module = isinstance(self.module, fx.GraphModule)
-        free = is_graph_module or not (taken or foreign_hooks(self.module))
+        free = is_graph_module or not (taken or _around(self.module))
         return self.path == "" and free
 
 
@@ -178,7 +186,7 @@ class _Explorer:
             return
         if path and (is_leaf(module) or not any(True for _ in named_tensors(module))):
             return
-        hooks = foreign_hooks(module)
+        hooks = _around(module)
         reason = _reads_weights(above, hooks)
         if reason is not None:
             self._skip(path, reason)
@@ -191,7 +199,7 @@ class _Explorer:
         except Untraceable as error:
             self._leave_as_it_is(module, path, above, error)
             return
-        # A hook is called with the module, and may read its children.
+        # A hook or a `__call__` is called with the module, and may read its children.
         self._add_program(module, path, above, traced, keep_modules=keep_modules or bool(hooks))
         if path and traced.arguments.are_narrowed:
             above = (*above, _PythonForward.of(path, module))
@@ -234,7 +242,7 @@ class _Explorer:
                 self.seen.add(id(opaque.module))
                 self._skip(where, f"left alone: {opaque.reason}")
                 continue
-            if opaque.reason == "hook registered":
+            if opaque.hooked:
                 self._skip(where, "hook registered: captured on its own")
             self.explore(opaque.module, where, above, use="whole", keep_modules=False)
 
@@ -257,7 +265,7 @@ def _reads_weights(above: tuple[_PythonForward, ...], hooks: Sequence[Any]) -> s
     """Why a module must stay as it is: Python code that still runs reads weights by name."""
     names = Mentions.of_hooks(hooks).weights(None) if hooks else ""
     if names:
-        return f"a hook reads {names} below it"
+        return f"a hook or its own __call__ reads {names} below it"
     for forward in above:
         names = forward.mentions.weights(forward.module)
         if names:

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from fxrep.capture.tracer import Tracer
 
 
+# Code of `torch.autograd.Function.apply` that asks each argument for its class before it runs the
+# forward of the function, whose gradient is another than that of the operators it calls. Newer
+# torch has no such code in Python: its C code asks, for the user's.
+_FUNCTION_CODE = (torch.autograd.function.__file__, torch._functorch.utils.__file__)
+
+
 class Unfaithful(fx.proxy.TraceError):
     """The graph would not do what the forward does."""
 
@@ -62,6 +68,8 @@ class _TracedMixin:
     def __getattribute__(self, name: str) -> Any:
         frame = sys._getframe(1)
         if name == "__class__":
+            if frame.f_code.co_filename in _FUNCTION_CODE:
+                raise _refusal(self, "forward calls an autograd.Function")
             frame = asker(frame)
         if asks_for_users(frame) and not _real(self, "tracer").finished:
             return _asked(self, name, frame)
@@ -179,6 +187,10 @@ def _real(value: Any, name: str) -> Any:
         return object.__getattribute__(value, name)
     except AttributeError:
         return TracedAttribute(value, name)
+
+
+def _refusal(value: Any, reason: str) -> Unfaithful:
+    return _real(value, "tracer").refuse(Unfaithful(reason))  # type: ignore[no-any-return]
 
 
 def _is_harmless_text(value: Any, frame: types.FrameType) -> bool:

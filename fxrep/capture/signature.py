@@ -38,7 +38,7 @@ class Arguments:
         required: names of arguments that default to None but are inputs of the graph.
         tensors: names of arguments that the forward took for tensors when it asked for their type.
         returns: the return annotation.
-        takes_more: the forward has `*args` or `**kwargs`, which the graph does not take.
+        variadic: `*args` and `**kwargs` of the forward, which must be empty: the graph takes none.
     """
 
     parameters: tuple[inspect.Parameter, ...]
@@ -46,7 +46,7 @@ class Arguments:
     required: frozenset[str] = frozenset()
     tensors: frozenset[str] = frozenset()
     returns: Any = inspect.Signature.empty
-    takes_more: bool = False
+    variadic: tuple[inspect.Parameter, ...] = ()
 
     @property
     def values(self) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ class Arguments:
     @property
     def are_narrowed(self) -> bool:
         """Whether the forward takes arguments that the graph does not take."""
-        return bool(self.specialized or self.required or self.tensors or self.takes_more)
+        return bool(self.specialized or self.required or self.tensors or self.variadic)
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -80,7 +80,12 @@ class Arguments:
     @property
     def signature(self) -> inspect.Signature:
         """The signature without `self`, as `inspect.signature(module.forward)` returns it."""
-        return inspect.Signature(list(self.parameters), return_annotation=self.returns)
+        return inspect.Signature(self.declared, return_annotation=self.returns)
+
+    @property
+    def declared(self) -> list[inspect.Parameter]:
+        """All parameters in the order of the declaration."""
+        return sorted((*self.parameters, *self.variadic), key=lambda parameter: parameter.kind)
 
     def default(self, name: str) -> Any:
         """The declared default of an argument."""
@@ -90,11 +95,19 @@ class Arguments:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        parameters = tuple(
-            (p.name, p.kind, p.default, _picklable(p.annotation)) for p in self.parameters
-        )
         others = (dict(self.specialized), self.required, self.tensors, _picklable(self.returns))
-        return _arguments, (parameters, *others, self.takes_more)
+        return _arguments, (_records(self.parameters), *others, _records(self.variadic))
+
+
+def _records(parameters: tuple[inspect.Parameter, ...]) -> tuple[Any, ...]:
+    return tuple((p.name, p.kind, p.default, _picklable(p.annotation)) for p in parameters)
+
+
+def _parameters(records: Any) -> tuple[inspect.Parameter, ...]:
+    return tuple(
+        inspect.Parameter(name, kind, default=default, annotation=annotation)
+        for name, kind, default, annotation in records
+    )
 
 
 def _picklable(annotation: Any) -> Any:
@@ -107,11 +120,9 @@ def _picklable(annotation: Any) -> Any:
 
 def _arguments(parameters: Any, *others: Any) -> Arguments:
     """Rebuild `Arguments`; pickles name this function."""
-    declared = tuple(
-        inspect.Parameter(name, kind, default=default, annotation=annotation)
-        for name, kind, default, annotation in parameters
-    )
-    return Arguments(declared, *others)
+    *same, variadic = others
+    given: list[Any] = [_parameters(parameters), *same, _parameters(variadic)]
+    return Arguments(*given)
 
 
 def is_literal(value: object) -> bool:
@@ -176,6 +187,22 @@ def expect_tensor(name: str, given: object) -> None:
         )
 
 
+def expect_no_more(name: str, given: object) -> None:
+    """Refuse a call that passes more arguments than the graph takes.
+
+    Raises:
+        SpecializationError: `*args` or `**kwargs` are not empty.
+    """
+    if isinstance(given, fx.Proxy):  # a later symbolic trace keeps the check
+        given.tracer.create_proxy("call_function", expect_no_more, (name, given), {})
+        return
+    if given:
+        raise SpecializationError(
+            f"argument '{name}' is not empty, but this network was optimized without it; "
+            "call the network that it was made from"
+        )
+
+
 class KeepSignature(CodeGen):
     """Code generation that keeps the signature and checks constant arguments."""
 
@@ -196,20 +223,28 @@ class KeepSignature(CodeGen):
         """The parameters of the generated function, given as fx writes them, with * and /."""
         head = ["self"]
         star = False
+        more = {p.kind: p.name for p in self.arguments.variadic}
+        rest = more.get(inspect.Parameter.VAR_POSITIONAL, "")
         for parameter, text in zip(self.arguments.parameters, written, strict=True):
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not star:
-                head.append("*")
+                head.append(f"*{rest}")
                 star = True
             head.append(text)
             if parameter.default is not parameter.empty and not is_literal(parameter.default):
                 head[-1] = f"{parameter.name} = _fxrep_arguments.default({parameter.name!r})"
             if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
                 head = [entry for entry in head if entry != "/"] + ["/"]
+        if rest and not star:
+            head.append(f"*{rest}")
+        if inspect.Parameter.VAR_KEYWORD in more:
+            head.append(f"**{more[inspect.Parameter.VAR_KEYWORD]}")
         return head
 
     def _checks(self) -> list[str]:
         """The first lines of the generated function."""
-        lines = []
+        lines = [
+            f"    _fxrep_expect_no_more({p.name!r}, {p.name})" for p in self.arguments.variadic
+        ]
         for name, value in self.arguments.specialized.items():
             constant = f"_fxrep_arguments.specialized[{name!r}]"
             text = repr(value) if is_literal(value) else constant
@@ -222,6 +257,8 @@ class KeepSignature(CodeGen):
 
     def additional_globals(self) -> list[tuple[str, Any]]:  # noqa: D102
         found: list[tuple[str, Any]] = [("_fxrep_arguments", self.arguments)]
+        if self.arguments.variadic:
+            found.append(("_fxrep_expect_no_more", expect_no_more))
         if self.arguments.specialized:
             found.append(("_fxrep_expect", expect))
         if self.arguments.required:

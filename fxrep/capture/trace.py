@@ -172,7 +172,7 @@ def _choices_of_inputs(module: nn.Module, examples: Mapping[str, object]) -> lis
         specialized,
         frozenset(required),
         returns=signature.return_annotation,
-        takes_more=bool(variadic),
+        variadic=tuple(variadic),
     )
     if not numbers:
         return [first]
@@ -294,7 +294,10 @@ def _runs(module: nn.Module, graph: fx.Graph) -> bool:
 def _install_constants(
     module: nn.Module, graph: fx.Graph, constants: dict[str, tuple[torch.Tensor, int]]
 ) -> None:
-    """Register the tensors that the forward makes itself; if it writes into one, clone per call."""
+    """Register the tensors that the forward makes itself.
+
+    A tensor that the forward writes, or returns to a caller that may write it, is cloned per call.
+    """
     calls = Calls(module)
     for node in list(graph.nodes):
         if node.op != "get_attr" or node.target not in constants:
@@ -312,13 +315,13 @@ def _install_constants(
 
 
 def _is_written(calls: Calls, node: fx.Node) -> bool:
-    """Whether an operation may write into the value, through views or directly."""
+    """Whether an operation or the caller may write into the value, through views or directly."""
     stack, seen = [node], {node}
     while stack:
         value = stack.pop()
         for user in value.users:
             does = effect(calls, user)
-            if value in does.writes:
+            if value in does.writes or user.op == "output":
                 return True
             if value in does.aliases and user not in seen:
                 seen.add(user)

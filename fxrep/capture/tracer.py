@@ -32,7 +32,13 @@ from fxrep.capture.state import Containers, GeneratorStates, is_only_thread
 from fxrep.capture.substitution import run_and_undo
 from fxrep.ops.absent import check_arguments, lacks_input, lacks_operand
 from fxrep.ops.calls import Calls
-from fxrep.ops.owner import called_class, foreign_hooks, is_leaf, weight_hooks
+from fxrep.ops.owner import (
+    called_class,
+    foreign_hooks,
+    is_leaf,
+    own_call_impls,
+    weight_hooks,
+)
 from fxrep.ops.values import item_count
 
 
@@ -59,12 +65,14 @@ class Opaque:
         path: its path below the root.
         reason: why it does not trace, for the report.
         frozen: nothing below it may be rewritten, because its forward writes parameters.
+        hooked: it has hooks, which run around its call; its forward may trace.
     """
 
     module: nn.Module
     path: str
     reason: str
     frozen: bool = False
+    hooked: bool = False
 
 
 _PLAIN_TYPES = frozenset({str, int, float, bool, type(None), torch.dtype, torch.device, complex})
@@ -398,7 +406,9 @@ class Tracer(fx.Tracer):
     def _find_opaque(self, m: nn.Module, path: str) -> Opaque | None:
         found = self.known_opaque.get(id(m)) or self.opaque.get(id(m))
         if found is None and (foreign_hooks(m) or weight_hooks(m)):
-            found = Opaque(m, path, "hook registered")
+            found = Opaque(m, path, "hook registered", hooked=True)
+        if found is None and own_call_impls(m):
+            found = Opaque(m, path, "it has its own _call_impl")
         return found
 
     def _trace_into(

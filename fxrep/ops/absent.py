@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from fxrep.ops.calls import declared_kind, schemas
+from fxrep.ops.calls import declared_kind, schemas, target_name
 
 # Functions of the module operator that take None.
 _TAKING_NONE = frozenset({"eq", "ne", "is_", "is_not", "getitem", "setitem", "contains"})
@@ -24,7 +24,7 @@ def lacks_operand(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     """Whether a function or method (a str) is given None for a tensor or number it needs."""
     if not any(_has_none(value) for value in (*args, *kwargs.values())):
         return False
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    name = target_name(target)
     namespace = "torch"
     if not isinstance(target, str):
         namespace = getattr(target, "__module__", None) or "torch"

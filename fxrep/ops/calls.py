@@ -205,6 +205,11 @@ def is_torch(target: Any) -> bool:
     return namespace.partition(".")[0] == "torch" and not registered
 
 
+def target_name(target: Any) -> str:
+    """The name of a method (a str) or function; empty if it has none."""
+    return target if isinstance(target, str) else getattr(target, "__name__", "")
+
+
 def is_item(node: fx.Node) -> bool:
     """Whether a node takes an item of a value."""
     return node.op == "call_function" and node.target is operator.getitem

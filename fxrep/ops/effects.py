@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxrep.ops.calls import Called, Calls, is_function_of, is_torch
+from fxrep.ops.calls import Called, Calls, is_function_of, is_torch, target_name
 from fxrep.ops.op import Memory, Reads
 from fxrep.ops.owner import owner
 from fxrep.words import words
@@ -133,7 +133,7 @@ def _unknown_effect(node: fx.Node) -> Effect:
         return _FRESH
     if isinstance(target, type) or is_function_of(node, "builtins", "math"):
         return Effect(inputs)
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    name = target_name(target)
     if not isinstance(target, str) and not is_torch(target):
         return Effect(inputs, inputs, escapes=True)
     if name.endswith("_") and not name.endswith("__"):
@@ -149,11 +149,37 @@ _RESHAPING = words("resize_ resize_as_ set_ swap_ rename_ share_memory_")
 
 
 def _written(node: fx.Node, *, reshapes: bool) -> Effect:
-    """An operation that writes its first operand and gives it back."""
+    """An operation that writes its first operand and gives it back.
+
+    A few write others as well, as torch's schemas declare: ``_fused_adam_`` writes four lists.
+    """
     inputs = tuple(node.all_input_nodes)
-    written = _first(node) or inputs
+    written = tuple(dict.fromkeys((*(_first(node) or inputs), *_declared_writes(node))))
     kept = inputs if node.target in ("set_", "swap_") else written
     return Effect(kept, written, reshapes=reshapes)
+
+
+def _declared_writes(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The operands that some overload of an operator declares that it writes."""
+    return _nodes(
+        [
+            node.args[index] if index < len(node.args) else node.kwargs.get(argument)
+            for index, argument in _written_arguments(target_name(node.target))
+        ]
+    )
+
+
+@functools.cache
+def _written_arguments(name: str) -> tuple[tuple[int, str], ...]:
+    """The positions and names of the arguments that torch's operator of this name writes."""
+    return tuple(
+        sorted(
+            (index, argument.name)
+            for schema in torch._C._jit_get_schemas_for_operator(f"aten::{name}")
+            for index, argument in enumerate(schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        )
+    )
 
 
 def writes_over(calls: Calls, node: fx.Node) -> bool:
@@ -163,7 +189,7 @@ def writes_over(calls: Calls, node: fx.Node) -> bool:
         return getattr(called.module, "inplace", False) is True
     if called is not None:
         return called.in_place or _inplace(node)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = target_name(node.target)
     return node.op != "call_module" and name.endswith("_") and not name.endswith("__")
 
 

@@ -41,6 +41,7 @@ class Shape(Enum):
     SELECT = auto()
     REDUCE = auto()
     MATMUL = auto()  # all axes but the last two broadcast
+    ATTENTION = auto()  # all axes but the last two of query, key and value broadcast
     BATCHED_MATMUL = auto()  # all values have three axes
     EINSUM = auto()
     EMBEDDING = auto()
@@ -65,6 +66,21 @@ class Result(Enum):
     NUMBER = auto()  # any other number of Python
     PARTS = auto()  # a tuple of tensors
     OTHER = auto()
+
+
+class Dtype(Enum):
+    """How the dtype of the result follows from the operands; `fxrep.analysis.dtypes` has the rules.
+
+    Wherever a call names a dtype (``x.sum(dtype=torch.int64)``), the result has that dtype.
+    """
+
+    UNKNOWN = auto()
+    KEEPS = auto()  # that of the first operand; integral where that is
+    FLOATS = auto()  # that of the operands; floating point where they are integral
+    WEIGHT = auto()  # that of the weight
+    PROMOTES = auto()  # that of the operands; integral where they are
+    INTEGRAL = auto()  # integers or truth values, whatever the operands are
+    INDICES = auto()  # a tuple: values of the operand, and integers second
 
 
 class Reads(Enum):
@@ -103,6 +119,8 @@ class Op:
         memory: whose memory the result is in, and whose memory it writes.
         result: the type of the result.
         reads: the properties of its operands that it reads.
+        dtype: how the dtype of the result follows from the operands. Views keep that of their
+            operand.
         spatial: number of spatial axes.
         elementwise: the operator does the same to each element of its first operand.
     """
@@ -113,6 +131,7 @@ class Op:
     memory: Memory = Memory.FRESH
     result: Result = Result.TENSOR
     reads: Reads = Reads.VALUES
+    dtype: Dtype = Dtype.UNKNOWN
     spatial: int = 0
     elementwise: bool = False
 

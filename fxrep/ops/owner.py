@@ -47,6 +47,24 @@ def global_hooks() -> list[Any]:
     ]
 
 
+def own_calls(module: nn.Module) -> list[Any]:
+    """The methods that a call runs around the forward, other than torch's own."""
+    if isinstance(module, fx.GraphModule | torch.jit.ScriptModule):
+        return []
+    method = type(module).__call__
+    return [*([] if method is nn.Module.__call__ else [method]), *own_call_impls(module)]
+
+
+def own_call_impls(module: nn.Module) -> list[Any]:
+    """The same for the methods that ``nn.Module.__call__`` runs."""
+    if isinstance(module, fx.GraphModule | torch.jit.ScriptModule):
+        return []
+    names = ("_wrapped_call_impl", "_call_impl")
+    found = [getattr(type(module), name) for name in names]
+    own = [f for f, name in zip(found, names, strict=True) if f is not getattr(nn.Module, name)]
+    return own + [vars(module)[name] for name in names if name in vars(module)]
+
+
 def _computes_weight(hook: object) -> bool:
     return isinstance(hook, WeightNorm | SpectralNorm | prune.BasePruningMethod)
 

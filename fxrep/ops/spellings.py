@@ -54,14 +54,11 @@ def register(op: Op) -> None:
     """Add an operator to the table, in place of operators that had its names.
 
     Args:
-        op: the operator; `fxrep.ops.table.elementwise` makes the most frequent kind.
-
-    Args:
         op: ``elementwise("i0")``, ``elementwise("torch.ops.mylib.swish")``, or any other `Op`.
 
     Raises:
-        OptionError: none of its names is a function or method of torch or a class of torch.nn, or
-            its parameters cannot be read.
+        OptionError: one of its names is no function or method of torch and no class of torch.nn,
+            or its parameters cannot be read.
     """
     try:
         op.signature  # noqa: B018
@@ -70,24 +67,22 @@ def register(op: Op) -> None:
             f"op.parameters={op.parameters!r} cannot be read ({error}): write them as in a def, "
             "such as 'input, alpha=1, ...'"
         ) from error
-    if not _enter(op):
+    unknown = [name for name in op.names.split() if not _enter_name(op, name)]
+    if unknown:
         raise OptionError(
-            f"op.names={op.names!r}: torch has no function, method or module of these names; an "
+            f"op.names={op.names!r}: torch has no function, method or module {unknown[0]!r}; an "
             "operator of a library is 'torch.ops.library.name'"
         )
+    _enter_operators()  # `-` is what `sub` is
 
 
-def _enter(op: Op) -> int:
-    """Enter an operator under its names; returns how many functions and classes these are."""
-    found = 0
-    for name in op.names.split():
-        kind = getattr(nn, name, None) if name[0].isupper() else None
-        if kind is not None:
-            CLASSES[kind] = op
-            found += 1
-        else:
-            found += _enter_call(op, name)
-    return found
+def _enter_name(op: Op, name: str) -> int:
+    """Enter an operator under a name; returns how many functions and classes have the name."""
+    kind = getattr(nn, name, None) if name[0].isupper() else None
+    if kind is None:
+        return _enter_call(op, name)
+    CLASSES[kind] = op
+    return 1
 
 
 def _enter_call(op: Op, name: str) -> int:
@@ -144,6 +139,7 @@ def _enter_operators() -> None:
 
 
 for _op in TABLE:
-    _enter(_op)
+    for _name in _op.names.split():
+        _enter_name(_op, _name)
 
 _enter_operators()

@@ -11,17 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fxrep.ops.op import Memory, Op, Reads, Result, Shape
+from fxrep.ops.op import Dtype, Memory, Op, Reads, Result, Shape
 
 
-def elementwise(names: str, parameters: str = "input, ...") -> Op:
+def elementwise(names: str, parameters: str = "input, ...", *, dtype: Dtype = Dtype.FLOATS) -> Op:
     """An operator that does the same to each element of its first operand.
 
     Args:
         names: its spellings, separated by spaces; see `Op`.
         parameters: as in a `def`; see `Op`.
+        dtype: how the dtype of the result follows from the operand's.
     """
-    return Op(names, parameters, Shape.KEEPS, elementwise=True)
+    return Op(names, parameters, Shape.KEEPS, dtype=dtype, elementwise=True)
 
 
 def by_rank(make: Callable[[int], Op]) -> list[Op]:
@@ -35,23 +36,36 @@ def _each(names: str, parameters: str = "input, ...", *how: Any, **more: Any) ->
 
 
 _ELEMENTWISE = (
-    "abs:absolute neg:negative exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal "
+    "exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal "
     "sin cos tan asin:arcsin acos:arccos atan:arctan sinh cosh tanh:Tanh asinh:arcsinh "
-    "acosh:arccosh atanh:arctanh erf erfc erfinv sigmoid:Sigmoid logit sign sgn round floor ceil "
-    "trunc:fix frac deg2rad rad2deg relu:ReLU relu6:ReLU6 leaky_relu:LeakyReLU elu:ELU celu:CELU "
-    "selu:SELU gelu:GELU silu:SiLU mish:Mish hardtanh:Hardtanh hardswish:Hardswish "
+    "acosh:arccosh atanh:arctanh erf erfc erfinv sigmoid:Sigmoid logit "
+    "deg2rad rad2deg leaky_relu:LeakyReLU elu:ELU celu:CELU "
+    "selu:SELU gelu:GELU silu:SiLU mish:Mish hardswish:Hardswish "
     "hardsigmoid:Hardsigmoid hardshrink:Hardshrink softshrink:Softshrink tanhshrink:Tanhshrink "
-    "softplus:Softplus softsign:Softsign logsigmoid:LogSigmoid threshold:Threshold nan_to_num "
-    "logical_not bitwise_not isnan isinf isfinite isneginf isposinf signbit angle sinc "
-    "digamma lgamma"
+    "softplus:Softplus softsign:Softsign logsigmoid:LogSigmoid angle sinc digamma lgamma"
 )
 
+# Element by element too, and integers stay integers.
+_KEEPING = (
+    "abs:absolute neg:negative square sign sgn round floor ceil trunc:fix frac relu:ReLU "
+    "relu6:ReLU6 hardtanh:Hardtanh threshold:Threshold nan_to_num bitwise_not"
+)
+
+# Element by element too, with an answer for each.
+_ASKING = "logical_not isnan isinf isfinite isneginf isposinf isreal signbit"
+
 _BROADCASTING = (
-    "mul:multiply floor_divide remainder fmod pow float_power maximum minimum fmin fmax atan2 "
-    "hypot xlogy logaddexp logaddexp2 copysign heaviside ldexp nextafter gcd lcm "
+    "mul:multiply floor_divide remainder fmod pow maximum minimum fmin fmax copysign "
+    "ldexp gcd lcm bitwise_and bitwise_or bitwise_xor "
+    "bitwise_left_shift bitwise_right_shift clamp_min clamp_max heaviside"
+)
+
+# Of these the result is floating point, whatever the operands are.
+_BROADCASTING_FLOATS = "float_power atan2 hypot xlogy logaddexp logaddexp2 nextafter"
+
+_COMPARING = (
     "eq ne:not_equal lt:less le:less_equal gt:greater ge:greater_equal "
-    "logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor "
-    "bitwise_left_shift bitwise_right_shift clamp_min clamp_max"
+    "logical_and logical_or logical_xor isclose"
 )
 
 _CONV = "input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1"
@@ -74,16 +88,19 @@ _DROPOUT = "input, p=0.5, training=True, inplace=False"
 _REDUCE = "input, dim|axis=None, keepdim|keepdims=False, dtype=None"
 
 _LAYERS = [
-    *by_rank(lambda n: Op(f"conv{n}d", _CONV, Shape.LAYER, spatial=n)),
-    *by_rank(lambda n: Op(f"Conv{n}d", f"{_CONV}, {_PADDED}", Shape.LAYER, spatial=n)),
+    *by_rank(lambda n: Op(f"conv{n}d", _CONV, Shape.LAYER, spatial=n, dtype=Dtype.WEIGHT)),
+    *by_rank(lambda n: Op(f"Conv{n}d", f"{_CONV}, {_PADDED}", Shape.LAYER, spatial=n,
+                          dtype=Dtype.WEIGHT)),
     *by_rank(lambda n: Op(f"conv_transpose{n}d ConvTranspose{n}d", _CONV_T,
-                          Shape.TRANSPOSED_LAYER, spatial=n)),
-    Op("linear Linear", "input, weight, bias=None", Shape.LAYER),
+                          Shape.TRANSPOSED_LAYER, spatial=n, dtype=Dtype.WEIGHT)),
+    Op("linear Linear", "input, weight, bias=None", Shape.LAYER, dtype=Dtype.WEIGHT),
     Op("bilinear Bilinear"),
-    Op("F.batch_norm BatchNorm1d SyncBatchNorm", _NORM, Shape.NORM, Memory.UPDATES),
+    Op("F.batch_norm BatchNorm1d SyncBatchNorm", _NORM, Shape.NORM, Memory.UPDATES,
+       dtype=Dtype.FLOATS),
     Op("torch.batch_norm", "input, weight, bias, running_mean, running_var, training, momentum, "
-       "eps, cudnn_enabled", Shape.NORM, Memory.UPDATES),
-    *(Op(f"BatchNorm{n}d", _TRACKED, Shape.NORM, Memory.UPDATES, spatial=n) for n in (2, 3)),
+       "eps, cudnn_enabled", Shape.NORM, Memory.UPDATES, dtype=Dtype.FLOATS),
+    *(Op(f"BatchNorm{n}d", _TRACKED, Shape.NORM, Memory.UPDATES, spatial=n, dtype=Dtype.FLOATS)
+      for n in (2, 3)),
     Op("F.instance_norm", "input, running_mean=None, running_var=None, weight=None, bias=None, "
        "training|use_input_stats=True, momentum=0.1, eps=1e-5", Shape.KEEPS, Memory.UPDATES),
     Op("torch.instance_norm", "input, weight, bias, running_mean, running_var, "
@@ -113,29 +130,32 @@ _LAYERS = [
 
 _POOLS = [
     *(Op(f"avg_pool{n}d AvgPool{n}d", f"{_AVG_POOL}, divisor_override=None" if n > 1 else _AVG_POOL,
-         Shape.POOL, spatial=n) for n in (1, 2, 3)),
-    *by_rank(lambda n: Op(f"max_pool{n}d MaxPool{n}d", _MAX_POOL, Shape.POOL, spatial=n)),
+         Shape.POOL, spatial=n, dtype=Dtype.FLOATS) for n in (1, 2, 3)),
+    *by_rank(lambda n: Op(f"max_pool{n}d MaxPool{n}d", _MAX_POOL, Shape.POOL, spatial=n,
+                          dtype=Dtype.KEEPS)),
     *by_rank(lambda n: Op(f"lp_pool{n}d LPPool{n}d", "input, norm_type, ...", Shape.POOL,
                           spatial=n)),
     *by_rank(lambda n: Op(f"adaptive_avg_pool{n}d AdaptiveAvgPool{n}d", "input, output_size",
-                          Shape.POOL, spatial=n)),
+                          Shape.POOL, spatial=n, dtype=Dtype.FLOATS)),
     *by_rank(lambda n: Op(f"adaptive_max_pool{n}d AdaptiveMaxPool{n}d",
-                          "input, output_size, return_indices=False", Shape.POOL, spatial=n)),
+                          "input, output_size, return_indices=False", Shape.POOL, spatial=n,
+                          dtype=Dtype.KEEPS)),
     *_each("max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices "
            "adaptive_max_pool1d_with_indices adaptive_max_pool2d_with_indices",
-           result=Result.OTHER),
+           result=Result.OTHER, dtype=Dtype.INDICES),
     *_each("fractional_max_pool2d:FractionalMaxPool2d fractional_max_pool3d:FractionalMaxPool3d",
            result=Result.OTHER),
     *_each("max_unpool1d:MaxUnpool1d max_unpool2d:MaxUnpool2d max_unpool3d:MaxUnpool3d", "input, "
            "...", Shape.KEEPS_RANK),
-    Op("pad torch._C._nn.pad", "input, pad, mode='constant', value=None", Shape.PAD),
-    Op("constant_pad_nd", "input, pad, value=0", Shape.PAD),
+    Op("pad torch._C._nn.pad", "input, pad, mode='constant', value=None", Shape.PAD,
+       dtype=Dtype.KEEPS),
+    Op("constant_pad_nd", "input, pad, value=0", Shape.PAD, dtype=Dtype.KEEPS),
     *(Op(" ".join(f"{kind}Pad{n}d" for n in (1, 2, 3)), f"input, pad|padding, mode='{mode}', "
-         "value=None", Shape.PAD) for kind, mode in (
+         "value=None", Shape.PAD, dtype=Dtype.KEEPS) for kind, mode in (
         ("Zero", "constant"), ("Constant", "constant"), ("Reflection", "reflect"),
         ("Replication", "replicate"), ("Circular", "circular"))),
     Op("interpolate upsample Upsample UpsamplingNearest2d UpsamplingBilinear2d", _INTERPOLATE,
-       Shape.RESIZE),
+       Shape.RESIZE, dtype=Dtype.KEEPS),
     *_each("upsample_nearest upsample_bilinear grid_sample affine_grid"),
     Op("pixel_shuffle PixelShuffle", "input, upscale_factor", Shape.PIXEL_SHUFFLE, Memory.VIEW),
     Op("pixel_unshuffle PixelUnshuffle", "input, downscale_factor", Shape.PIXEL_UNSHUFFLE,
@@ -145,45 +165,66 @@ _POOLS = [
 ]  # fmt: skip
 
 _ARITHMETIC = [
-    *map(elementwise, (word.replace(":", " ") for word in _ELEMENTWISE.split())),
-    *_each(_BROADCASTING, "input, other", Shape.BROADCASTS),
-    Op("add", "input, other, alpha=1", Shape.BROADCASTS),
-    Op("sub subtract", "input, other, alpha=1", Shape.BROADCASTS),
-    Op("rsub __rsub__", "input, other, alpha=1", Shape.BROADCASTS),
-    Op("div divide true_divide", "input, other, rounding_mode=None", Shape.BROADCASTS),
-    *_each("__rtruediv__ __rfloordiv__ __rmod__ __rpow__", "input, other", Shape.BROADCASTS),
-    Op("where", "condition, input, other", Shape.BROADCASTS),
-    Op("clamp clip", "input, min=None, max=None", Shape.BROADCASTS),
+    *(elementwise(word.replace(":", " "), dtype=dtype)
+      for words, dtype in ((_ELEMENTWISE, Dtype.FLOATS), (_KEEPING, Dtype.KEEPS),
+                           (_ASKING, Dtype.INTEGRAL))
+      for word in words.split()),
+    *_each(_BROADCASTING, "input, other", Shape.BROADCASTS, dtype=Dtype.PROMOTES),
+    *_each(_BROADCASTING_FLOATS, "input, other", Shape.BROADCASTS),
+    *_each(_COMPARING, "input, other, ...", Shape.BROADCASTS, dtype=Dtype.INTEGRAL),
+    Op("add", "input, other, alpha=1", Shape.BROADCASTS, dtype=Dtype.PROMOTES),
+    Op("sub subtract", "input, other, alpha=1", Shape.BROADCASTS, dtype=Dtype.PROMOTES),
+    Op("rsub __rsub__", "input, other, alpha=1", Shape.BROADCASTS, dtype=Dtype.PROMOTES),
+    Op("div divide true_divide", "input, other, rounding_mode=None", Shape.BROADCASTS,
+       dtype=Dtype.FLOATS),
+    Op("__rtruediv__", "input, other", Shape.BROADCASTS),
+    *_each("__rfloordiv__ __rmod__ __rpow__", "input, other", Shape.BROADCASTS,
+           dtype=Dtype.PROMOTES),
+    Op("where", "condition, input, other", Shape.BROADCASTS, dtype=Dtype.PROMOTES),
+    Op("clamp clip", "input, min=None, max=None", Shape.BROADCASTS, dtype=Dtype.PROMOTES),
     Op("lerp", "input, end, weight", Shape.BROADCASTS),
-    *_each("addcmul addcdiv", "input, tensor1, tensor2, value=1", Shape.BROADCASTS),
-    Op("masked_fill", "input, mask, value", Shape.BROADCASTS),
-    Op("masked_scatter", "input, mask, source", Shape.BROADCASTS),
+    Op("addcmul", "input, tensor1, tensor2, value=1", Shape.BROADCASTS, dtype=Dtype.PROMOTES),
+    Op("addcdiv", "input, tensor1, tensor2, value=1", Shape.BROADCASTS),
+    Op("masked_fill", "input, mask, value", Shape.BROADCASTS, dtype=Dtype.KEEPS),
+    Op("masked_scatter", "input, mask, source", dtype=Dtype.KEEPS),
     *_each("softmax:Softmax:Softmax2d log_softmax:LogSoftmax softmin:Softmin gumbel_softmax "
-           "normalize cumsum cumprod roll flip argsort tril triu scatter scatter_add index_add "
-           "index_copy index_fill index_put renorm", "input, ...", Shape.KEEPS),
+           "normalize", "input, ...", Shape.KEEPS, dtype=Dtype.FLOATS),
+    *_each("cumsum cumprod roll flip tril triu scatter scatter_add index_add "
+           "index_copy index_fill index_put renorm", "input, ...", Shape.KEEPS,
+           dtype=Dtype.KEEPS),
+    *_each("argsort bucketize", "input, ...", Shape.KEEPS, dtype=Dtype.INTEGRAL),
+    *_each("isin searchsorted tril_indices triu_indices argwhere multinomial "
+           "nonzero_static", dtype=Dtype.INTEGRAL),
     Op("glu GLU", "input, dim=-1", Shape.KEEPS_RANK),
-    Op("index_select", "input, dim, index", Shape.KEEPS_RANK),
-    Op("repeat_interleave", "input, repeats, dim=None, output_size=None", Shape.KEEPS_RANK),
-    Op("gather", "input, dim, other|index, sparse_grad=False", Shape.LIKE),
-    Op("scaled_dot_product_attention", "input|query, key, value, ...", Shape.MATMUL),
-    *_each("mean nanmean sum nansum prod argmax argmin all any logsumexp amax amin count_nonzero",
-           _REDUCE, Shape.REDUCE),
+    Op("index_select", "input, dim, index", Shape.KEEPS_RANK, dtype=Dtype.KEEPS),
+    Op("repeat_interleave", "input, repeats, dim=None, output_size=None", Shape.KEEPS_RANK,
+       dtype=Dtype.KEEPS),
+    Op("gather", "input, dim, other|index, sparse_grad=False", Shape.LIKE, dtype=Dtype.KEEPS),
+    Op("scaled_dot_product_attention", "input|query, key, value, ...", Shape.ATTENTION),
+    *_each("mean nanmean logsumexp", _REDUCE, Shape.REDUCE, dtype=Dtype.FLOATS),
+    *_each("sum nansum prod amax amin", _REDUCE, Shape.REDUCE, dtype=Dtype.KEEPS),
+    *_each("argmax argmin all any count_nonzero", _REDUCE, Shape.REDUCE, dtype=Dtype.INTEGRAL),
     *_each("std var", "input, dim|axis=None, unbiased=True, keepdim|keepdims=False, correction=1",
            Shape.REDUCE),
     Op("norm", "input, p='fro', dim=None, keepdim=False, dtype=None", Shape.REDUCE),
-    Op("matmul __matmul__ __rmatmul__", "input, other", Shape.MATMUL),
-    Op("bmm", "input, mat2", Shape.BATCHED_MATMUL),
-    Op("einsum", "equation, *operands", Shape.EINSUM, Memory.UNKNOWN),
-    *_each("mm mv dot addmm addbmm baddbmm addmv outer cdist take masked_select one_hot "
-           "cosine_similarity:CosineSimilarity pairwise_distance:PairwiseDistance"),
-    *_each("max min sort topk median mode kthvalue cummax cummin aminmax std_mean var_mean nonzero "
-           "unique unique_consecutive", result=Result.OTHER),
+    Op("matmul __matmul__ __rmatmul__", "input, other", Shape.MATMUL, dtype=Dtype.PROMOTES),
+    Op("bmm", "input, mat2", Shape.BATCHED_MATMUL, dtype=Dtype.PROMOTES),
+    Op("einsum", "equation, *operands", Shape.EINSUM, Memory.UNKNOWN, dtype=Dtype.PROMOTES),
+    *_each("mm mv dot addmm addbmm baddbmm addmv outer", dtype=Dtype.PROMOTES),
+    *_each("take masked_select", dtype=Dtype.KEEPS),
+    *_each("cdist cosine_similarity:CosineSimilarity pairwise_distance:PairwiseDistance"),
+    Op("one_hot", dtype=Dtype.INTEGRAL),
+    *_each("max min sort topk median nanmedian mode kthvalue cummax cummin", result=Result.OTHER,
+           dtype=Dtype.INDICES),
+    *_each("aminmax std_mean var_mean", result=Result.OTHER),
+    Op("nonzero", result=Result.OTHER, dtype=Dtype.INTEGRAL),
+    *_each("unique unique_consecutive", result=Result.OTHER, dtype=Dtype.KEEPS),
 ]  # fmt: skip
 
 _STRUCTURE = [
-    Op("cat concat concatenate", "tensors, dim|axis=0", Shape.CAT),
-    Op("stack", "tensors, dim=0", Shape.STACK),
-    *_each("hstack vstack dstack", "tensors"),
+    Op("cat concat concatenate", "tensors, dim|axis=0", Shape.CAT, dtype=Dtype.PROMOTES),
+    Op("stack", "tensors, dim=0", Shape.STACK, dtype=Dtype.PROMOTES),
+    *_each("hstack vstack dstack", "tensors", dtype=Dtype.PROMOTES),
     Op("chunk unsafe_chunk", "input, sections|chunks, dim=0", Shape.PARTS, Memory.VIEW,
        Result.PARTS),
     Op("split unsafe_split",
@@ -204,7 +245,7 @@ _STRUCTURE = [
     *_each("view expand", "input, *size", Shape.SIZES, Memory.VIEW),
     Op("reshape", "input, *size|shape", Shape.SIZES, Memory.VIEW),
     Op("broadcast_to", "input, size", Shape.SIZES, Memory.VIEW),
-    Op("repeat", "input, *size|repeats", Shape.SIZES),
+    Op("repeat", "input, *size|repeats", Shape.SIZES, dtype=Dtype.KEEPS),
     Op("permute", "input, *dims", Shape.PERMUTE, Memory.VIEW),
     Op("torch.permute", "input, dims", Shape.PERMUTE, Memory.VIEW),
     *_each("view_as:reshape_as expand_as", "input, other", Shape.LIKE, Memory.VIEW),
@@ -221,15 +262,17 @@ _STRUCTURE = [
 _COPIES = [
     Op("contiguous", "input, memory_format=None", Shape.KEEPS, Memory.VIEW),
     Op("Identity", "input", Shape.KEEPS, Memory.VIEW),
-    *_each("to type_as float double half bfloat16 int long bool cpu cuda positive conj "
-           "resolve_conj resolve_neg detach requires_grad alias", "input, ...", Shape.KEEPS,
+    *_each("to type_as float double half bfloat16 int long short char byte bool cpu cuda positive "
+           "conj resolve_conj resolve_neg detach requires_grad alias", "input, ...", Shape.KEEPS,
            Memory.VIEW),
     *_each("real imag", memory=Memory.VIEW),
     Op("type", "input, dtype, ...", Shape.KEEPS, Memory.VIEW),
     *_each("clone zeros_like ones_like full_like empty_like rand_like randn_like fill zero copy",
-           "input, ...", Shape.KEEPS),
-    *_each("new_zeros new_ones new_full new_empty new_tensor zeros ones full empty rand randn "
-           "arange linspace eye tensor"),
+           "input, ...", Shape.KEEPS, dtype=Dtype.KEEPS),
+    *_each("new_zeros new_ones new_full new_empty", dtype=Dtype.KEEPS),
+    *_each("full arange", dtype=Dtype.PROMOTES),
+    *_each("new_tensor zeros ones empty rand randn linspace eye tensor"),
+    *_each("randint randperm", dtype=Dtype.INTEGRAL),
     *_each("item is_tensor", result=Result.NUMBER),
     *_each("tolist _assert", result=Result.OTHER),
     *_each("operator.setitem operator.delitem", memory=Memory.WRITES, result=Result.OTHER),

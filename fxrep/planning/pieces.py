@@ -123,6 +123,8 @@ def _piece(walk: Walk, source: fx.Node, path: Path) -> Piece | Refusal | None:
         channels = walk.view.channels.of(source, shape.channel_axis)
         if channels is None:
             return Refusal(f"{where(source)}: not known how many channels it has")
+        if channels == 0:
+            return Refusal(f"{where(source)}: it has no channels")
         shape = with_channels(shape, channels)
     elif not path.channels_checked and not _has_channels(walk, source, shape):
         return Refusal(f"{where(source)}: not known to have {shape.inputs} channels")

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from fxrep.algebra.maps import Map
+from fxrep.ops.op import Dtype
 from fxrep.reading.pointwise import pointwise
 from fxrep.reading.view import View
 
@@ -14,11 +15,16 @@ _LONGEST = 16
 
 
 def is_floating(view: View, node: fx.Node) -> bool:
-    """Whether a layer computed a value, functions of each element and scales aside."""
+    """Whether a layer computed a value, scales and functions of each element aside.
+
+    Comparisons and the like give truth values of any operand.
+    """
     for _ in range(_LONGEST):
-        reading = view.affine(node)
+        reading, called = view.affine(node), view.calls.of(node)
         if reading is not None and reading.is_layer:
             return True
+        if called is None or called.op.dtype is Dtype.INTEGRAL:
+            return False
         if reading is not None:
             node = reading.terms[0].operand
         elif pointwise(view, node) is not None:

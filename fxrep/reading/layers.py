@@ -101,6 +101,10 @@ def _convolution(
     assert isinstance(value, Tensor)
     if not value.is_floating_point() or type(value) not in _PLAIN_TENSORS:
         return Refusal(f"its weight is a {type(value).__name__} of dtype {value.dtype}")
+    if value.dim() != geometry.rank + 2:
+        return None
+    if not value.numel():
+        return Refusal("it has no channels")
     axes = geometry.axes(value.shape[2:])
     if axes is None:
         return None
@@ -142,6 +146,8 @@ def _batchnorm(
     if mean is None or variance is None:
         reason = "BatchNorm uses batch statistics: it keeps no running ones"
         return Unread(reason, Operation.BATCHNORM)
+    if not mean.shape.numel():
+        return Unread("BatchNorm has no channels", Operation.BATCHNORM)
     if not isinstance(eps, (int, float)):
         return None
     assumes_batched: tuple[fx.Node, ...] = ()
@@ -172,6 +178,9 @@ def _scaled(view: View, node: fx.Node, a: Any, b: Any, *, divide: bool = False) 
         constant = view.constant(b)
     if constant is None or not isinstance(a, fx.Node) or view.constant(a) is not None:
         return None
+    changed = _changed_dtype(view, a, constant)
+    if changed is not None:
+        return changed
     broadcast = _broadcast_constant(view, a, constant)
     if not isinstance(broadcast, _BroadcastConstant):
         return broadcast
@@ -192,6 +201,10 @@ def _sum(view: View, node: fx.Node, a: Any, b: Any, *, sign: int = 1, alpha: Any
     values = [x for x, _ in operands if view.constant(x) is None]
     if not values or not all(isinstance(x, fx.Node) for x in values):
         return None
+    for x, y in ((a, b), (b, a)):
+        changed = _changed_dtype(view, x, view.constant(y)) if x in values else None
+        if changed is not None:
+            return changed
     broadcast = _BroadcastConstant(IDENTITY)
     bias: Expr | None = None
     for operand, factor in operands:
@@ -225,6 +238,26 @@ def _times(expr: Expr | None, factor: float) -> Expr | None:
     return scale if expr is None else Call(_product, (expr, scale))
 
 
+def _changed_dtype(view: View, operand: fx.Node, constant: Constant | None) -> Refusal | None:
+    """Why arithmetic gives, or may give, another dtype than the operand has.
+
+    A layer that took the arithmetic into its weights would be given the operand as it is, and
+    raise.
+    """
+    dtype = view.dtypes.of(operand)
+    if dtype is None:
+        doubtful = constant is not None and view.dtypes.is_foreign(operand)
+        reason = "arithmetic with a value of unknown dtype: pass example_inputs"
+        return Refusal(reason) if doubtful else None
+    if view.dtypes.is_integral(operand):
+        return Refusal("arithmetic turns a value that is no floating point into one")
+    value = None if constant is None else constant.value
+    wide = isinstance(value, Tensor) and value.dim() > 0 and not value.is_complex()
+    if wide and torch.promote_types(value.dtype, dtype) != dtype:  # type: ignore[union-attr]
+        return Refusal(f"a constant of {value.dtype} promotes {dtype}")  # type: ignore[union-attr]
+    return None
+
+
 @dataclass(frozen=True)
 class _BroadcastConstant:
     """A constant broadcast over a value as one number per channel, or one for all.
@@ -250,6 +283,10 @@ def _broadcast_constant(
     wide = [i for i, size in enumerate(shape) if size != 1]
     if len(wide) > 1:
         return None  # a mask, a positional embedding
+    if not shape.numel():
+        return Refusal("a constant without elements")
+    if len(shape) == 1 and not wide and view.ranks.least(operand) < 1:
+        return None  # it may grow a value without axes
     assumes_batched: tuple[fx.Node, ...] = ()
     if len(shape) > 1:
         rank, assumed = view.rank(operand)

@@ -70,6 +70,8 @@ def _read_cat(view: View, node: fx.Node, tensors: Any, dim: Any = 0) -> Reading:
     operands = list(tensors)
     if not all(isinstance(each, fx.Node) for each in operands) or dim == 0:
         return None
+    if any(view.dtypes.is_integral(each) for each in operands):
+        return None  # a concatenation promotes, a layer of a part would not
     placed = _axis_from_last(view, operands[0], dim, Operation.CONCATENATION)
     if isinstance(placed, Refusal):
         return placed

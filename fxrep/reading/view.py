@@ -20,6 +20,7 @@ from fxrep.algebra.maps import Diagonal, Linear
 from fxrep.algebra.recipe import Call, Expr, Load, record
 from fxrep.analysis.aliasing import Aliasing
 from fxrep.analysis.channels import Channels
+from fxrep.analysis.dtypes import Dtypes
 from fxrep.analysis.ranks import Ranks
 from fxrep.ops.calls import Calls, ModuleTensor
 from fxrep.ops.effects import writes_over
@@ -145,6 +146,7 @@ class View:
         aliasing: memory that values share, and writes to it.
         ranks: the ranks of the values.
         channels: the sizes of the values.
+        dtypes: the dtypes of the values.
         derived: the expressions of the tensors that fxrep made, by path.
         originals: the user's tensors that expressions load, by path.
         readings: the readings so far.
@@ -160,6 +162,7 @@ class View:
     aliasing: Aliasing
     ranks: Ranks
     channels: Channels
+    dtypes: Dtypes
     derived: dict[str, Expr] = field(default_factory=dict)
     originals: dict[str, Tensor] = field(default_factory=dict)
     readings: dict[fx.Node, Reading] = field(default_factory=dict)
@@ -199,6 +202,7 @@ class View:
         self.aliasing.replacing(new, old)
         self.ranks.replacing(new, old)
         self.channels.replacing(new, old)
+        self.dtypes.replacing(new, old)
 
     def installed(self, path: str) -> None:
         """Look up the module at `path` anew; its tensors no longer are those that fxrep made."""

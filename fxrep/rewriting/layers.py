@@ -55,6 +55,8 @@ def build(plan: Plan, view: View, lookup: Lookup) -> list[Layer] | Refusal:
     """
     tensors = _weights(plan, view)
     like = _like(plan, view)
+    if isinstance(like, Refusal):
+        return like
     trains = any(w.requires_grad or id(w) in view.trained for w in tensors)
     layers: list[Layer] = []
     for piece in plan.pieces:
@@ -66,11 +68,13 @@ def build(plan: Plan, view: View, lookup: Lookup) -> list[Layer] | Refusal:
     return layers
 
 
-def random_layers(plan: Plan, view: View) -> list[nn.Module]:
+def random_layers(plan: Plan, view: View) -> list[nn.Module] | Refusal:
     """Layers of the same kinds and shapes as those of a plan, with random weights."""
     like = _like(plan, view)
+    if isinstance(like, Refusal):
+        return like
     generator = torch.Generator(like.device).manual_seed(0)
-    layers = []
+    layers: list[nn.Module] = []
     for piece in plan.pieces:
         if isinstance(piece.map, Map):
             module = _module(symmetric(narrowed(piece.map)), piece.bias is not None)
@@ -87,12 +91,26 @@ def _weights(plan: Plan, view: View) -> list[Tensor]:
     return [r.weight for r in readings if r is not None and r.weight is not None]
 
 
-def _like(plan: Plan, view: View) -> Tensor:
-    """The weight whose dtype, device and memory format the new weights get."""
+def _like(plan: Plan, view: View) -> Tensor | Refusal:
+    """The tensor whose dtype, device and memory format the new weights get."""
     like = max(_weights(plan, view), key=Tensor.numel, default=None)
-    if like is None:  # the region is pooling alone: use the dtype of the rest of the model
-        like = next((p for p in view.module.parameters() if p.is_floating_point()), torch.ones(()))
-    return like
+    return _like_value(plan, view) if like is None else like
+
+
+def _like_value(plan: Plan, view: View) -> Tensor | Refusal:
+    """The same for a region of pooling alone, which works in every dtype."""
+    parameters = [p for p in view.module.parameters() if p.is_floating_point()]
+    first = parameters[0] if parameters else torch.ones(())
+    found = {view.dtypes.of(piece.source) for piece in plan.pieces}
+    (dtype,) = found if len(found) == 1 else (None,)
+    if dtype is not None and dtype.is_floating_point:
+        if torch.finfo(dtype).eps > torch.finfo(first.dtype).eps:
+            return Refusal(f"it pools in {dtype}, and the layers are in {first.dtype}")
+        return torch.ones((), dtype=dtype, device=first.device)
+    others = {p.dtype for p in parameters} | view.dtypes.floating
+    if not others <= {first.dtype}:
+        return Refusal("the dtype in which it pools is not known: pass example_inputs")
+    return first
 
 
 def _assign(module: nn.Module, name: str, value: Tensor, like: Tensor, *, trains: bool) -> None:

@@ -226,7 +226,10 @@ def _excerpt_after(plan: Plan, view: View, values: Values) -> _Excerpt:
     excerpt = _Excerpt(view, values)
     for source in dict.fromkeys(piece.source for piece in plan.pieces):
         excerpt.value(source)
-    modules = {f"new {i}": module for i, module in enumerate(random_layers(plan, view))}
+    layers = random_layers(plan, view)
+    if isinstance(layers, Refusal):
+        raise _NotRunnable(layers.reason)
+    modules = {f"new {i}": module for i, module in enumerate(layers)}
 
     def make(op: str, target: Any, args: Any, kwargs: Any = None) -> fx.Node:
         if op == "call_module":

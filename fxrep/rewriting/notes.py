@@ -15,6 +15,7 @@ from fxrep.planning.cost import SIZES
 from fxrep.planning.plan import Plan
 from fxrep.planning.rule import Fold, Pass
 from fxrep.reading.view import Affine, View
+from fxrep.refusal import Refusal
 from fxrep.report import Rewrite, Skip
 from fxrep.rewriting.layers import Layer
 from fxrep.rewriting.measure import Timing
@@ -56,8 +57,11 @@ def folded(rule: Pass, location: str, fold: Fold) -> Rewrite:
 
 
 def removed(rule: Pass, location: str, kind: str) -> Rewrite:
-    """The report's entry for an operation that was erased without a replacement."""
-    return Rewrite(rule.name, location, (kind,), (), 0, 0, 0, 0, 0.0)
+    """The report's entry for an operation that was erased without a replacement.
+
+    The entry has no error: such a rewrite is not compared with anything.
+    """
+    return Rewrite(rule.name, location, (kind,), (), 0, 0, 0, 0, None)
 
 
 def kinds(plan: Plan, view: View) -> tuple[str, ...]:
@@ -155,12 +159,28 @@ def _batchnorm_note(part: Part, node: fx.Node) -> Skip:
     source = node.all_input_nodes[0]
     while part.is_identity(source):
         source = source.all_input_nodes[0]
+    for neighbour in (source, *readers):
+        unread = _unread_layer(part, neighbour)
+        if unread is not None:
+            return Skip("batchnorm", place, unread)
     return Skip(
         "batchnorm",
         place,
         f"no convolution or linear layer next to it: it reads {_name(part, source)} "
         f"and feeds {feeds}",
     )
+
+
+def _unread_layer(part: Part, node: fx.Node) -> str | None:
+    """Why a convolution or linear layer next to a BatchNorm is none for the passes."""
+    if node.op != "call_module" or part.is_layer(node):
+        return None
+    module = part.view.submodule(str(node.target))
+    if not isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+        return None
+    reading = part.view.read(node)
+    reason = reading.reason if isinstance(reading, Refusal) else "what it computes is not known"
+    return f"{part.where(node)}, the {type(module).__name__} next to it: {reason}"
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from fxrep.algebra.recipe import Call, record
 from fxrep.analysis import aliasing
 from fxrep.analysis.channels import Channels
+from fxrep.analysis.dtypes import Dtypes
 from fxrep.analysis.ranks import Ranks
 from fxrep.analysis.values import Values
 from fxrep.capture.islands import Program
@@ -67,9 +68,9 @@ class Part:
         graph, calls = self.program.graph, self.calls
         memory = aliasing.analyse(graph, calls)
         ranks = Ranks(graph, calls, self.values.ranks, self.program.ranks)
-        view = View(
-            graph, calls, read, memory, ranks, Channels(graph, calls, ranks.assume_for_later)
-        )
+        channels = Channels(graph, calls, ranks.assume_for_later)
+        dtypes = Dtypes(graph, calls, {**self.values.dtypes, **self.program.dtypes})
+        view = View(graph, calls, read, memory, ranks, channels, dtypes)
         self.editor.listeners.append(view)
         return view
 

@@ -10,6 +10,7 @@ code or has hooks, loses only the layers that were merged.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -147,6 +148,9 @@ class _Pruning:
         return self.results[id(module)]
 
     def _container(self, module: nn.Module) -> nn.Module | None:
+        if isinstance(module, torch.jit.ScriptModule):  # its attributes are not Python's
+            used = any(id(m) in self.called or id(m) in self.read for m in module.modules())
+            return module if used else None
         stays = not self.program.is_root
         children = {}
         for name, child in module._modules.items():
@@ -159,8 +163,11 @@ class _Pruning:
             return None
         left = Container(type(module).__name__)
         own = left.__dict__.keys() | {"forward"}
+        copies_itself = _copies_itself(type(module))
         for name, value in vars(module).items():
             if name not in own and (name in read or not _holds_modules(value)):
+                if copies_itself and not _can_copy(value):
+                    continue
                 left.__dict__[name] = value
         for kind in ("_parameters", "_buffers"):
             tensors = vars(module)[kind]
@@ -169,6 +176,20 @@ class _Pruning:
         left._modules.update(children)
         left.training = module.training
         return left
+
+
+def _copies_itself(kind: type[nn.Module]) -> bool:
+    """Whether a class says how it is copied, as one does that holds a lock or a handle."""
+    names = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__")
+    return any(getattr(kind, name, None) is not getattr(nn.Module, name, None) for name in names)
+
+
+def _can_copy(value: object) -> bool:
+    try:
+        copy.deepcopy(value)
+    except Exception:
+        return False
+    return True
 
 
 def _holds_modules(value: object, depth: int = 0) -> bool:

@@ -26,6 +26,9 @@ def refusal(view: View, answer: Same) -> Refusal | None:
         return Refusal("the value that it equals is written in place before it")
     if not itself and not memory.is_dense(value):
         return Refusal("the value that it equals may be a view of another, with gaps in memory")
+    dtypes = view.dtypes.of(node), view.dtypes.of(value)
+    if None not in dtypes and dtypes[0] != dtypes[1]:
+        return Refusal(f"it is of {dtypes[0]}, the value that it equals of {dtypes[1]}")
     others = [user for user in value.users if user is not node and not view.reads_metadata(user)]
     if not others:
         return None  # no other operation knows the value by another name

@@ -39,8 +39,16 @@ class Waiting:
         covered = {node for each in plans for node in each.region}
         if any(user not in covered for users in shared.values() for user in users):
             node, users = next(iter(shared.items()))
-            return Refusal(f"{where(node)}: called {len(users)} times, in different surroundings")
+            return Refusal(f"{where(node)}: {_uses(users)}, in different surroundings")
         return self.groups.pop(key)
+
+
+def _uses(users: set[fx.Node]) -> str:
+    """How often a layer is called, or which layers share its weight."""
+    layers = sorted({where(user) for user in users})
+    if len(layers) == 1:
+        return f"called {len(users)} times"
+    return f"its weight is used {len(users)} times, by {', '.join(layers)}"
 
 
 def _stands(plan: Plan) -> bool:

@@ -20,6 +20,7 @@ from fxrep.passes import default_passes
 from fxrep.pipeline import chosen_passes
 from fxrep.planning.cost import CostModel, cost_models
 from fxrep.planning.rule import Pass
+from fxrep.report import Skip
 from fxrep.rewriting.session import Settings
 from fxrep.torch_compile.compiled import Folded, Inner, Untouched
 from fxrep.torch_compile.dynamo import Unfoldable, log, weight_inputs
@@ -69,6 +70,7 @@ def compile_graph(
     settings = Settings(chosen_passes(chosen.passes), cost_models(chosen.cost), chosen.validate)
     inner = _inner(chosen)
     weights: list[Tensor] = []
+    skipped: tuple[Skip, ...] = ()
     try:
         weights = [example_inputs[i] for i in weight_inputs(gm, example_inputs)]
         if not weights:
@@ -77,14 +79,14 @@ def compile_graph(
             raise Unfoldable("it trains: gradients are enabled, and weights require them")
         return Folded(gm, example_inputs, inner, settings, chosen.freezing)
     except Unfoldable as refusal:
-        reason = str(refusal)
+        reason, skipped = str(refusal), refusal.skipped
     except Exception as error:  # the inner compiler may do better with the graph as it is
         for each in (error, error.__cause__):
             if isinstance(each, RestartAnalysis):  # dynamo has to trace again, with a number fixed
                 raise each from None
         log.warning("rewriting failed: %s: %s", type(error).__name__, error, exc_info=True)
         reason = f"rewriting failed: {type(error).__name__}: {error}"
-    return Untouched(inner(gm, example_inputs), weights, reason)
+    return Untouched(inner(gm, example_inputs), weights, reason, skipped)
 
 
 def _options(mode: str | None, given: Mapping[str, Any] | None) -> Options:

@@ -90,13 +90,15 @@ class _Entry:
 
 
 class Untouched:
-    """A graph that is left to the inner compiler as it is, with the reason in its report."""
+    """A graph that is left to the inner compiler as it is, with the reasons in its report."""
 
-    def __init__(self, run: Run, weights: Iterable[Tensor], reason: str) -> None:
+    def __init__(
+        self, run: Run, weights: Iterable[Tensor], reason: str, skipped: Sequence[Skip] = ()
+    ) -> None:
         self.run = run
         self.weights = set(map(id, weights))  # ids may be those of dead tensors: only reports ask
         where = f"graph {CompileContext.current_compile_id()}"
-        self.report = Report((), (Skip("compile", where, reason),))
+        self.report = Report((), (Skip("compile", where, reason), *skipped))
         log.info("%s is left as it is: %s", where, reason)
         graphs.add(self)
 
@@ -292,7 +294,7 @@ class Folded:
     def _new_folding(self, inputs: Sequence[Any]) -> tuple[_Entry, dict[str, Tensor]]:
         folding, values = fold(self.gm, inputs, self.settings)
         if not (folding.report.rewrites or self.freezing):
-            raise Unfoldable("nothing to fold")
+            raise Unfoldable("nothing to fold", folding.report.skipped)
         bound = bind(folding, self.gm, {})
         self._check_outputs(bound, inputs, values)
         compiled = None if self.freezing else self._compile(bound, inputs, values)

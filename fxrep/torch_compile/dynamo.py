@@ -21,12 +21,21 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fxrep.errors import FxrepError
 from fxrep.ops import effects
 from fxrep.ops.calls import Calls
+from fxrep.report import Skip
 
 log = logging.getLogger("fxrep")
 
 
 class Unfoldable(FxrepError):
-    """A graph, or a set of weights, that is left to the inner compiler as it is."""
+    """A graph, or a set of weights, that is left to the inner compiler as it is.
+
+    Attributes:
+        skipped: what the passes declined in the graph, and why.
+    """
+
+    def __init__(self, reason: str, skipped: Sequence[Skip] = ()) -> None:
+        super().__init__(reason)
+        self.skipped = tuple(skipped)
 
 
 def weight_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[int, fx.Node]:
@@ -42,8 +51,9 @@ def weight_inputs(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[int, fx.Nod
 def lasting_copy(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of dynamo's graph that can be rewritten after dynamo has finished.
 
-    Dynamo drops the sources of inputs then: their paths stay in `meta["registered"]`, ranks in
-    `meta["rank"]`. Fake tensors refer to real tensors, and stay only where sizes are symbolic.
+    Dynamo drops the sources of inputs then: their paths stay in `meta["registered"]`, ranks and
+    dtypes in `meta["rank"]` and `meta["dtype"]`. Fake tensors refer to real tensors, and stay only
+    where sizes are symbolic.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
@@ -53,7 +63,7 @@ def lasting_copy(gm: fx.GraphModule) -> fx.GraphModule:
     for node, fake in zip(nodes, fakes, strict=True):
         known = {key: node.meta[key] for key in ("nn_module_stack",) if key in node.meta}
         if isinstance(fake, Tensor):
-            known["rank"] = fake.dim()
+            known["rank"], known["dtype"] = fake.dim(), fake.dtype
         if node.op == "placeholder":
             known["registered"] = _registered_path(node)
         if dynamic and fake is not None:
@@ -136,6 +146,11 @@ class AttributeGraph:
             for node in self.graph.nodes
             if node.op != "get_attr" and "rank" in node.meta
         }
+
+    @property
+    def dtypes(self) -> dict[fx.Node, torch.dtype]:
+        """The dtypes of tensors, which dynamo guarantees."""
+        return {node: node.meta["dtype"] for node in self.graph.nodes if "dtype" in node.meta}
 
 
 def weights_as_attributes(gm: fx.GraphModule, inputs: Sequence[Any]) -> AttributeGraph:

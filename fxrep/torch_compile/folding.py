@@ -149,7 +149,7 @@ def fold(
     """
     given = weights_as_attributes(gm, inputs)
     graph, root, positions = given.graph, given.root, given.weight_positions
-    program = Program("", root, graph, Arguments(()), ranks=given.ranks)
+    program = Program("", root, graph, Arguments(()), ranks=given.ranks, dtypes=given.dtypes)
     with plain_arithmetic():
         session = rewrite(Capture(root, root, [program]), settings)
         view = session.parts[0].view

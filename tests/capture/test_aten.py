@@ -58,10 +58,78 @@ def test_an_exported_program(shapes: Any, decomposed: bool) -> None:
     assert (ops.layers, ops.batchnorms) == (3, 0), ops.kinds
     other = torch.randn(3, 4, 9, 8).double()
     if shapes is None:
-        with pytest.raises(AssertionError, match="exported with size 2 at dimension 0"):
+        with pytest.raises(AssertionError, match=r"Guard failed: x.size\(\)\[0\] == 2"):
             fast(other)
     else:
         assert distance(fast(other), model(other)) <= FLOAT64
+
+
+HEIGHT = Dim("height", min=2, max=16)
+
+
+class Summed(nn.Module):
+    """Two inputs, whose sizes an export relates to each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) + y
+
+
+GUARDS: dict[str, Any] = {
+    "fixed": (None, None),
+    "a range": ({0: Dim("n", min=2, max=8)}, {0: Dim("n", min=2, max=8)}),
+    "equal sizes": ({2: HEIGHT, 3: HEIGHT}, {2: HEIGHT, 3: HEIGHT}),
+    "derived": ({2: 2 * HEIGHT}, {2: 2 * HEIGHT}),
+    "found": ({0: Dim.AUTO, 2: Dim.AUTO}, {0: Dim.AUTO, 2: Dim.AUTO}),
+}
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("name", GUARDS)
+def test_an_exported_program_refuses_the_sizes_that_it_refused(name: str, decomposed: bool) -> None:
+    model = randomize(Summed().eval())
+    x, y = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 8, 8)
+    program = export(model, (x, y), dynamic_shapes=GUARDS[name])
+    module = (program.run_decompositions() if decomposed else program).module()
+    fast = fxrep.optimize(module)
+    assert len(fxrep.report(fast).rewrites) == 1
+    ran = 0
+    for n, h, w in [(2, 8, 8), (8, 8, 8), (9, 8, 8), (1, 8, 8), (2, 9, 8), (2, 10, 8), (2, 40, 8),
+                    (2, 10, 10), (2, 8, 4)]:  # fmt: skip
+        given = torch.randn(n, 3, h, w), torch.randn(n, 4, h, w)
+        try:
+            expected = module(*given)
+        except AssertionError as error:
+            with pytest.raises(AssertionError, match="Guard failed"):
+                fast(*given)
+            assert "Guard failed" in str(error)
+        else:
+            ran += 1
+            torch.testing.assert_close(fast(*given), expected, rtol=1e-4, atol=1e-4)
+    assert 0 < ran < 9
+    with pytest.raises(AssertionError):
+        fast(x, torch.randn(2, 4, 4, 8))
+
+
+@pytest.mark.parametrize("name", [name for name in GUARDS if name != "derived"])
+def test_an_exported_program_whose_hook_checks_the_sizes(name: str) -> None:
+    model = randomize(Summed().eval())
+    x, y = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 8, 8)
+    module = export(model, (x, y), dynamic_shapes=GUARDS[name]).module(check_guards=False)
+    fast = fxrep.optimize(module)
+    assert len(fxrep.report(fast).rewrites) == 1
+    for n, h, w in [(2, 8, 8), (9, 8, 8), (2, 9, 8), (2, 10, 10), (2, 40, 40)]:
+        given = torch.randn(n, 3, h, w), torch.randn(n, 4, h, w)
+        try:
+            expected = module(*given)
+        except RuntimeError:
+            with pytest.raises(AssertionError, match="was exported with size"):
+                fast(*given)
+        else:
+            torch.testing.assert_close(fast(*given), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_example_inputs_compare_an_exported_program() -> None:

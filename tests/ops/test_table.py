@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fxrep
 from fxrep.analysis.channels import Channels
+from fxrep.analysis.dtypes import Dtypes
 from fxrep.analysis.ranks import Ranks
 from fxrep.ops.calls import Calls
 from fxrep.ops.effects import effect
@@ -51,10 +52,11 @@ DECLARED = sorted(name for name in OPS if overloads(name))
 # Second names of an operator, and two whose parts only are tagged.
 UNTAGGED = words(
     "absolute arccos arccosh arcsin arcsinh arctan arctanh divide fix floor_divide greater "
-    "greater_equal hardswish less less_equal multiply negative not_equal subtract masked_scatter"
+    "greater_equal hardswish less less_equal multiply negative not_equal subtract "
+    "isclose isreal"
 )
 # Copies, of which nothing is to be gained; random numbers; `max(x, y)`, but not `max(x)`.
-NOT_ONLY_POINTWISE = {"clone", "positive", "rrelu", "max", "min", "conj"}
+NOT_ONLY_POINTWISE = {"clone", "positive", "rrelu", "max", "min", "conj", "masked_scatter"}
 
 
 @pytest.mark.parametrize("name", DECLARED)
@@ -136,6 +138,10 @@ def judge(
     return list(contradictions(Calls(root), graph, node, tensors, result, any(written)))
 
 
+def is_integral(dtype: torch.dtype) -> bool:
+    return not dtype.is_floating_point and not dtype.is_complex
+
+
 def contradictions(
     calls: Calls, graph: fx.Graph, node: fx.Node, tensors: list[Tensor], result: Any, written: bool
 ) -> Iterator[str]:
@@ -153,6 +159,14 @@ def contradictions(
         yield "memory of its own"
     if written and not does.writes:
         yield "it writes nothing"
+    if isinstance(result, Tensor):
+        dtype, integral = Dtypes(graph, calls).of(node), is_integral(result.dtype)
+        if dtype is not None and (is_integral(dtype) != integral):
+            yield f"{dtype}, not {result.dtype}"
+        if dtype is None and integral:
+            yield f"no dtype, though it is {result.dtype}"
+        if dtype is not None and not integral and dtype != result.dtype:
+            yield f"{dtype}, not {result.dtype}"
     ranks = Ranks(graph, calls)
     channels = Channels(graph, calls, ranks.rank)
     for value, real in zip((node, *node.all_input_nodes), (result, *tensors), strict=False):

@@ -319,7 +319,9 @@ STAYS: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
         lambda: Body(_twice, conv=conv(6, 6), first=norm(6), second=norm(6)),
         None, {"batchnorms": 2, "reasons": ["called 2 times"], "rewrites": 0},
     ),
-    "tied weights": (_tied, None, {"batchnorms": 2, "reasons": ["called 2 times"], "rewrites": 0}),
+    "tied weights": (
+        _tied, None, {"batchnorms": 2, "reasons": ["its weight is used 2 times"], "rewrites": 0},
+    ),
     "hook on the conv": (
         _hooked, None, {"batchnorms": 1, "reasons": ["hook registered"], "rewrites": 0},
     ),

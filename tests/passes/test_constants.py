@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import fxrep
 from support.check import check, count, distance, inputs_of, run
@@ -207,3 +208,58 @@ def expressions(draw: st.DrawFn) -> Callable[[Any], Tensor]:
 @given(weight=expressions())
 def test_any_weight_expression(weight: Callable[[Any], Tensor]) -> None:
     check(Weighted(weight).eval(), SHAPES, layers=1)
+
+
+# --- what the model returns -------------------------------------------------------------------
+
+
+class Returns(nn.Module):
+    """A network that returns a constant beside its result."""
+
+    def __init__(self, constant: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.constant = constant
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.w = nn.Parameter(torch.arange(4.0))
+        self.register_buffer("u", torch.arange(4.0))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.bn(self.conv(x)), self.constant(self)
+
+
+RETURNED: dict[str, Callable[[Any], Any]] = {
+    "a product": lambda m: m.w * 2,
+    "of a buffer": lambda m: m.u * 2,
+    "a view of it": lambda m: (m.w * 2).view(2, 2),
+    "a slice of it": lambda m: (m.w * 2)[1:],
+    "its parts": lambda m: (m.w * 2).chunk(2),
+    "in a list": lambda m: [m.w * 2, m.u + 1],
+    "in a dict": lambda m: {"a": (m.w + 1, [m.w * 3])},
+    "a copy": lambda m: m.w.clone(),
+    "detached": lambda m: m.w.detach() * 2,
+    "integers": lambda m: (m.u * 2).long(),
+    "stacked": lambda m: torch.stack([m.w * 2, m.u]),
+    "a function": lambda m: torch.softmax(m.w, 0),
+    "made by the forward": lambda m: torch.arange(4.0) * 2,
+}
+
+
+@pytest.mark.parametrize("examples", [False, True], ids=["", "example inputs"])
+@pytest.mark.parametrize("name", RETURNED)
+def test_a_returned_constant_is_the_callers(name: str, examples: bool) -> None:
+    """The caller may write it, and gradients flow through it."""
+    model, x = Returns(RETURNED[name]).eval(), torch.randn(2, 3, 4, 4)
+    optimized = fxrep.optimize(model, x if examples else None)
+    for _ in range(2):
+        expected, got = (tree_leaves(m(x)[1]) for m in (model, optimized))
+        for a, b in zip(expected, got, strict=True):
+            assert torch.equal(a, b) and a.requires_grad == b.requires_grad
+            b.data.mul_(5)
+    weights = [dict(m.named_parameters()).get("w") for m in (model, optimized)]
+    totals = [sum(t.sum() for t in tree_leaves(m(x)[1])) for m in (model, optimized)]
+    if isinstance(totals[0], Tensor) and totals[0].requires_grad:
+        for total, weight in zip(totals, weights, strict=True):
+            assert weight is not None
+            total.backward()
+        assert weights[0] is not None and weights[1] is not None
+        assert torch.equal(weights[0].grad, weights[1].grad)  # type: ignore[arg-type]

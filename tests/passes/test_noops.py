@@ -319,3 +319,32 @@ def test_nobody_can_tell(steps: list[tuple[str, int]], returned: list[int], alon
     if alone:
         x = torch.randn(shapes[0])
         assert memory(fxrep.optimize(model, **options), x) == memory(model, x)
+
+
+TRUTH = {
+    "> 0": lambda y: y > 0,
+    "isnan": lambda y: y.isnan(),
+    "isfinite": lambda y: torch.isfinite(y),
+    "signbit": lambda y: y.signbit(),
+    "logical_not": lambda y: torch.logical_not(y),
+    "ne": lambda y: y.ne(0.5),
+    "of an element-wise function": lambda y: torch.tanh(y).relu() >= 0.1,
+    "long": lambda y: y.long(),
+    "argmax": lambda y: y.argmax(1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("how", ["1 *", "+ 0", "/ 1", "mul"])
+@pytest.mark.parametrize("name", TRUTH)
+def test_a_truth_value_times_one_is_a_number(name: str, how: str) -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        masks = []
+        for layer in (m.a, m.c):
+            y = TRUTH[name](layer(x))
+            masks.append({"1 *": 1 * y, "+ 0": y + 0, "/ 1": y / 1, "mul": y.mul(1)}[how])
+        return masks[0], (masks[0] + masks[1]).float() / 3
+
+    model = model_of(forward, c=conv())
+    optimized = check(model, SHAPES, again=False)
+    x = torch.randn(SHAPES[0])
+    assert optimized(x)[0].dtype == model(x)[0].dtype

@@ -159,7 +159,7 @@ def test_dynamo_may_trace_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
         raise PassError("pass 'mine' failed") from exc.RestartAnalysis()
 
-    monkeypatch.setattr(backend, "static_inputs", lambda gm, inputs: {0: None})
+    monkeypatch.setattr(backend, "weight_inputs", lambda gm, inputs: {0: None})
     monkeypatch.setattr(backend, "Folded", fails)
     graph = fx.symbolic_trace(nn.Identity())
     with torch.no_grad(), pytest.raises(exc.RestartAnalysis):

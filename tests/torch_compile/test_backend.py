@@ -679,3 +679,14 @@ def test_importing_fxrep_does_not_import_dynamo() -> None:
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+def test_a_graph_without_a_rewrite_keeps_its_reasons() -> None:
+    layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU()
+    model = nn.Sequential(*layers).eval()
+    compiled = torch.compile(model, backend="fxrep", options={"inner": "eager"})
+    with torch.no_grad():
+        compiled(torch.randn(2, 3, 8, 8))
+    reasons = [skip.reason for skip in fxrep.report(model).skipped]
+    assert "nothing to fold" in reasons
+    assert any("no convolution or linear layer next to it" in reason for reason in reasons)
