@@ -67,5 +67,10 @@ _LIBRARY = os.path.dirname(os.__file__) + os.sep
 @functools.cache
 def is_library(filename: str) -> bool:
     """Whether a file is of Python's own library, or one that asks for users."""
-    own = filename.startswith(_LIBRARY) and "site-packages" not in filename
+    own = filename.startswith((_LIBRARY, "<frozen")) and "site-packages" not in filename
     return own or filename in _ASKS_FOR_USERS
+
+
+def place(code: types.CodeType) -> str:
+    """Where some code is, for a reason."""
+    return f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"

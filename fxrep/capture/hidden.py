@@ -19,26 +19,8 @@ from typing import Any
 
 from fxrep.words import words
 
-# What looks at a traced value, or at the modes of torch that watch a trace, without asking.
-_UNHEARD = words(
-    "builtins __builtins__ getattr_static getmembers getmembers_static "
-    "has_torch_function has_torch_function_unary has_torch_function_variadic "
-    "_len_torch_function_stack _len_torch_dispatch_stack is_torch_function_mode_enabled "
-    "_is_torch_function_mode_enabled _is_torch_function_enabled _is_torch_function_all_disabled"
-)
-
-# Functions that say in which mode torch runs. Whether code is compiled, exported or traced by torch
-# is no such question: as in an ordinary call, the answer is no.
-MODES = words(
-    "is_grad_enabled is_inference_mode_enabled is_autocast_enabled is_autocast_cpu_enabled "
-    "is_autocast_ipu_enabled is_autocast_hpu_enabled is_autocast_xla_enabled "
-    "is_autocast_cache_enabled get_autocast_dtype get_autocast_gpu_dtype get_autocast_cpu_dtype "
-    "get_autocast_xla_dtype get_autocast_ipu_dtype get_default_dtype get_default_device "
-    "is_anomaly_enabled is_anomaly_check_nan_enabled are_deterministic_algorithms_enabled "
-    "is_deterministic_algorithms_warn_only_enabled get_deterministic_debug_mode "
-    "get_float32_matmul_precision get_num_threads get_num_interop_threads initial_seed "
-    "get_rng_state is_warn_always_enabled"
-)
+# Names by which the builtins that are substituted (`isinstance`, `type`) are found as they were.
+_ORIGINALS = words("builtins __builtins__")
 
 _PATTERNS = frozenset({"MATCH_SEQUENCE", "MATCH_MAPPING"})
 
@@ -62,12 +44,9 @@ def hidden_question(code: types.CodeType, is_method: bool) -> str | None:
         is_method: the first argument is a module, no traced value.
     """
     mentioned = {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}
+    if mentioned & _ORIGINALS:
+        return f"forward uses {min(mentioned & _ORIGINALS)}"
     steps = list(dis.get_instructions(code))
-    unheard = mentioned & _UNHEARD
-    if any(s.opname == "IMPORT_NAME" and str(s.argval).startswith("torch") for s in steps):
-        unheard |= mentioned & MODES  # of torch itself, no stand-in
-    if unheard:
-        return f"forward uses {min(unheard)}"
     names = {step.opname for step in steps}
     if names & _PATTERNS:
         return "forward matches a pattern"

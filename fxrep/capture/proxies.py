@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -28,11 +27,6 @@ if TYPE_CHECKING:
     from fxrep.capture.tracer import Tracer
 
 
-# Code of `torch.autograd.Function.apply` that asks each argument for its class before it runs the
-# forward of the function, whose gradient is another than that of the operators it calls. Newer
-# torch has no such code in Python: its C code asks, for the user's.
-_FUNCTION_CODE = (torch.autograd.function.__file__, torch._functorch.utils.__file__)
-
 
 class Unfaithful(fx.proxy.TraceError):
     """The graph would not do what the forward does."""
@@ -40,19 +34,6 @@ class Unfaithful(fx.proxy.TraceError):
 
 class ParameterWrite(Unfaithful):
     """The forward replaces parameters."""
-
-
-_threads = threading.local()
-
-
-def running() -> Tracer | None:
-    """The tracer whose trace runs in this thread."""
-    return getattr(_threads, "tracer", None)
-
-
-def set_running(tracer: Tracer | None) -> None:
-    """Let `running` return this tracer."""
-    _threads.tracer = tracer
 
 
 class _TracedMixin:
@@ -68,8 +49,6 @@ class _TracedMixin:
     def __getattribute__(self, name: str) -> Any:
         frame = sys._getframe(1)
         if name == "__class__":
-            if frame.f_code.co_filename in _FUNCTION_CODE:
-                raise _refusal(self, "forward calls an autograd.Function")
             frame = asker(frame)
         if asks_for_users(frame) and not _real(self, "tracer").finished:
             return _asked(self, name, frame)
@@ -189,10 +168,6 @@ def _real(value: Any, name: str) -> Any:
         return TracedAttribute(value, name)
 
 
-def _refusal(value: Any, reason: str) -> Unfaithful:
-    return _real(value, "tracer").refuse(Unfaithful(reason))  # type: ignore[no-any-return]
-
-
 def _is_harmless_text(value: Any, frame: types.FrameType) -> bool:
     """Whether the text of a traced value is only a message, or the key of a cache that is empty."""
     code, at = frame.f_code, frame.f_lasti
@@ -218,7 +193,6 @@ def _asked(value: Any, name: str, frame: types.FrameType) -> Any:
     if name == "__torch_function__":  # torch's C code, called by the user's
         return _real(value, name)
     tracer = _real(value, "tracer")
-    tracer.hear(frame)
     kind = kind_of(value)
     if kind is not None and _defines(kind, name):
         return _attribute(value, kind, name, frame)

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxrep.capture.askers import is_users
-from fxrep.capture.hidden import expected_exceptions, hidden_question, may_return_none
+from fxrep.capture.askers import is_users, place
+from fxrep.capture.hidden import expected_exceptions, may_return_none
 from fxrep.capture.hollow import Hollow
+from fxrep.capture.listening import Listener
 from fxrep.capture.modes import Watch, contexts
-from fxrep.capture.proxies import ParameterWrite, TracedValue, Unfaithful, set_running
-from fxrep.capture.reachable import code_key, reachable_code
+from fxrep.capture.proxies import ParameterWrite, TracedValue, Unfaithful
 from fxrep.capture.signature import Arguments, is_literal
 from fxrep.capture.skeleton import named_tensors
 from fxrep.capture.state import Containers, GeneratorStates, is_only_thread
@@ -133,12 +133,11 @@ class Tracer(fx.Tracer):
         self.containers = Containers(root)
         self.hollow = Hollow(root, self)
         self.watch = Watch(self, [tensor for _, tensor in registered])
+        self.listener = Listener(self)
         self.generators = GeneratorStates()
         self.drew_numbers = False
         self.contexts = contexts()
         self.finished = False
-        self.heard: set[types.CodeType] = set()
-        self.without_questions: set[tuple[object, ...]] = set()
         self.suspicion: tuple[types.CodeType, int, Unfaithful] | None = None
 
     def run(self) -> fx.Graph:
@@ -148,10 +147,10 @@ class Tracer(fx.Tracer):
     def _trace_root(self) -> fx.Graph:
         self.hollow.install()
         call = self._root_call()
-        self._refuse_hidden_questions(self.root)
         self.watch.start()
-        set_running(self)
+        self.listener.start()
         result = call()
+        self.listener.stop()
         self.create_node("output", "output", (self.create_arg(result),), {})
         self._settle_suspicion(None)
         self._refuse_written_attributes(self.root)
@@ -167,8 +166,8 @@ class Tracer(fx.Tracer):
             raise Unfaithful("forward, or another thread meanwhile, draws random numbers")
 
     def _restore(self) -> None:
+        self.listener.stop()
         self.finished = True
-        set_running(None)
         self.watch.stop()
         self.hollow.uninstall()
 
@@ -176,6 +175,17 @@ class Tracer(fx.Tracer):
         """Record a violation and return it, to be raised: user code may catch the error."""
         self.violations.append(error)
         return error
+
+    def why_not(self, error: BaseException, known: int = 0) -> tuple[str, bool]:
+        """Why a forward does not trace, for the report; and whether it replaces parameters.
+
+        Args:
+            error: what ended the trace; a violation before it, which was not raised, is the reason.
+            known: violations before the trace of the forward.
+        """
+        found = self.violations[known:]
+        frozen = any(isinstance(each, ParameterWrite) for each in (error, *found))
+        return explain(found[0] if found else error), frozen
 
     # questions
 
@@ -193,28 +203,8 @@ class Tracer(fx.Tracer):
         if frame is None or (frame.f_code, frame.f_lasti) != (code, at):
             raise self.refuse(error)
 
-    def _refuse_hidden_questions(self, m: nn.Module) -> None:
-        """Refuse the forward of a module if its code asks what a traced value does not hear."""
-        key = code_key(m)
-        if key in self.without_questions:
-            return
-        for code, is_method in reachable_code(m):
-            reason = hidden_question(code, is_method)
-            if reason is not None:
-                raise self.refuse(Unfaithful(f"{reason} ({place(code)})"))
-        self.without_questions.add(key)
-
-    def hear(self, frame: types.FrameType) -> None:
-        """Refuse code that handles traced values and asks what these do not hear."""
-        code = frame.f_code
-        if code not in self.heard:
-            reason = hidden_question(code, _is_method(frame))
-            if reason is not None:
-                raise self.refuse(Unfaithful(f"{reason} ({place(code)})"))
-            self.heard.add(code)
-
     def _refuse_frames(self, kind: str) -> None:
-        """Refuse an operation in code that asks hidden questions, or expects its exceptions."""
+        """Refuse an operation in code that expects its exceptions."""
         frame: types.FrameType | None = sys._getframe(2)
         innermost: types.FrameType | None = None
         layer = kind == "call_module"
@@ -222,7 +212,6 @@ class Tracer(fx.Tracer):
             code = frame.f_code
             if is_users(code.co_filename):
                 innermost = innermost or frame
-                self.hear(frame)
                 self._refuse_expected_exceptions(frame, layer)
             frame = frame.f_back
         self._settle_suspicion(innermost)
@@ -421,7 +410,6 @@ class Tracer(fx.Tracer):
         """
         checkpoint, generators = self._checkpoint(), GeneratorStates()
         try:
-            self._refuse_hidden_questions(m)
             result = m.forward(*args, **kwargs)
             if len(self.violations) > checkpoint.violations:
                 raise self.violations[checkpoint.violations]
@@ -429,8 +417,9 @@ class Tracer(fx.Tracer):
             self.refuse_drawn_numbers(generators)
             self._refuse_written_attributes(m)
         except Exception as error:
+            reason, frozen = self.why_not(error, checkpoint.violations)
             self._roll_back(checkpoint, m)
-            opaque = Opaque(m, path, explain(error), isinstance(error, ParameterWrite))
+            opaque = Opaque(m, path, reason, frozen)
             if id(m) in self.inlined:
                 self.known_opaque[id(m)] = opaque
                 raise Restart(opaque.reason) from error
@@ -517,17 +506,6 @@ class Tracer(fx.Tracer):
 
 
 _TRACE_ROOT = Tracer._trace_root.__code__
-
-
-def _is_method(frame: types.FrameType) -> bool:
-    """Whether the first argument of a function that runs is a module."""
-    code = frame.f_code
-    return bool(code.co_argcount) and isinstance(frame.f_locals.get(code.co_varnames[0]), nn.Module)
-
-
-def place(code: types.CodeType) -> str:
-    """Where some code is, for a reason."""
-    return f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
 
 
 def _plain_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
