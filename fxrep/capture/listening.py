@@ -1,10 +1,10 @@
-"""What the interpreter tells of each call while a forward is traced (`sys.setprofile`).
+"""What the interpreter tells of the calls that run while a forward is traced.
 
 Some questions reach no traced value: ``a is b`` looks at objects without asking them, and
 ``torch.is_grad_enabled()`` asks for the state of the process. The first is found in the code of the
-functions that run, the second where the function is called. So is ``Function.apply``, which runs
-the forward of a `torch.autograd.Function`, whose gradient is its own. Only the tracing thread is
-listened to, and nothing is replaced.
+functions that run, the second where the function is called. So is the forward of a
+`torch.autograd.Function`, whose gradient is another than that of the operators it calls. Only the
+tracing thread is listened to, and nothing is replaced.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from __future__ import annotations
 import enum
 import inspect
 import sys
+import threading
 import types
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
+from torch.autograd.function import FunctionCtx
 
 from fxrep.capture.askers import asks_for_users, is_library, is_users, place
 from fxrep.capture.hidden import hidden_question
@@ -25,6 +28,183 @@ from fxrep.words import words
 
 if TYPE_CHECKING:
     from fxrep.capture.tracer import Tracer
+
+_Result = TypeVar("_Result")
+
+
+class Listener:
+    """Hears the calls of one trace, from `start` to `stop`.
+
+    A violation is recorded, not raised: an error raised here would end the listening.
+
+    Args:
+        tracer: is told of violations.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        self.tracer = tracer
+
+    def start(self) -> None:
+        """Begin."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """End. A second call changes nothing."""
+        raise NotImplementedError
+
+    def without(self, run: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
+        """Call the tracer's own function `run`; its calls need not be heard."""
+        return run(*args, **kwargs)
+
+    def within(self, run: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
+        """Call the forward `run` of the user's code."""
+        return run(*args, **kwargs)
+
+    def _starts(self, frame: types.FrameType, kind: _Kind) -> None:
+        """Hear that a function of Python starts."""
+        code = frame.f_code
+        if kind is _Kind.STATE and frame.f_back is not None:
+            self._asks_for_state(_STATES[code], frame.f_back)
+            return
+        first = _first_argument(frame)
+        if isinstance(first, FunctionCtx):
+            self._refuse("forward calls an autograd.Function")
+        elif kind is _Kind.USERS:
+            reason = hidden_question(code, isinstance(first, nn.Module))
+            if reason is not None:
+                self._refuse(f"{reason} ({place(code)})")
+
+    def _asks_for_state(self, name: str, asker: types.FrameType) -> None:
+        if asks_for_users(asker):
+            self._refuse(f"forward asks for {name}() ({place(asker.f_code)})")
+
+    def _refuse(self, reason: str) -> None:
+        self.tracer.refuse(Unfaithful(reason))
+
+
+class _Profile(Listener):
+    """Listens in the place of a profiler, which hears its own thread only.
+
+    Each event costs, so that it does not listen to the tracer.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__(tracer)
+        self.kinds: dict[int, tuple[_Kind, types.CodeType]] = {}
+        self.before: Any = None
+        self.started = self.listens = False
+
+    def start(self) -> None:
+        self.before, self.started = sys.getprofile(), True
+
+    def stop(self) -> None:
+        if not self.started:
+            return
+        self.started = self.listens = False
+        restart = getattr(self.before, "enable", None)  # that of cProfile, which cannot be called
+        sys.setprofile(None if restart else self.before)
+        if restart:
+            restart()
+
+    def without(self, run: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
+        if not self.listens:
+            return run(*args, **kwargs)
+        return self._listening(False, run, *args, **kwargs)
+
+    def within(self, run: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
+        return self._listening(True, run, *args, **kwargs)
+
+    def _listening(
+        self, listens: bool, run: Callable[..., _Result], *args: Any, **kwargs: Any
+    ) -> _Result:
+        before = self.listens
+        self._set(listens)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            if self.started:
+                self._set(before)
+
+    def _set(self, listens: bool) -> None:
+        self.listens = listens
+        sys.setprofile(self._hear if listens else None)
+
+    def _hear(self, frame: types.FrameType, event: str, called: Any) -> None:
+        if event == "c_call":
+            if called in _STATES:
+                self._asks_for_state(_STATES[called], frame)
+        elif event == "call":
+            code = frame.f_code
+            known = self.kinds.get(id(code))  # the hash of the code itself costs more
+            if known is None:
+                known = self.kinds[id(code)] = _kind(code), code
+            if known[0] is not _Kind.OTHER:
+                self._starts(frame, known[0])
+
+
+class _Monitor(Listener):
+    """Listens by `sys.monitoring`, which hears all threads.
+
+    It tells only once of code that is of no interest, so that the tracer may be heard too.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__(tracer)
+        self.thread = threading.get_ident()
+
+    def start(self) -> None:
+        with _lock:
+            _monitors[self.thread] = self
+            if len(_monitors) == 1:
+                _monitoring.use_tool_id(_TOOL, "fxrep")
+                _monitoring.register_callback(_TOOL, _EVENTS.PY_START, _python_starts)
+                _monitoring.register_callback(_TOOL, _EVENTS.CALL, _something_is_called)
+                _monitoring.set_events(_TOOL, _EVENTS.PY_START | _EVENTS.CALL)
+
+    def stop(self) -> None:
+        with _lock:
+            if _monitors.pop(self.thread, None) is not None and not _monitors:
+                _monitoring.set_events(_TOOL, 0)
+                _monitoring.free_tool_id(_TOOL)
+
+
+_monitoring: Any = getattr(sys, "monitoring", None)  # new in Python 3.12
+_EVENTS: Any = getattr(_monitoring, "events", None)
+_TOOL = 4
+_lock = threading.RLock()
+_monitors: dict[int, Listener] = {}
+_code_kinds: dict[types.CodeType, _Kind] = {}
+
+
+def _python_starts(code: types.CodeType, _: int) -> Any:
+    kind = _code_kinds.get(code)
+    if kind is None:
+        kind = _code_kinds[code] = _kind(code)
+    if kind is _Kind.OTHER:
+        return _monitoring.DISABLE
+    listener = _monitors.get(threading.get_ident())
+    if listener is not None:
+        listener._starts(sys._getframe(1), kind)
+    return None
+
+
+def _something_is_called(code: types.CodeType, _: int, called: Any, __: Any) -> Any:
+    if not is_users(code.co_filename):
+        return _monitoring.DISABLE
+    listener = _monitors.get(threading.get_ident())
+    if listener is not None and isinstance(called, types.BuiltinFunctionType):
+        name = _STATES.get(called)
+        if name is not None:
+            listener._asks_for_state(name, sys._getframe(1))
+    return None
+
+
+def listener(tracer: Tracer) -> Listener:
+    """The listener of a trace."""
+    return _Profile(tracer) if _monitoring is None else _Monitor(tracer)
+
+
+# --- which functions matter ---------------------------------------------------------------------
 
 
 def _states() -> dict[object, str]:
@@ -36,7 +216,7 @@ def _states() -> dict[object, str]:
     found: dict[object, str] = {}
     overridable = torch.overrides.get_overridable_functions().values()
     of_tensors = {id(function) for functions in overridable for function in functions}
-    for namespace in (torch, torch._C, torch.overrides):
+    for namespace in (torch, torch._C):
         for name, value in vars(namespace).items():
             about_state = name.lstrip("_").startswith(_ABOUT_STATE) and "tracing" not in name
             if about_state and callable(value) and id(value) not in of_tensors:
@@ -49,68 +229,8 @@ def _states() -> dict[object, str]:
 _ABOUT_STATE = ("is_", "are_", "get_", "has_", "len_")
 _STATES = _states()
 
-
-class Listener:
-    """Listens to the calls of one trace, from `start` to `stop`.
-
-    Args:
-        tracer: is told of violations; an error raised here would end the listening.
-    """
-
-    def __init__(self, tracer: Tracer) -> None:
-        self.tracer = tracer
-        self.kinds: dict[types.CodeType, _Kind] = {}
-        self.before: Any = None
-        self.listens = False
-
-    def start(self) -> None:
-        """Begin to listen, in the place of another profiler of this thread."""
-        self.before, self.listens = sys.getprofile(), True
-        sys.setprofile(self._hear)
-
-    def stop(self) -> None:
-        """Stop, and let the other profiler go on. A second call changes nothing."""
-        if self.listens:
-            self.listens = False
-            # cProfile's own object, in C, cannot be called.
-            restart = getattr(self.before, "enable", None)
-            sys.setprofile(None if restart else self.before)
-            if restart:
-                restart()
-
-    def _hear(self, frame: types.FrameType, event: str, called: Any) -> None:
-        if event == "c_call":
-            name = _STATES.get(called)
-            if name is not None:
-                self._refuse_state(name, frame)
-        elif event == "call":
-            code = frame.f_code
-            kind = self.kinds.get(code)
-            if kind is None:
-                kind = self.kinds[code] = _kind(code)
-            if kind is not _Kind.OTHER:
-                self._hear_function(frame, kind)
-
-    def _hear_function(self, frame: types.FrameType, kind: _Kind) -> None:
-        code = frame.f_code
-        if kind is _Kind.STATE:
-            if frame.f_back is not None:
-                self._refuse_state(_STATES[code], frame.f_back)
-            return
-        first = _first_argument(frame)
-        if isinstance(first, torch.autograd.function.FunctionCtx):
-            self._refuse("forward calls an autograd.Function")
-        elif kind is _Kind.USERS:
-            reason = hidden_question(code, isinstance(first, nn.Module))
-            if reason is not None:
-                self._refuse(f"{reason} ({place(code)})")
-
-    def _refuse_state(self, name: str, asker: types.FrameType) -> None:
-        if asks_for_users(asker):
-            self._refuse(f"forward asks for {name}() ({place(asker.f_code)})")
-
-    def _refuse(self, reason: str) -> None:
-        self.tracer.refuse(Unfaithful(reason))
+# Methods of a `torch.autograd.Function` that get its context first.
+_PARTS_OF_FUNCTIONS = words("forward setup_context")
 
 
 class _Kind(enum.Enum):
@@ -128,10 +248,6 @@ def _kind(code: types.CodeType) -> _Kind:
     if is_users(code.co_filename) and not is_library(code.co_filename):
         return _Kind.USERS
     return _Kind.OF_TORCH_FUNCTION if code.co_name in _PARTS_OF_FUNCTIONS else _Kind.OTHER
-
-
-# Methods of a `torch.autograd.Function` that get its context first.
-_PARTS_OF_FUNCTIONS = words("forward setup_context")
 
 
 def _first_argument(frame: types.FrameType) -> Any:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from fxrep.capture.tracer import Tracer
 
 
-
 class Unfaithful(fx.proxy.TraceError):
     """The graph would not do what the forward does."""
 
@@ -50,8 +49,9 @@ class _TracedMixin:
         frame = sys._getframe(1)
         if name == "__class__":
             frame = asker(frame)
-        if asks_for_users(frame) and not _real(self, "tracer").finished:
-            return _asked(self, name, frame)
+        tracer = _real(self, "tracer")
+        if asks_for_users(frame) and not tracer.finished:
+            return tracer.listener.without(_asked, self, name, frame)
         return _real(self, name)
 
     def __getattr__(self, name: str) -> TracedAttribute:
@@ -120,7 +120,7 @@ def _in_place(name: str) -> Callable[[Any, object], Any]:
         target = fresh if is_size(self.tracer.calls, self.node) else changed
         return self.tracer.create_proxy("call_function", target, (self, other), {})
 
-    return record
+    return lambda self, other: _real(self, "tracer").listener.without(record, self, other)
 
 
 def _refused(name: str) -> Callable[..., Any]:

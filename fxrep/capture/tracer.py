@@ -23,7 +23,7 @@ from torch import fx, nn
 from fxrep.capture.askers import is_users, place
 from fxrep.capture.hidden import expected_exceptions, may_return_none
 from fxrep.capture.hollow import Hollow
-from fxrep.capture.listening import Listener
+from fxrep.capture.listening import listener
 from fxrep.capture.modes import Watch, contexts
 from fxrep.capture.proxies import ParameterWrite, TracedValue, Unfaithful
 from fxrep.capture.signature import Arguments, is_literal
@@ -133,11 +133,12 @@ class Tracer(fx.Tracer):
         self.containers = Containers(root)
         self.hollow = Hollow(root, self)
         self.watch = Watch(self, [tensor for _, tensor in registered])
-        self.listener = Listener(self)
+        self.listener = listener(self)
         self.generators = GeneratorStates()
         self.drew_numbers = False
         self.contexts = contexts()
         self.finished = False
+        self.expected_outside: tuple[str | None, str | None] = (None, None)
         self.suspicion: tuple[types.CodeType, int, Unfaithful] | None = None
 
     def run(self) -> fx.Graph:
@@ -149,8 +150,7 @@ class Tracer(fx.Tracer):
         call = self._root_call()
         self.watch.start()
         self.listener.start()
-        result = call()
-        self.listener.stop()
+        result = self._run_forward(call)
         self.create_node("output", "output", (self.create_arg(result),), {})
         self._settle_suspicion(None)
         self._refuse_written_attributes(self.root)
@@ -203,25 +203,42 @@ class Tracer(fx.Tracer):
         if frame is None or (frame.f_code, frame.f_lasti) != (code, at):
             raise self.refuse(error)
 
-    def _refuse_frames(self, kind: str) -> None:
-        """Refuse an operation in code that expects its exceptions."""
-        frame: types.FrameType | None = sys._getframe(2)
-        innermost: types.FrameType | None = None
-        layer = kind == "call_module"
-        while frame is not None and frame.f_code is not _TRACE_ROOT:
-            code = frame.f_code
-            if is_users(code.co_filename):
-                innermost = innermost or frame
-                self._refuse_expected_exceptions(frame, layer)
-            frame = frame.f_back
-        self._settle_suspicion(innermost)
+    def _check_operation(self, kind: str) -> None:
+        """Refuse an operation whose exceptions the code expects; settle what was suspected."""
+        frame = sys._getframe(2)
+        reason = self._expected(frame, kind == "call_module")
+        if reason is not None:
+            raise self.refuse(Unfaithful(reason))
+        if self.suspicion is not None:
+            self._settle_suspicion(_innermost_of_users(frame))
 
-    def _refuse_expected_exceptions(self, frame: types.FrameType, layer: bool) -> None:
-        code = frame.f_code
-        if code.co_exceptiontable:
-            reason = expected_exceptions(code, frame.f_lasti, layer)
-            if reason is not None:
-                raise self.refuse(Unfaithful(f"{reason} ({place(code)})"))
+    def _expected(self, frame: types.FrameType | None, layer: bool) -> str | None:
+        """Which exceptions of an operation would be caught by the code that runs, for a reason.
+
+        Args:
+            frame: the innermost frame to look at.
+            layer: the operation is the call of a layer.
+        """
+        while frame is not None:
+            code = frame.f_code
+            if code is _RUN_FORWARD or code is _TRACE_ROOT:
+                break
+            if code.co_exceptiontable and is_users(code.co_filename):
+                reason = expected_exceptions(code, frame.f_lasti, layer)
+                if reason is not None:
+                    return f"{reason} ({place(code)})"
+            frame = frame.f_back
+        return self.expected_outside[layer]
+
+    def _run_forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The result of a forward; what the code around its call expects is found once."""
+        outside = self.expected_outside
+        around = sys._getframe(1)
+        self.expected_outside = self._expected(around, False), self._expected(around, True)
+        try:
+            return self.listener.within(forward, *args, **kwargs)
+        finally:
+            self.expected_outside = outside
 
     def expected_exception(self, frame: types.FrameType) -> bool:
         """Whether the user's code expects an exception at this instruction."""
@@ -238,12 +255,15 @@ class Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:  # noqa: D102
         return TracedValue(node, self)
 
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:  # noqa: D102
+        return self.listener.without(super().create_proxy, *args, **kwargs)
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:  # noqa: D102
         if contexts() != self.contexts:
             which = "inference_mode" if torch.is_inference_mode_enabled() else "autocast"
             raise self.refuse(Unfaithful(f"forward uses 'with torch.{which}'"))
         if args[0].startswith("call_"):
-            self._refuse_frames(args[0])
+            self._check_operation(args[0])
         if args[0] in ("call_function", "call_method") and lacks_operand(*args[1:4]):
             name = getattr(args[1], "__name__", args[1])
             raise self._missing_tensor(f"forward passes None to {name}() for a tensor")
@@ -331,6 +351,9 @@ class Tracer(fx.Tracer):
 
     def call(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The traced result of a call of a module of the tree."""
+        return self.listener.without(self._call, m, args, kwargs)
+
+    def _call(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         path = self.module_paths[id(m)]
         self._refuse_written_attributes(m)
         if not foreign_hooks(m):  # a hook may change the arguments
@@ -410,7 +433,7 @@ class Tracer(fx.Tracer):
         """
         checkpoint, generators = self._checkpoint(), GeneratorStates()
         try:
-            result = m.forward(*args, **kwargs)
+            result = self._run_forward(m.forward, *args, **kwargs)
             if len(self.violations) > checkpoint.violations:
                 raise self.violations[checkpoint.violations]
             self._settle_suspicion(None)
@@ -505,7 +528,14 @@ class Tracer(fx.Tracer):
         return lambda: forward(*positional, **named)
 
 
-_TRACE_ROOT = Tracer._trace_root.__code__
+# Where the frames of a forward end.
+_RUN_FORWARD, _TRACE_ROOT = Tracer._run_forward.__code__, Tracer._trace_root.__code__
+
+
+def _innermost_of_users(frame: types.FrameType | None) -> types.FrameType | None:
+    while frame is not None and not is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
 
 
 def _plain_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -61,8 +61,13 @@ def check_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
     """
     if "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__:
         return
+    _check_names(type(module).forward, len(args), tuple(kwargs))
+
+
+@functools.cache
+def _check_names(forward: Any, positional: int, names: tuple[str, ...]) -> None:
     with contextlib.suppress(ValueError):  # code without a signature
-        _signature(type(module).forward).bind(module, *args, **kwargs)
+        _signature(forward).bind(None, *(None,) * positional, **dict.fromkeys(names))
 
 
 @functools.cache
