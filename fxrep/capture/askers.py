@@ -38,6 +38,11 @@ def is_users(filename: str) -> bool:
     return filename in _ASKS_FOR_USERS or not filename.startswith(_MACHINERY)
 
 
+def is_own(filename: str) -> bool:
+    """Whether code of this file is fxrep's, which calls the forwards that it traces."""
+    return filename.startswith((_OWN, _PASSES))
+
+
 def asks_for_users(frame: types.FrameType) -> bool:
     """Whether a frame runs the user's code."""
     return is_users(frame.f_code.co_filename)

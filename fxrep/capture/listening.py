@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx
 
-from fxrep.capture.askers import asks_for_users, is_library, is_users, place
+from fxrep.capture.askers import asks_for_users, is_library, is_own, is_users, place
 from fxrep.capture.hidden import hidden_question
 from fxrep.capture.proxies import Unfaithful
 from fxrep.words import words
@@ -71,11 +71,11 @@ class Listener:
             self._refuse("forward calls an autograd.Function")
         elif kind is _Kind.USERS:
             reason = hidden_question(code, isinstance(first, nn.Module))
-            if reason is not None:
+            if reason is not None and not _is_imported(frame):
                 self._refuse(f"{reason} ({place(code)})")
 
     def _asks_for_state(self, name: str, asker: types.FrameType) -> None:
-        if asks_for_users(asker):
+        if asks_for_users(asker) and not _is_imported(asker):
             self._refuse(f"forward asks for {name}() ({place(asker.f_code)})")
 
     def _refuse(self, reason: str) -> None:
@@ -218,9 +218,12 @@ def _states() -> dict[object, str]:
     of_tensors = {id(function) for functions in overridable for function in functions}
     for namespace in (torch, torch._C):
         for name, value in vars(namespace).items():
+            function = getattr(value, "__code__", value)
+            if isinstance(function, types.CodeType) and is_users(function.co_filename):
+                continue  # imported from elsewhere
             about_state = name.lstrip("_").startswith(_ABOUT_STATE) and "tracing" not in name
             if about_state and callable(value) and id(value) not in of_tensors:
-                found[getattr(value, "__code__", value)] = name
+                found[function] = name
     for function in (inspect.getattr_static, inspect.getmembers, torch.initial_seed):
         found[function.__code__] = function.__name__
     return found
@@ -248,6 +251,15 @@ def _kind(code: types.CodeType) -> _Kind:
     if is_users(code.co_filename) and not is_library(code.co_filename):
         return _Kind.USERS
     return _Kind.OF_TORCH_FUNCTION if code.co_name in _PARTS_OF_FUNCTIONS else _Kind.OTHER
+
+
+def _is_imported(frame: types.FrameType | None) -> bool:
+    """Whether the code runs because a Python module is imported, and so sees no traced value."""
+    while frame is not None and not is_own(frame.f_code.co_filename):
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _first_argument(frame: types.FrameType) -> Any:
