@@ -100,11 +100,12 @@ class _Profile(Listener):
     def stop(self) -> None:
         if not self.started:
             return
-        self.started = self.listens = False
+        self.listens = False
         restart = getattr(self.before, "enable", None)  # that of cProfile, which cannot be called
         sys.setprofile(None if restart else self.before)
         if restart:
             restart()
+        self.started = False
 
     def without(self, run: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
         if not self.listens:
@@ -143,7 +144,7 @@ class _Profile(Listener):
 
 
 class _Monitor(Listener):
-    """Listens by `sys.monitoring`, which hears all threads.
+    """Listens by `sys.monitoring`, new in Python 3.12, which hears all threads.
 
     It tells only once of code that is of no interest, so that the tracer may be heard too.
     """
@@ -156,30 +157,28 @@ class _Monitor(Listener):
         with _lock:
             _monitors[self.thread] = self
             if len(_monitors) == 1:
-                _monitoring.use_tool_id(_TOOL, "fxrep")
-                _monitoring.register_callback(_TOOL, _EVENTS.PY_START, _python_starts)
-                _monitoring.register_callback(_TOOL, _EVENTS.CALL, _something_is_called)
-                _monitoring.set_events(_TOOL, _EVENTS.PY_START | _EVENTS.CALL)
+                _monitoring.use_tool_id(_TOOL, _NAME)
+                _monitoring.register_callback(_TOOL, _monitoring.events.PY_START, _python_starts)
+                _monitoring.register_callback(_TOOL, _monitoring.events.CALL, _something_is_called)
+                events = _monitoring.events.PY_START | _monitoring.events.CALL
+                _monitoring.set_events(_TOOL, events)
 
     def stop(self) -> None:
         with _lock:
-            if _monitors.pop(self.thread, None) is not None and not _monitors:
+            _monitors.pop(self.thread, None)
+            if not _monitors and _monitoring.get_tool(_TOOL) == _NAME:
                 _monitoring.set_events(_TOOL, 0)
                 _monitoring.free_tool_id(_TOOL)
 
 
-_monitoring: Any = getattr(sys, "monitoring", None)  # new in Python 3.12
-_EVENTS: Any = getattr(_monitoring, "events", None)
-_TOOL = 4
+_monitoring: Any = getattr(sys, "monitoring", None)
+_NAME, _TOOL = "fxrep", 4  # a number that is kept for no kind of tool
 _lock = threading.RLock()
 _monitors: dict[int, Listener] = {}
-_code_kinds: dict[types.CodeType, _Kind] = {}
 
 
 def _python_starts(code: types.CodeType, _: int) -> Any:
-    kind = _code_kinds.get(code)
-    if kind is None:
-        kind = _code_kinds[code] = _kind(code)
+    kind = _kind(code)
     if kind is _Kind.OTHER:
         return _monitoring.DISABLE
     listener = _monitors.get(threading.get_ident())
@@ -192,16 +191,16 @@ def _something_is_called(code: types.CodeType, _: int, called: Any, __: Any) -> 
     if not is_users(code.co_filename):
         return _monitoring.DISABLE
     listener = _monitors.get(threading.get_ident())
-    if listener is not None and isinstance(called, types.BuiltinFunctionType):
-        name = _STATES.get(called)
-        if name is not None:
-            listener._asks_for_state(name, sys._getframe(1))
+    if isinstance(called, types.BuiltinFunctionType) and called in _STATES and listener is not None:
+        listener._asks_for_state(_STATES[called], sys._getframe(1))
     return None
 
 
 def listener(tracer: Tracer) -> Listener:
     """The listener of a trace."""
-    return _Profile(tracer) if _monitoring is None else _Monitor(tracer)
+    if _monitoring is None or _monitoring.get_tool(_TOOL) not in (None, _NAME):
+        return _Profile(tracer)
+    return _Monitor(tracer)
 
 
 # --- which functions matter ---------------------------------------------------------------------
