@@ -669,6 +669,10 @@ torch.get_autocast_cpu_dtype() == torch.bfloat16
 torch.is_autocast_cache_enabled()
 torch._C.is_grad_enabled()
 getattr(torch, "is_grad_enabled")()
+{"mode": [torch.is_grad_enabled]}["mode"][0]()
+getattr(torch, "_C".strip()).is_grad_enabled()
+__import__("torch").is_grad_enabled()
+torch.autograd.grad_mode.torch.is_grad_enabled()
 operator.attrgetter("is_grad_enabled")(torch)()
 torch.get_default_dtype() == torch.float32
 torch.get_default_device().type == "cpu"
@@ -1045,6 +1049,24 @@ def prepare(s): type(s).__bases__ = (Base, *type(s).__bases__)
 def forward(s, x):
     y = s.c(x)
     return s.b(y) if super(type(s), s).ask(y, x) else s.c2(y)
+""",
+    "deep_below": """
+helpers = [{"kept": [[{n: (lambda y, x: QUESTION) for n in range(99)}]]}]
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if helpers[0]["kept"][0][0][98](y, x) else s.c2(y)
+""",
+    "computed_name": """
+def prepare(s): type(s).ask_it = lambda s, y, x: QUESTION
+def forward(s, x):
+    y = s.c(x)
+    return s.b(y) if getattr(s, "ask" + "_it"[:3])(y, x) else s.c2(y)
+""",
+    "made_at_run_time": """
+def forward(s, x):
+    y = s.c(x)
+    ask = eval("lambda y, x: " + repr(s.c.bias is None)[:0] + "QUESTION")
+    return s.b(y) if ask(y, x) else s.c2(y)
 """,
     "map": """
 def ask(y): x = y; return QUESTION
