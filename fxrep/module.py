@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fxrep.capture.assemble import GraphForward as GraphForward
-from fxrep.capture.assemble import RewrittenModule as RewrittenModule
-from fxrep.capture.assemble import _empty as _empty
-from fxrep.capture.assemble import _NodeName as _NodeName
-from fxrep.capture.assemble import _NodeRecord as _NodeRecord
-from fxrep.capture.assemble import _TorchName as _TorchName
+from fxrep.capture.graph_forward import GraphForward as GraphForward
+from fxrep.capture.records import _NodeName as _NodeName
+from fxrep.capture.records import _NodeRecord as _NodeRecord
+from fxrep.capture.records import _TorchName as _TorchName
+from fxrep.capture.rewritten import RewrittenModule as RewrittenModule
+from fxrep.capture.rewritten import _empty as _empty

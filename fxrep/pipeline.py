@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxrep.capture.assemble import assemble, attach, attached
+from fxrep.capture.assemble import assemble, attached, seal
 from fxrep.capture.islands import capture
 from fxrep.capture.state import unchanged_random_state
 from fxrep.errors import OptionError, ReportError
@@ -75,7 +75,7 @@ def optimize(
         result = assemble(captured)
         if example_inputs is not None:
             report = validation.compare(captured.model, result, example_inputs, report)
-    attach(result, report)
+    seal(result, report)
     return result
 
 

@@ -8,7 +8,7 @@ are captured one by one. The graph of such a submodule is an island: Python code
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 from torch import fx, nn
 
 from fxrep.capture.aten import respelled
-from fxrep.capture.mentions import Mentions, Use
 from fxrep.capture.signature import Arguments
 from fxrep.capture.skeleton import (
     check,
@@ -28,6 +27,7 @@ from fxrep.capture.skeleton import (
 from fxrep.capture.state import restore_tensors
 from fxrep.capture.substitution import with_traceable_names
 from fxrep.capture.trace import Traced, Untraceable, trace
+from fxrep.capture.uses import Use, use_of
 from fxrep.ops.owner import foreign_hooks, is_leaf, own_calls
 from fxrep.report import Skip
 
@@ -52,10 +52,13 @@ class Program:
 
     Attributes:
         path: module path in the tree; '' for the whole model.
-        module: the skeleton's module whose forward is traced; targets of nodes start there.
+        module: the module that the targets of the graph refer to. It takes the new layers: nothing
+            else refers to it, but for the layers and opaque modules that it has in common with
+            `source`.
         graph: the trace; its nodes carry `meta["nn_module_stack"]`.
         arguments: the forward's arguments; specialised ones are constants of the graph.
-        keep_modules: other code still calls or reads the submodules: none may be removed.
+        source: the module of the tree whose forward is traced; None if there is no tree.
+        opaque: the modules below `source` that the graph calls as they are.
         ranks: ranks of values that the caller guarantees.
         dtypes: dtypes of values that the caller guarantees.
     """
@@ -64,7 +67,8 @@ class Program:
     module: nn.Module
     graph: fx.Graph
     arguments: Arguments
-    keep_modules: bool = False
+    source: nn.Module | None = None
+    opaque: tuple[nn.Module, ...] = ()
     ranks: Mapping[fx.Node, int] = field(default_factory=dict)
     dtypes: Mapping[fx.Node, torch.dtype] = field(default_factory=dict)
 
@@ -75,10 +79,10 @@ class Program:
         A model keeps its class if it has hooks or a `__call__` of its own, which may rely on the
         class, or attributes that a GraphModule needs for itself (`code`, `graph`, `meta`).
         """
+        if self.path:
+            return False
         taken = _GRAPH_MODULE_NAMES & _attributes(self.module)
-        is_graph_module = isinstance(self.module, fx.GraphModule)
-        free = is_graph_module or not (taken or _around(self.module))
-        return self.path == "" and free
+        return isinstance(self.module, fx.GraphModule) or not (taken or _around(self.module))
 
 
 @dataclass
@@ -87,7 +91,7 @@ class Capture:
 
     Attributes:
         model: the user's model, without the wrappers of torch.compile and DataParallel.
-        tree: its skeleton.
+        tree: its skeleton, which rewrites leave as it is.
         programs: the graphs, parents before children.
         skipped: the modules that stay Python code, and why.
     """
@@ -119,32 +123,9 @@ def capture(model: nn.Module, example_inputs: object = None) -> Capture:
     tree = skeleton(model)
     examples = named_inputs(tree, example_inputs)
     explorer = _Explorer(Capture(model, tree), examples)
-    with_traceable_names(
-        tree, lambda: explorer.explore(tree, "", (), use="whole", keep_modules=False)
-    )
+    with_traceable_names(tree, lambda: explorer.explore(tree, "", use="whole"))
     restore_tensors(tree, model)
-    _keep_shared_modules(explorer.capture.programs)
     return explorer.capture
-
-
-@dataclass(frozen=True)
-class _PythonForward:
-    """A forward above an island that still runs as Python code.
-
-    Attributes:
-        path: path of its module in the tree.
-        module: the module.
-        mentions: the names in its code.
-    """
-
-    path: str
-    module: nn.Module
-    mentions: Mentions
-
-    @classmethod
-    def of(cls, path: str, module: nn.Module) -> _PythonForward:
-        """The forward of a module."""
-        return cls(path, module, Mentions.of_forward(module))
 
 
 class _Explorer:
@@ -160,81 +141,47 @@ class _Explorer:
         self.examples = examples
         self.seen: set[int] = set()
 
-    def explore(
-        self,
-        module: nn.Module,
-        path: str,
-        above: tuple[_PythonForward, ...],
-        *,
-        use: Use,
-        keep_modules: bool,
-    ) -> None:
+    def explore(self, module: nn.Module, path: str, *, use: Use) -> None:
         """Capture the module, or the modules below it.
 
         Args:
             module: a module of the skeleton.
             path: its path in the tree.
-            above: the forwards above it that still run, from the root down.
             use: how the code above uses the module, if it is a Sequential.
-            keep_modules: the code above may read the module's children.
         """
         if id(module) in self.seen:
             return
         self.seen.add(id(module))
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
-            self._explore_children(module, path, above)
+            self._explore_children(module, path)
             return
         if path and (is_leaf(module) or not any(True for _ in named_tensors(module))):
             return
-        hooks = _around(module)
-        reason = _reads_weights(above, hooks)
-        if reason is not None:
-            self._skip(path, reason)
-            return
-        if use == "items" and isinstance(module, nn.Sequential):
-            self._explore_children(module, path, above)
+        if use == "items":
+            self._explore_children(module, path)
             return
         try:
             traced = trace(module, self.examples if not path else None)
         except Untraceable as error:
-            self._leave_as_it_is(module, path, above, error)
+            self._leave_as_it_is(module, path, error)
             return
-        # A hook or a `__call__` is called with the module, and may read its children.
-        self._add_program(module, path, above, traced, keep_modules=keep_modules or bool(hooks))
-        if path and traced.arguments.are_narrowed:
-            above = (*above, _PythonForward.of(path, module))
-        self._explore_opaque(path, above, traced)
-        if use == "both" and isinstance(module, nn.Sequential):
-            self._explore_children(module, path, above)
+        opaque = tuple(each.module for each in traced.opaque)
+        self.capture.programs.append(
+            Program(path, traced.module, traced.graph, traced.arguments, module, opaque)
+        )
+        self._explore_opaque(path, traced)
+        if use != "whole":
+            self._explore_children(module, path)
 
-    def _leave_as_it_is(
-        self, module: nn.Module, path: str, above: tuple[_PythonForward, ...], error: Untraceable
-    ) -> None:
+    def _leave_as_it_is(self, module: nn.Module, path: str, error: Untraceable) -> None:
         """Explore the children of a module that does not trace, unless it writes parameters."""
         if error.frozen:
             self._skip(path, f"left alone: {error.reason}")
             return
         self._skip(path, f"runs as it is: {error.reason}")
-        self._explore_children(module, path, (*above, _PythonForward.of(path, module)))
+        self._explore_children(module, path)
 
-    def _add_program(
-        self,
-        module: nn.Module,
-        path: str,
-        above: tuple[_PythonForward, ...],
-        traced: Traced,
-        *,
-        keep_modules: bool,
-    ) -> None:
-        program = Program(path, module, traced.graph, traced.arguments)
-        program.keep_modules = (
-            keep_modules
-            or (traced.arguments.are_narrowed and not program.is_root)
-            or any(forward.mentions.reaches(module) for forward in above)
-        )
-        self.capture.programs.append(program)
-
-    def _explore_opaque(self, path: str, above: tuple[_PythonForward, ...], traced: Traced) -> None:
+    def _explore_opaque(self, path: str, traced: Traced) -> None:
         """Explore the modules that a graph calls as they are."""
         for opaque in traced.opaque:
             where = f"{path}.{opaque.path}" if path else opaque.path
@@ -244,53 +191,13 @@ class _Explorer:
                 continue
             if opaque.hooked:
                 self._skip(where, "hook registered: captured on its own")
-            self.explore(opaque.module, where, above, use="whole", keep_modules=False)
+            self.explore(opaque.module, where, use="whole")
 
-    def _explore_children(
-        self, module: nn.Module, path: str, above: tuple[_PythonForward, ...]
-    ) -> None:
-        is_own_forward = bool(above) and above[-1].module is module
+    def _explore_children(self, module: nn.Module, path: str) -> None:
         for name, child in module.named_children():
             where = f"{path}.{name}" if path else name
-            use: Use = "whole"
-            if isinstance(child, nn.Sequential):
-                use = above[-1].mentions.use_of(name) if is_own_forward else "unknown"
-            self.explore(child, where, above, use=use, keep_modules=use != "whole")
+            is_sequential = isinstance(child, nn.Sequential)
+            self.explore(child, where, use=use_of(module, name) if is_sequential else "whole")
 
     def _skip(self, path: str, reason: str) -> None:
         self.capture.skipped.append(Skip(_PASS, path, reason))
-
-
-def _reads_weights(above: tuple[_PythonForward, ...], hooks: Sequence[Any]) -> str | None:
-    """Why a module must stay as it is: Python code that still runs reads weights by name."""
-    names = Mentions.of_hooks(hooks).weights(None) if hooks else ""
-    if names:
-        return f"a hook or its own __call__ reads {names} below it"
-    for forward in above:
-        names = forward.mentions.weights(forward.module)
-        if names:
-            where = forward.path or "the model"
-            return f"the forward of {where} stays and reads {names} of modules"
-    return None
-
-
-def _keep_shared_modules(programs: list[Program]) -> None:
-    """Keep all modules of programs that use a module together: each needs it as it was."""
-    users: dict[int, list[Program]] = {}
-    for program in programs:
-        for key in {id(module) for module in _used_modules(program)}:
-            users.setdefault(key, []).append(program)
-    islands = {id(program.module) for program in programs}
-    for key, sharing in users.items():
-        if len(sharing) > 1 and key not in islands:
-            for program in sharing:
-                program.keep_modules = True
-
-
-def _used_modules(program: Program) -> Iterator[nn.Module]:
-    """The modules that a graph calls, or whose tensors it reads."""
-    for node in program.graph.nodes:
-        if node.op == "call_module":
-            yield program.module.get_submodule(str(node.target))
-        elif node.op == "get_attr":
-            yield program.module.get_submodule(str(node.target).rpartition(".")[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -104,6 +104,37 @@ def empty_dicts(model: nn.Module) -> dict[int, Any]:
         for value in module.__dict__.values()
         if type(value) is OrderedDict and not value
     }
+
+
+def private(module: nn.Module, shared: Collection[int]) -> nn.Module:
+    """A copy of the modules that hold others, as far down as they are not to be shared.
+
+    Layers can be put into the copy, and taken out of it, while the module stays as it is.
+
+    Args:
+        module: the module at the top; it is always copied.
+        shared: ids of modules that the copy has in common with the module, whole.
+    """
+    copies: dict[int, nn.Module] = {}
+
+    def copied(each: nn.Module) -> nn.Module:
+        if id(each) in shared or isinstance(each, torch.jit.ScriptModule):
+            return each
+        if id(each) not in copies:
+            copies[id(each)] = new = _shallow(each)
+            for name, child in each._modules.items():
+                new._modules[name] = None if child is None else copied(child)
+        return copies[id(each)]
+
+    return copied(module)
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    new = object.__new__(type(module))  # a GraphModule's own __new__ makes a class
+    new.__dict__.update(module.__dict__)
+    for kind in ("_parameters", "_buffers", "_modules"):
+        new.__dict__[kind] = module.__dict__[kind].copy()
+    return new
 
 
 def _cause(model: nn.Module, memo: dict[int, Any]) -> str:

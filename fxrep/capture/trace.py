@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from fxrep.capture.proxies import Unfaithful
 from fxrep.capture.signature import Arguments, is_variadic
+from fxrep.capture.skeleton import private
 from fxrep.capture.state import (
     is_only_thread,
     tensor_versions,
@@ -30,12 +31,15 @@ class Traced:
     """The graph of a forward.
 
     Attributes:
+        module: the module that the targets of the graph refer to: a private copy of the traced one,
+            which has the layers that the graph calls in common with it.
         graph: the trace.
         arguments: the forward's arguments.
         opaque: the modules that the graph calls as they are.
         drew_numbers: an opaque module, or another thread, drew random numbers during the trace.
     """
 
+    module: nn.Module
     graph: fx.Graph
     arguments: Arguments
     opaque: tuple[Opaque, ...]
@@ -233,15 +237,16 @@ def _trace_once(module: nn.Module, arguments: Arguments) -> Traced:
             path = next(path for path, m in module.named_modules() if m is submodule)
             known_opaque[id(submodule)] = Opaque(submodule, path, reason)
             continue
-        _install_constants(module, graph, tracer.constants)
-        if not arguments.values and _lacks_input(module, graph, arguments):
+        copied = private(module, {id(module.get_submodule(path)) for path in called(graph)})
+        _install_constants(copied, graph, tracer.constants)
+        if not arguments.values and _lacks_input(copied, graph, arguments):
             raise Untraceable(
                 "no argument is left that could be its input",
                 lacks_tensor=True,
                 progress=len(graph.nodes),
             )
         arguments = dataclasses.replace(arguments, tensors=frozenset(tracer.tensor_arguments))
-        return Traced(graph, arguments, tuple(tracer.opaque.values()), tracer.drew_numbers)
+        return Traced(copied, graph, arguments, tuple(tracer.opaque.values()), tracer.drew_numbers)
 
 
 def _refuse_unfaithful(tracer: Tracer, graph: fx.Graph) -> None:
@@ -266,6 +271,11 @@ def _untraceable(tracer: Tracer, error: BaseException) -> Untraceable:
         progress=len(tracer.graph.nodes),
         drew_numbers=tracer.drew_numbers,
     )
+
+
+def called(graph: fx.Graph) -> set[str]:
+    """The paths of the modules that a graph calls."""
+    return {str(node.target) for node in graph.nodes if node.op == "call_module"}
 
 
 def _lacks_input(module: nn.Module, graph: fx.Graph, arguments: Arguments) -> bool:

@@ -21,15 +21,13 @@ class Names:
 
     Attributes:
         module: the module that the targets of the graph refer to.
-        keep_modules: Python code may still use the modules in it, so none of them is replaced.
         uses: how many nodes use each path, or a path below it.
         retired: the paths that erased nodes called or read.
     """
 
     module: nn.Module
-    keep_modules: bool = False
     uses: Counter[str] = field(default_factory=Counter)
-    retired: list[str] = field(default_factory=list)
+    retired: set[str] = field(default_factory=set)
 
     def add(self, node: fx.Node) -> None:
         """Count the path that a new node uses."""
@@ -39,7 +37,7 @@ class Names:
         """Stop counting an erased node."""
         self._count(node, -1)
         if node.op in ("call_module", "get_attr"):
-            self.retired.append(str(node.target))
+            self.retired.add(str(node.target))
 
     def _count(self, node: fx.Node, by: int) -> None:
         if node.op in ("call_module", "get_attr"):
@@ -80,9 +78,6 @@ class Names:
         word = "conv" if piece.map.axes else "linear"
         nodes = sorted(piece.layers)
         called = [str(node.target) for node in nodes if node.op == "call_module"]
-        if self.keep_modules and called:
-            # Below the old layer: code that iterates a Sequential would run a new child of it.
-            return f"{called[0]}.{word}"
         if len(nodes) == 1 and called:
             return called[0]
         if len(plan.pieces) == 1 or not nodes:
@@ -105,12 +100,12 @@ class Names:
         if not hasattr(parent, name):
             return False
         # A path that only erased nodes have used is free for the layer that replaces them.
-        return self.keep_modules or not (dying[path] or path in self.retired)
+        return not (dying[path] or path in self.retired)
 
 
-def names_of(graph: fx.Graph, module: nn.Module, keep_modules: bool) -> Names:
+def names_of(graph: fx.Graph, module: nn.Module) -> Names:
     """The paths that the nodes of a graph use."""
-    names = Names(module, keep_modules)
+    names = Names(module)
     for node in graph.nodes:
         names.add(node)
     return names

@@ -60,7 +60,7 @@ class Part:
     def editor(self) -> Editor:
         """The editor, which makes all changes of the graph."""
         graph, module = self.program.graph, self.program.module
-        return Editor(graph, module, names_of(graph, module, self.program.keep_modules))
+        return Editor(graph, module, names_of(graph, module))
 
     @cached_property
     def view(self) -> View:

@@ -4,22 +4,20 @@ Given: a model whose forward became a graph, with a BatchNormAct2d at ``bn`` of 
 activation is still called, at ``bn.act``.
 
 Result: a `Container` at ``bn`` that holds ``act`` and nothing else. It is no BatchNorm any more, is
-not called, and prints its children. A module that keeps its class, because its forward is Python
-code or has hooks, loses only the layers that were merged.
+not called, and prints its children.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxrep.capture.islands import Capture, Program
-from fxrep.capture.skeleton import named_tensors
+from fxrep.capture.islands import Program
 
 
 class Container(nn.Module):
@@ -64,22 +62,9 @@ class Container(nn.Module):
         return True
 
 
-def prune(captured: Capture, retired: Mapping[str, list[str]]) -> None:
-    """Remove modules and tensors that no graph calls or reads.
-
-    Args:
-        captured: the model, its graphs rewritten; its tree of modules is pruned in place.
-        retired: the paths that erased nodes called or read, by the path of the program.
-    """
-    saved: list[tuple[nn.Module, dict[str, Any]]] = []
-    for program in captured.programs:
-        if not program.keep_modules:
-            if not program.is_root:
-                saved.append((program.module, dict(program.module.__dict__)))
-            _Pruning(program, retired.get(program.path, [])).run()
-    if saved and not _can_print(captured.tree):
-        for module, attributes in saved:  # a class prints a layer that was merged: keep them all
-            module.__dict__.update(attributes)
+def prune(program: Program) -> None:
+    """Remove the modules and tensors below a program's module that its graph does not use."""
+    _Pruning(program).run()
 
 
 @dataclass(eq=False)
@@ -87,10 +72,8 @@ class _Pruning:
     """The pruning of one program's module."""
 
     program: Program
-    retired: list[str]
     called: set[int] = field(default_factory=set)  # ids of modules
     read: dict[int, set[str]] = field(default_factory=dict)  # names of tensors, by their owner
-    merged: set[int] = field(default_factory=set)  # ids of modules on retired paths
     results: dict[int, nn.Module | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -101,22 +84,11 @@ class _Pruning:
             elif node.op == "get_attr":
                 owner, _, name = str(node.target).rpartition(".")
                 self.read.setdefault(id(root.get_submodule(owner)), set()).add(name)
-        for path in self.retired:
-            module = root
-            for name in path.split("."):
-                self.merged.add(id(module))
-                child = module._modules.get(name)
-                if child is None:
-                    break
-                module = child
-            else:
-                self.merged.add(id(module))
 
     def run(self) -> None:
         root = self.program.module
-        stays = not self.program.is_root
         children = {
-            name: self._pruned(child, stays) if child is not None else None
+            name: self._pruned(child) if child is not None else None
             for name, child in root._modules.items()
         }
         root._modules = {
@@ -124,24 +96,16 @@ class _Pruning:
             for name, child in children.items()
             if child is not None or root._modules[name] is None
         }
-        gone = {path for path in self.retired if "." not in path}
         for kind in ("_parameters", "_buffers"):
             setattr(root, kind, {
                 name: tensor
                 for name, tensor in getattr(root, kind).items()
-                if name in self.read.get(id(root), ()) or (stays and name not in gone)
+                if name in self.read.get(id(root), ())
             })  # fmt: skip
 
-    def _pruned(self, module: nn.Module, keep: bool) -> nn.Module | None:
-        """The module, a container of its rest, or None.
-
-        Args:
-            module: the module.
-            keep: the module stays as it is unless a part of it was merged.
-        """
+    def _pruned(self, module: nn.Module) -> nn.Module | None:
+        """The module, a container of its rest, or None."""
         if id(module) in self.called:
-            return module
-        if keep and id(module) not in self.merged:
             return module
         if id(module) not in self.results:
             self.results[id(module)] = self._container(module)
@@ -151,11 +115,10 @@ class _Pruning:
         if isinstance(module, torch.jit.ScriptModule):  # its attributes are not Python's
             used = any(id(m) in self.called or id(m) in self.read for m in module.modules())
             return module if used else None
-        stays = not self.program.is_root
         children = {}
         for name, child in module._modules.items():
             if child is not None:
-                found = self._pruned(child, stays and any(True for _ in named_tensors(child)))
+                found = self._pruned(child)
                 if found is not None:
                     children[name] = found
         read = self.read.get(id(module), set())
@@ -201,12 +164,3 @@ def _holds_modules(value: object, depth: int = 0) -> bool:
     if isinstance(value, list | tuple | set) and depth < 4:
         return any(_holds_modules(each, depth + 1) for each in value)
     return False
-
-
-def _can_print(module: nn.Module) -> bool:
-    """Whether `repr` works: the `extra_repr` of a class may read a layer that was merged."""
-    try:
-        repr(module)
-    except Exception:
-        return False
-    return True

@@ -264,7 +264,8 @@ class Session:
         for part in self.parts:
             part.guard()
             part.lint()
-        prune(self.captured, {p.program.path: p.editor.names.retired for p in self.parts})
+            if part.program.is_root:
+                prune(part.program)
 
     def report(self) -> Report:
         """The rewrites by pass, from the inputs to the outputs, and why other nodes stayed."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxrep
-from fxrep.capture.assemble import assemble, attach, attached
+from fxrep.capture.assemble import assemble, attached, seal
 from fxrep.capture.islands import capture
 from fxrep.errors import SpecializationError
 from fxrep.report import Report
@@ -173,7 +173,7 @@ def test_islands_belong_to_their_copy() -> None:
 def test_report_travels(kind: Any) -> None:
     result = assemble(capture(kind().eval()))
     assert attached(result) is None
-    attach(result, Report((), ()))
+    seal(result, Report((), ()))
     for module in (result, copy.deepcopy(result), saved(result), copy.copy(result)):
         assert attached(module) == Report((), ())
 

@@ -134,7 +134,7 @@ def test_the_names_in_use_are_counted() -> None:
     assert names.uses["a"] == 2
     part.editor.replace(node, second)
     part.editor.erase(node)
-    assert names.uses["a"] == 1 and names.retired == ["a"]
+    assert names.uses["a"] == 1 and names.retired == {"a"}
 
 
 def test_every_change_is_announced() -> None:

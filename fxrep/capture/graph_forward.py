@@ -1,0 +1,175 @@
+"""The forward of an island: a graph of fused layers, beside the layers that it was made from.
+
+Given: a module of the user's model whose forward became a graph, under code that stays Python.
+
+Result: the module with all that it had, its layers unfused. Its `forward` runs the graph, and its
+fused layers are kept in an attribute that is no submodule: `parameters()`, `modules()`,
+`state_dict()` and printing show the module as it was. Whatever else the graph does not stand for
+runs the original forward on the original layers: other arguments than the constants of the graph,
+modules that were changed since (`Unchanged`), and training.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxrep.capture.guard import Unchanged
+from fxrep.capture.records import decode, encode
+from fxrep.capture.rewritten import compiled
+from fxrep.capture.signature import Arguments, same_value
+
+FUSED = "_fxrep_fused"
+"""The attribute that holds the fused layers; targets of the graph begin with it."""
+
+
+class GraphForward:
+    """The forward of an island.
+
+    Args:
+        module: the module; its attribute `FUSED` holds the layers that it did not have before.
+        graph: the graph.
+        arguments: the arguments of the graph.
+        original: the forward that was set on the module itself, if any.
+        modules: the modules that the graph was made from.
+
+    Attributes:
+        unchanged: the state of the modules; None until `arm`, and the graph always runs.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        graph: fx.Graph,
+        arguments: Arguments,
+        original: Callable[..., Any] | None,
+        modules: list[nn.Module],
+    ) -> None:
+        self.module = module
+        self.original = original
+        self.modules = modules
+        self.unchanged: Unchanged | None = None
+        self._install(graph, arguments)
+
+    def _install(self, graph: fx.Graph, arguments: Arguments) -> None:
+        self.graph = graph
+        self.arguments = arguments
+        self.run = compiled(graph, arguments)
+        self.__signature__ = arguments.signature
+        self.positions = {p.name: index for index, p in enumerate(arguments.parameters)}
+        self.names = {p.name for p in arguments.parameters if p.kind is not p.POSITIONAL_ONLY}
+        keywords = {p.name for p in arguments.parameters if p.kind is p.KEYWORD_ONLY}
+        self.max_positional = len(self.positions) - len(keywords)
+        self.constants = [
+            (name, None if name in keywords else self.positions[name], value)
+            for name, value in arguments.specialized.items()
+        ]
+
+    @property
+    def __code__(self) -> Any:
+        """The code of the function that runs the graph: torch.export reads it of every forward."""
+        return self.run.__code__
+
+    def arm(self) -> None:
+        """Run the graph from now on only while its modules are what they are now."""
+        self.unchanged = Unchanged(self.modules)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph or, where it does not stand for it, the original forward."""
+        if self._fits(args, kwargs) and self._stands():
+            return self.run(self.module, *args, **kwargs)
+        if self.original is not None:
+            return self.original(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def _fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the graph computes what the original forward computes of these arguments."""
+        if len(args) > self.max_positional:
+            return False
+        for name in kwargs:
+            if name not in self.names:
+                return False
+        for name, position, value in self.constants:
+            if position is not None and position < len(args):
+                if not same_value(args[position], value):
+                    return False
+            elif name in kwargs and not same_value(kwargs[name], value):
+                return False
+        for name in self.arguments.required:
+            position = self.positions[name]
+            if (args[position] if position < len(args) else kwargs.get(name)) is None:
+                return False
+        for name in self.arguments.tensors:
+            position = self.positions[name]
+            given = args[position] if position < len(args) else kwargs.get(name)
+            if not isinstance(given, torch.Tensor | fx.Proxy):
+                return False
+        return True
+
+    def _stands(self) -> bool:
+        """Whether the graph stands for the modules as they are, and their training is not wanted.
+
+        torch.compile asks once, when it compiles: the compiled code has the weights of that moment.
+        A trace or an export is made for deployment, with or without gradients enabled. A strict
+        export looks for all tensors in submodules, where the fused layers are not.
+        """
+        if self.unchanged is None:
+            return True
+        if torch.compiler.is_exporting():
+            return not torch.compiler.is_dynamo_compiling() and self.unchanged.holds(exported=True)
+        if torch.is_grad_enabled() and torch._C._get_tracing_state() is None and self._is_trained():
+            return False
+        return self._holds()
+
+    def _is_trained(self) -> bool:
+        assert self.unchanged is not None
+        return self.unchanged.is_trained()
+
+    def _holds(self) -> bool:
+        assert self.unchanged is not None
+        return self.unchanged.holds()
+
+    # What torch.compiler.assume_constant_result does, which takes seconds to import.
+    _is_trained._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _holds._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def apply(self, function: Callable[..., Any], recurse: bool = True) -> nn.Module:
+        """Move or cast the module (``to``, ``half``, ``cuda``), and its fused layers with it.
+
+        `nn.Module._apply` is this method, set on the module.
+        """
+        holds = self.unchanged is not None and self.unchanged.holds()
+        type(self.module)._apply(self.module, function, recurse)  # type: ignore[no-untyped-call]
+        self.module.__dict__[FUSED]._apply(function)
+        if holds:
+            self.arm()
+        return self.module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphForward:
+        made = GraphForward.__new__(GraphForward)
+        memo[id(self)] = made
+        for name in ("module", "original", "modules", "unchanged"):
+            setattr(made, name, copy.deepcopy(getattr(self, name), memo))
+        made._install(copy.deepcopy(self.graph, memo), self.arguments)
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "module": self.module,
+            "original": self.original,
+            "modules": self.modules,
+            "unchanged": self.unchanged,
+            "nodes": encode(self.graph),
+            "arguments": self.arguments,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.module = state["module"]
+        self.original = state["original"]
+        self.modules = state.get("modules", [])
+        self.unchanged = state.get("unchanged")
+        self._install(decode(state["nodes"]), state["arguments"])
