@@ -71,6 +71,11 @@ class Items:
             return list(self.base.keys(self.container)), list(self.base.values(self.container))
         return [], list(self.base.__iter__(self.container))
 
+    @property
+    def began_empty(self) -> bool:
+        """Whether it had no items."""
+        return not self.values
+
     def changed(self) -> bool:
         """Whether an item was added, removed, replaced or moved."""
         keys, values = self._content()

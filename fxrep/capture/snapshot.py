@@ -149,6 +149,12 @@ class Snapshot:
             if module in users or names & owned.names:
                 self._barred.setdefault(module, self.written[key])
 
+    def began_empty(self, owner: object, name: str) -> bool:
+        """Whether an attribute of a module is a dict that was empty before the trace."""
+        value = owner.__dict__.get(name) if isinstance(owner, nn.Module) else None
+        items = self._kept.get(id(value)) if isinstance(value, dict) else None
+        return isinstance(items, Items) and items.began_empty
+
     def tensor_attribute(self) -> str | None:
         """Why a graph cannot do what a forward did: set an attribute of a tensor. None if not."""
         changed = any(each.changed() for each in self._on_tensors)

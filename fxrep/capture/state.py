@@ -32,7 +32,8 @@ class GeneratorStates:
             return True
         if self.numpy is None or now.numpy is None:
             return False
-        return bool(self.numpy[2] != now.numpy[2] or (self.numpy[1] != now.numpy[1]).any())
+        changed = self.numpy[1].tobytes() != now.numpy[1].tobytes()
+        return bool(changed or self.numpy[2] != now.numpy[2])
 
     def restore(self) -> None:
         """Set the generators to the states that were recorded."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import builtins
 import inspect
-import math
 import sys
 import threading
 import types
@@ -26,7 +25,9 @@ import torch
 from torch import nn
 from torch.fx import _symbolic_trace as fx_trace
 
-from fxrep.capture.proxies import is_instance, is_tensor
+from fxrep.capture.askers import is_library
+from fxrep.capture.proxies import identity, is_callable, is_instance, is_tensor, traced_type
+from fxrep.capture.standins import STAND_INS
 
 _Result = TypeVar("_Result")
 
@@ -112,10 +113,11 @@ def _replacements(root: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
                 fx_trace._create_wrapped_func(_original(namespace, name, function)),
             )
     for namespace in _namespaces(root):
-        if _original(namespace, "isinstance", namespace.get("isinstance")) in (None, _NOT_SET):
-            yield namespace, "isinstance", is_instance
+        for name, substitute in _builtins_for(namespace):
+            if _original(namespace, name, namespace.get(name)) in (None, _NOT_SET):
+                yield namespace, name, substitute
         for name, value in list(namespace.items()):
-            substitute = _SUBSTITUTES.get(id(value))
+            substitute = STAND_INS.get(id(value))
             if substitute is not None:
                 yield namespace, name, substitute
 
@@ -177,50 +179,16 @@ def _package_namespaces(root: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-class _MathFunction:
-    """A function of math that, called with traced numbers, becomes a node of the graph.
-
-    A copy or pickle is the original function: a model made during a capture may keep it.
-    """
-
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self.__name__ = self.__qualname__ = name
-        self.__module__, self.__doc__, self.function = "math", function.__doc__, function
-        self.traced = fx_trace._create_wrapped_func(function)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.traced(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self.function
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr_of_math, (self.__name__,)
-
-
-def getattr_of_math(name: str) -> Any:
-    """The function of math with this name, for pickles."""
-    return getattr(math, name)
-
-
-def _math() -> types.ModuleType:
-    """A module like math whose functions, called with traced numbers, become nodes of the graph."""
-    stand_in = types.ModuleType("math", math.__doc__)
-    for name, value in vars(math).items():
-        public = callable(value) and not name.startswith("_")
-        setattr(stand_in, name, _MathFunction(name, value) if public else value)
-    return stand_in
-
-
-_MATH = _math()
-
-# By the id of a name's value: the original, or already the substitute, for another thread.
-_SUBSTITUTES: dict[int, Any] = {
-    id(each): substitute
-    for original, substitute in (
-        (math, _MATH),
-        (torch.is_tensor, is_tensor),
-        *((f.function, f) for f in vars(_MATH).values() if isinstance(f, _MathFunction)),
-    )
-    for each in (original, substitute)
+# Builtins that look at an object without asking it.
+_BUILTINS: dict[str, Any] = {
+    "isinstance": is_instance,
+    "type": traced_type,
+    "id": identity,
+    "callable": is_callable,
 }
+
+
+def _builtins_for(namespace: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Python's own library gets no `type`: it looks into `type` itself."""
+    own = is_library(str(namespace.get("__file__", "")))
+    return [("isinstance", is_instance)] if own else list(_BUILTINS.items())

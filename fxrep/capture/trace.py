@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from fxrep.capture.proxies import ParameterWrite, Unfaithful
+from fxrep.capture.proxies import Unfaithful
 from fxrep.capture.signature import Arguments, is_variadic
 from fxrep.capture.skeleton import private
 from fxrep.capture.snapshot import Snapshot, unchanged_state
 from fxrep.capture.state import is_only_thread, unchanged_random_state
-from fxrep.capture.tracer import MissingTensor, Opaque, Restart, Tracer, explain
+from fxrep.capture.tracer import MissingTensor, Opaque, Restart, Tracer
 from fxrep.errors import FxrepError
 from fxrep.ops.calls import Calls
 from fxrep.ops.effects import effect
@@ -264,9 +264,10 @@ def _refuse_unfaithful(tracer: Tracer, graph: fx.Graph) -> None:
 def _untraceable(tracer: Tracer, error: BaseException) -> Untraceable:
     # Without any input the trace runs the forward: its errors are those of a call without tensors.
     runs = not tracer.arguments.values and not isinstance(error, Unfaithful)
+    reason, frozen = tracer.why_not(error)
     return Untraceable(
-        explain(error),
-        frozen=isinstance(error, ParameterWrite),
+        reason,
+        frozen=frozen,
         lacks_tensor=isinstance(error, MissingTensor) or runs,
         progress=len(tracer.graph.nodes),
         drew_numbers=tracer.drew_numbers,

@@ -10,7 +10,9 @@ import collections
 import contextlib
 import copy
 import os
+import sys
 import traceback
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
 from typing import Any
@@ -18,7 +20,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxrep.capture.askers import is_users, place
+from fxrep.capture.hidden import expected_exceptions, may_return_none
 from fxrep.capture.hollow import Hollow
+from fxrep.capture.listening import listener
 from fxrep.capture.modes import Watch, contexts
 from fxrep.capture.proxies import ParameterWrite, TracedValue, Unfaithful
 from fxrep.capture.signature import Arguments, is_literal
@@ -26,7 +31,7 @@ from fxrep.capture.skeleton import named_tensors
 from fxrep.capture.snapshot import Snapshot
 from fxrep.capture.state import GeneratorStates, is_only_thread
 from fxrep.capture.substitution import run_and_undo
-from fxrep.ops.absent import lacks_input, lacks_operand
+from fxrep.ops.absent import check_arguments, lacks_input, lacks_operand
 from fxrep.ops.calls import Calls
 from fxrep.ops.owner import (
     called_class,
@@ -128,16 +133,19 @@ class Tracer(fx.Tracer):
         self.tensor_attrs: dict[Any, str] = {}  # names of `constants`, in fx's own attribute
         self.script_object_map: dict[Any, str] = {}
         registered = list(named_tensors(root))
-        self.tensor_names = {
-            id(t): name for name, t in reversed([*_plain_tensors(root), *registered])
-        }
+        self.named_tensors = dict([*_plain_tensors(root), *registered])
+        self.tensor_names = {id(t): name for name, t in reversed(self.named_tensors.items())}
         self.module_paths = {id(module): path for path, module in root.named_modules()}
         self.state = state
         self.hollow = Hollow(root, self)
         self.watch = Watch(self, state.tensors, self.tensor_names)
+        self.listener = listener(self)
         self.generators = GeneratorStates()
         self.drew_numbers = False
         self.contexts = contexts()
+        self.finished = False
+        self.expected_outside: tuple[str | None, str | None] = (None, None)
+        self.suspicion: tuple[types.CodeType, int, Unfaithful] | None = None
 
     def run(self) -> fx.Graph:
         """Trace the root's forward."""
@@ -147,8 +155,10 @@ class Tracer(fx.Tracer):
         self.hollow.install()
         call = self._root_call()
         self.watch.start()
-        result = call()
+        self.listener.start()
+        result = self._run_forward(call)
         self.create_node("output", "output", (self.create_arg(result),), {})
+        self._settle_suspicion(None)
         self._refuse_written_attributes(self.root)
         self._refuse_written_state()
         reason = self.state.tensor_attribute()
@@ -172,6 +182,8 @@ class Tracer(fx.Tracer):
             raise Unfaithful("forward, or another thread meanwhile, draws random numbers")
 
     def _restore(self) -> None:
+        self.listener.stop()
+        self.finished = True
         self.state.find_written()
         self.state.restore()
         self.watch.stop()
@@ -182,15 +194,94 @@ class Tracer(fx.Tracer):
         self.violations.append(error)
         return error
 
+    def why_not(self, error: BaseException, known: int = 0) -> tuple[str, bool]:
+        """Why a forward does not trace, for the report; and whether it replaces parameters.
+
+        Args:
+            error: what ended the trace; a violation before it, which was not raised, is the reason.
+            known: violations before the trace of the forward.
+        """
+        found = self.violations[known:]
+        frozen = any(isinstance(each, ParameterWrite) for each in (error, *found))
+        return explain(found[0] if found else error), frozen
+
+    # questions
+
+    def suspect(self, frame: types.FrameType, reason: str) -> None:
+        """Remember what may be a question: it is none if torch records a call right there."""
+        self._settle_suspicion(frame)
+        self.suspicion = frame.f_code, frame.f_lasti, Unfaithful(reason)
+
+    def _settle_suspicion(self, frame: types.FrameType | None) -> None:
+        """Refuse what was suspected, unless the user's code is still at the same instruction."""
+        if self.suspicion is None:
+            return
+        code, at, error = self.suspicion
+        self.suspicion = None
+        if frame is None or (frame.f_code, frame.f_lasti) != (code, at):
+            raise self.refuse(error)
+
+    def _check_operation(self, kind: str) -> None:
+        """Refuse an operation whose exceptions the code expects; settle what was suspected."""
+        frame = sys._getframe(2)
+        reason = self._expected(frame, kind == "call_module")
+        if reason is not None:
+            raise self.refuse(Unfaithful(reason))
+        if self.suspicion is not None:
+            self._settle_suspicion(_innermost_of_users(frame))
+
+    def _expected(self, frame: types.FrameType | None, layer: bool) -> str | None:
+        """Which exceptions of an operation would be caught by the code that runs, for a reason.
+
+        Args:
+            frame: the innermost frame to look at.
+            layer: the operation is the call of a layer.
+        """
+        while frame is not None:
+            code = frame.f_code
+            if code is _RUN_FORWARD or code is _TRACE_ROOT:
+                break
+            if code.co_exceptiontable and is_users(code.co_filename):
+                reason = expected_exceptions(code, frame.f_lasti, layer)
+                if reason is not None:
+                    return f"{reason} ({place(code)})"
+            frame = frame.f_back
+        return self.expected_outside[layer]
+
+    def _run_forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The result of a forward; what the code around its call expects is found once."""
+        outside = self.expected_outside
+        around = sys._getframe(1)
+        self.expected_outside = self._expected(around, False), self._expected(around, True)
+        try:
+            return self.listener.within(forward, *args, **kwargs)
+        finally:
+            self.expected_outside = outside
+
+    def expected_exception(self, frame: types.FrameType) -> bool:
+        """Whether the user's code expects an exception at this instruction."""
+        return expected_exceptions(frame.f_code, frame.f_lasti, False) is not None
+
+    def tensor(self, target: str) -> torch.Tensor:
+        """The tensor that a node reads."""
+        if target in self.constants:
+            return self.constants[target][0]
+        return self.named_tensors[target]
+
     # values
 
     def proxy(self, node: fx.Node) -> fx.Proxy:  # noqa: D102
         return TracedValue(node, self)
 
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:  # noqa: D102
+        return self.listener.without(super().create_proxy, *args, **kwargs)
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:  # noqa: D102
         if contexts() != self.contexts:
             which = "inference_mode" if torch.is_inference_mode_enabled() else "autocast"
             raise self.refuse(Unfaithful(f"forward uses 'with torch.{which}'"))
+        if args[0].startswith("call_"):
+            self._check_operation(args[0])
         if args[0] in ("call_function", "call_method") and lacks_operand(*args[1:4]):
             name = getattr(args[1], "__name__", args[1])
             raise self._missing_tensor(f"forward passes None to {name}() for a tensor")
@@ -278,8 +369,13 @@ class Tracer(fx.Tracer):
 
     def call(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The traced result of a call of a module of the tree."""
+        return self.listener.without(self._call, m, args, kwargs)
+
+    def _call(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         path = self.module_paths[id(m)]
         self._refuse_written_attributes(m)
+        if not foreign_hooks(m):  # a hook may change the arguments
+            check_arguments(m, args, kwargs)
         with self._module_scope(m, path):
             if self.is_leaf_module(m, path):
                 return self._call_leaf(m, path, args, kwargs)
@@ -358,15 +454,17 @@ class Tracer(fx.Tracer):
         """
         checkpoint, generators = self._checkpoint(), GeneratorStates()
         try:
-            result = m.forward(*args, **kwargs)
+            result = self._run_forward(m.forward, *args, **kwargs)
             if len(self.violations) > checkpoint.violations:
                 raise self.violations[checkpoint.violations]
+            self._settle_suspicion(None)
             self._refuse_written_state()
             self.refuse_drawn_numbers(generators)
             self._refuse_written_attributes(m)
         except Exception as error:
+            reason, frozen = self.why_not(error, checkpoint.violations)
             self._roll_back(checkpoint, m)
-            opaque = Opaque(m, path, explain(error), isinstance(error, ParameterWrite))
+            opaque = Opaque(m, path, reason, frozen)
             if id(m) in self.inlined or self.state.bars_traced(self.inlined):
                 self.known_opaque[id(m)] = opaque
                 raise Restart(opaque.reason) from error
@@ -387,6 +485,7 @@ class Tracer(fx.Tracer):
     def _roll_back(self, checkpoint: _Checkpoint, m: nn.Module) -> None:
         """Undo all that the trace of a submodule has changed."""
         del self.violations[checkpoint.violations :]
+        self.suspicion = None
         for node in reversed(self.graph.nodes):
             if node is checkpoint.last:
                 break
@@ -411,6 +510,9 @@ class Tracer(fx.Tracer):
             raise self.refuse(
                 Unfaithful(f"forward passes a list or dict to '{opaque.path}' ({opaque.reason})")
             )
+        code = getattr(m.forward, "__code__", None)
+        if code is not None and may_return_none(code):
+            raise self.refuse(Unfaithful(f"'{opaque.path}' may return None ({opaque.reason})"))
         if type(m).__call__ is not nn.Module.__call__ and not isinstance(m, fx.GraphModule):
             raise self.refuse(Unfaithful(f"'{opaque.path}' has its own __call__"))
         self._refuse_written_state()  # the module may read what was written
@@ -448,6 +550,16 @@ class Tracer(fx.Tracer):
                 left_out = True
         forward = self.root.forward
         return lambda: forward(*positional, **named)
+
+
+# Where the frames of a forward end.
+_RUN_FORWARD, _TRACE_ROOT = Tracer._run_forward.__code__, Tracer._trace_root.__code__
+
+
+def _innermost_of_users(frame: types.FrameType | None) -> types.FrameType | None:
+    while frame is not None and not is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
 
 
 def _plain_tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -6,6 +6,7 @@ cannot run is found while tracing, and not when the optimized model is called.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Mapping
@@ -50,6 +51,23 @@ def lacks_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
         value is None and signature.parameters[name].default is inspect.Parameter.empty
         for name, value in given.items()
     )
+
+
+def check_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise the TypeError that a call of a module raises if its arguments do not fit.
+
+    Raises:
+        TypeError: the arguments do not fit the signature of the module's forward.
+    """
+    if "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__:
+        return
+    _check_names(type(module).forward, len(args), tuple(kwargs))
+
+
+@functools.cache
+def _check_names(forward: Any, positional: int, names: tuple[str, ...]) -> None:
+    with contextlib.suppress(ValueError):  # code without a signature
+        _signature(forward).bind(None, *(None,) * positional, **dict.fromkeys(names))
 
 
 @functools.cache

@@ -78,7 +78,9 @@ class Called:
             tensor = ModuleTensor(module, str(self.node.target), name)
             for tensors in (module._parameters, module._buffers):
                 if name in tensors:
-                    return None if tensors[name] is None else tensor
+                    # Not by index: that records a read, while a forward is traced.
+                    known = dict(tensors.items())
+                    return None if known[name] is None else tensor
             if parametrize.is_parametrized(module, name):
                 return tensor  # without running the code of the parametrization
             if hasattr(module, name):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +14,6 @@ from torch.utils.checkpoint import checkpoint
 import fxrep
 from support.check import randomize
 from support.models import Body
-
-# Newer torch asks an argument of a Function nothing that a traced value would hear.
-pytestmark = pytest.mark.xfail(
-    not inspect.isfunction(torch._functorch.utils.unwrap_dead_wrappers),
-    reason="an autograd.Function is traced through on this torch",
-    strict=False,
-)
 
 
 class Straight(torch.autograd.Function):

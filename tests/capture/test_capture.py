@@ -219,7 +219,7 @@ def _listed(self: Net, x: torch.Tensor) -> torch.Tensor:
         (_autocast, "torch.autocast"),
         (_no_grad, "torch.no_grad"),
         (_branch, "decides on a traced value"),
-        (_swallowed, "decides on a traced value"),
+        (_swallowed, "expects an exception"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

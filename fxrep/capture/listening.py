@@ -1,0 +1,270 @@
+"""What the interpreter tells of the calls that run while a forward is traced.
+
+Some questions reach no traced value: ``a is b`` looks at objects without asking them, and
+``torch.is_grad_enabled()`` asks for the state of the process. The first is found in the code of the
+functions that run, the second where the function is called. So is the forward of a
+`torch.autograd.Function`, whose gradient is another than that of the operators it calls. Only the
+tracing thread is listened to, and nothing is replaced.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import sys
+import threading
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+from torch.autograd.function import FunctionCtx
+
+from fxrep.capture.askers import asks_for_users, is_library, is_own, is_users, place
+from fxrep.capture.hidden import hidden_question
+from fxrep.capture.proxies import Unfaithful
+from fxrep.words import words
+
+if TYPE_CHECKING:
+    from fxrep.capture.tracer import Tracer
+
+_Result = TypeVar("_Result")
+
+
+class Listener:
+    """Hears the calls of one trace, from `start` to `stop`.
+
+    A violation is recorded, not raised: an error raised here would end the listening.
+
+    Args:
+        tracer: is told of violations.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        self.tracer = tracer
+
+    def start(self) -> None:
+        """Begin."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """End. A second call changes nothing."""
+        raise NotImplementedError
+
+    def without(self, run: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
+        """Call the tracer's own function `run`; its calls need not be heard."""
+        return run(*args, **kwargs)
+
+    def within(self, run: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
+        """Call the forward `run` of the user's code."""
+        return run(*args, **kwargs)
+
+    def _starts(self, frame: types.FrameType, kind: _Kind) -> None:
+        """Hear that a function of Python starts."""
+        code = frame.f_code
+        if kind is _Kind.STATE and frame.f_back is not None:
+            self._asks_for_state(_STATES[code], frame.f_back)
+            return
+        first = _first_argument(frame)
+        if isinstance(first, FunctionCtx):
+            self._refuse("forward calls an autograd.Function")
+        elif kind is _Kind.USERS:
+            reason = hidden_question(code, isinstance(first, nn.Module))
+            if reason is not None and not _is_imported(frame):
+                self._refuse(f"{reason} ({place(code)})")
+
+    def _asks_for_state(self, name: str, asker: types.FrameType) -> None:
+        if asks_for_users(asker) and not _is_imported(asker):
+            self._refuse(f"forward asks for {name}() ({place(asker.f_code)})")
+
+    def _refuse(self, reason: str) -> None:
+        self.tracer.refuse(Unfaithful(reason))
+
+
+class _Profile(Listener):
+    """Listens in the place of a profiler, which hears its own thread only.
+
+    Each event costs, so that it does not listen to the tracer.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__(tracer)
+        self.kinds: dict[int, tuple[_Kind, types.CodeType]] = {}
+        self.before: Any = None
+        self.started = self.listens = False
+
+    def start(self) -> None:
+        self.before, self.started = sys.getprofile(), True
+
+    def stop(self) -> None:
+        if not self.started:
+            return
+        self.listens = False
+        restart = getattr(self.before, "enable", None)  # that of cProfile, which cannot be called
+        sys.setprofile(None if restart else self.before)
+        if restart:
+            restart()
+        self.started = False
+
+    def without(self, run: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
+        if not self.listens:
+            return run(*args, **kwargs)
+        return self._listening(False, run, *args, **kwargs)
+
+    def within(self, run: Callable[..., _Result], *args: Any, **kwargs: Any) -> _Result:
+        return self._listening(True, run, *args, **kwargs)
+
+    def _listening(
+        self, listens: bool, run: Callable[..., _Result], *args: Any, **kwargs: Any
+    ) -> _Result:
+        before = self.listens
+        self._set(listens)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            if self.started:
+                self._set(before)
+
+    def _set(self, listens: bool) -> None:
+        self.listens = listens
+        sys.setprofile(self._hear if listens else None)
+
+    def _hear(self, frame: types.FrameType, event: str, called: Any) -> None:
+        if event == "c_call":
+            if called in _STATES:
+                self._asks_for_state(_STATES[called], frame)
+        elif event == "call":
+            code = frame.f_code
+            known = self.kinds.get(id(code))  # the hash of the code itself costs more
+            if known is None:
+                known = self.kinds[id(code)] = _kind(code), code
+            if known[0] is not _Kind.OTHER:
+                self._starts(frame, known[0])
+
+
+class _Monitor(Listener):
+    """Listens by `sys.monitoring`, new in Python 3.12, which hears all threads.
+
+    It tells only once of code that is of no interest, so that the tracer may be heard too.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__(tracer)
+        self.thread = threading.get_ident()
+
+    def start(self) -> None:
+        with _lock:
+            _monitors[self.thread] = self
+            if len(_monitors) == 1:
+                _monitoring.use_tool_id(_TOOL, _NAME)
+                _monitoring.register_callback(_TOOL, _monitoring.events.PY_START, _python_starts)
+                _monitoring.register_callback(_TOOL, _monitoring.events.CALL, _something_is_called)
+                events = _monitoring.events.PY_START | _monitoring.events.CALL
+                _monitoring.set_events(_TOOL, events)
+
+    def stop(self) -> None:
+        with _lock:
+            _monitors.pop(self.thread, None)
+            if not _monitors and _monitoring.get_tool(_TOOL) == _NAME:
+                _monitoring.set_events(_TOOL, 0)
+                _monitoring.free_tool_id(_TOOL)
+
+
+_monitoring: Any = getattr(sys, "monitoring", None)
+_NAME, _TOOL = "fxrep", 4  # a number that is kept for no kind of tool
+_lock = threading.RLock()
+_monitors: dict[int, Listener] = {}
+
+
+def _python_starts(code: types.CodeType, _: int) -> Any:
+    kind = _kind(code)
+    if kind is _Kind.OTHER:
+        return _monitoring.DISABLE
+    listener = _monitors.get(threading.get_ident())
+    if listener is not None:
+        listener._starts(sys._getframe(1), kind)
+    return None
+
+
+def _something_is_called(code: types.CodeType, _: int, called: Any, __: Any) -> Any:
+    if not is_users(code.co_filename):
+        return _monitoring.DISABLE
+    listener = _monitors.get(threading.get_ident())
+    if isinstance(called, types.BuiltinFunctionType) and called in _STATES and listener is not None:
+        listener._asks_for_state(_STATES[called], sys._getframe(1))
+    return None
+
+
+def listener(tracer: Tracer) -> Listener:
+    """The listener of a trace."""
+    if _monitoring is None or _monitoring.get_tool(_TOOL) not in (None, _NAME):
+        return _Profile(tracer)
+    return _Monitor(tracer)
+
+
+# --- which functions matter ---------------------------------------------------------------------
+
+
+def _states() -> dict[object, str]:
+    """Functions of torch and of inspect whose answer is no traced value's; Python code by its code.
+
+    Whether torch compiles, exports or traces is no such question: as in an ordinary call, the
+    answer is no.
+    """
+    found: dict[object, str] = {}
+    overridable = torch.overrides.get_overridable_functions().values()
+    of_tensors = {id(function) for functions in overridable for function in functions}
+    for namespace in (torch, torch._C):
+        for name, value in vars(namespace).items():
+            function = getattr(value, "__code__", value)
+            if isinstance(function, types.CodeType) and is_users(function.co_filename):
+                continue  # imported from elsewhere
+            about_state = name.lstrip("_").startswith(_ABOUT_STATE) and "tracing" not in name
+            if about_state and callable(value) and id(value) not in of_tensors:
+                found[function] = name
+    for function in (inspect.getattr_static, inspect.getmembers, torch.initial_seed):
+        found[function.__code__] = function.__name__
+    return found
+
+
+_ABOUT_STATE = ("is_", "are_", "get_", "has_", "len_")
+_STATES = _states()
+
+# Methods of a `torch.autograd.Function` that get its context first.
+_PARTS_OF_FUNCTIONS = words("forward setup_context")
+
+
+class _Kind(enum.Enum):
+    """What a function that starts is."""
+
+    USERS = enum.auto()
+    STATE = enum.auto()
+    OF_TORCH_FUNCTION = enum.auto()
+    OTHER = enum.auto()
+
+
+def _kind(code: types.CodeType) -> _Kind:
+    if code in _STATES:
+        return _Kind.STATE
+    if is_users(code.co_filename) and not is_library(code.co_filename):
+        return _Kind.USERS
+    return _Kind.OF_TORCH_FUNCTION if code.co_name in _PARTS_OF_FUNCTIONS else _Kind.OTHER
+
+
+def _is_imported(frame: types.FrameType | None) -> bool:
+    """Whether the code runs because a Python module is imported, and so sees no traced value."""
+    while frame is not None and not is_own(frame.f_code.co_filename):
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _first_argument(frame: types.FrameType) -> Any:
+    code = frame.f_code
+    if code.co_argcount:
+        return frame.f_locals.get(code.co_varnames[0])
+    if code.co_flags & inspect.CO_VARARGS:
+        return next(iter(frame.f_locals.get(code.co_varnames[code.co_kwonlyargcount], ())), None)
+    return None
