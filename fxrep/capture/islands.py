@@ -98,13 +98,16 @@ class Capture:
     skipped: list[Skip] = field(default_factory=list)
 
 
-def capture(model: nn.Module, example_inputs: object = None) -> Capture:
+def capture(
+    model: nn.Module, example_inputs: object = None, refused: Mapping[str, str] | None = None
+) -> Capture:
     """Trace a model, or every part of it that traces.
 
     Args:
         model: a module in eval mode, or the module of an exported program; the wrappers of
             torch.compile and DataParallel are taken off.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        refused: modules that are to stay Python code, by path, and why.
 
     Returns:
         The skeleton and its programs: one with path '' when the whole forward traces, otherwise
@@ -118,7 +121,7 @@ def capture(model: nn.Module, example_inputs: object = None) -> Capture:
     check(model)
     tree = skeleton(model)
     examples = named_inputs(tree, example_inputs)
-    explorer = _Explorer(Capture(model, tree), examples)
+    explorer = _Explorer(Capture(model, tree), examples, refused or {})
     with_traceable_names(
         tree, lambda: explorer.explore(tree, "", (), use="whole", keep_modules=False)
     )
@@ -153,11 +156,17 @@ class _Explorer:
     Args:
         capture: takes the programs and the skipped modules.
         examples: the example inputs of the whole model, by argument.
+        refused: modules that are to stay Python code, by path, and why.
     """
 
-    def __init__(self, capture: Capture, examples: Mapping[str, object]) -> None:
+    def __init__(
+        self, capture: Capture, examples: Mapping[str, object], refused: Mapping[str, str]
+    ) -> None:
         self.capture = capture
         self.examples = examples
+        self.refused = refused
+        tree = capture.tree
+        self.refused_modules = {tree.get_submodule(path): why for path, why in refused.items()}
         self.seen: set[int] = set()
 
     def explore(
@@ -194,8 +203,12 @@ class _Explorer:
         if use == "items" and isinstance(module, nn.Sequential):
             self._explore_children(module, path, above)
             return
+        if path in self.refused:
+            self._skip(path, f"runs as it is: {self.refused[path]}")
+            self._explore_children(module, path, (*above, _PythonForward.of(path, module)))
+            return
         try:
-            traced = trace(module, self.examples if not path else None)
+            traced = trace(module, None if path else self.examples, self.refused_modules)
         except Untraceable as error:
             self._leave_as_it_is(module, path, above, error)
             return

@@ -160,7 +160,8 @@ def _copies_like_any(module: nn.Module) -> bool:
         not hasattr(kind, "__deepcopy__")
         and kind.__new__ is object.__new__
         and kind.__setstate__ in _PLAIN_STATES
-        and all(getattr(kind, n, None) is getattr(object, n, None) for n in _COPYING)
+        and all(getattr(kind, n, None) is getattr(nn.Module, n, None) for n in _COPYING)
+        and "_compiled_call_impl" not in vars(module)
         and not any("__slots__" in vars(each) for each in kind.__mro__)
     )
 

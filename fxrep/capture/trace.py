@@ -70,12 +70,17 @@ class Untraceable(FxrepError):
         self.drew_numbers = drew_numbers
 
 
-def trace(module: nn.Module, examples: Mapping[str, object] | None = None) -> Traced:
+def trace(
+    module: nn.Module,
+    examples: Mapping[str, object] | None = None,
+    refused: Mapping[nn.Module, str] | None = None,
+) -> Traced:
     """Trace one module's forward as a root.
 
     Args:
         module: a module of the skeleton.
         examples: example values of some of its arguments.
+        refused: modules below it that the graph calls as they are, and why.
 
     Raises:
         Untraceable: the forward does not trace, whether numbers are inputs or constants.
@@ -84,7 +89,7 @@ def trace(module: nn.Module, examples: Mapping[str, object] | None = None) -> Tr
     problem: Untraceable | None = None
     for arguments in _choices_of_inputs(module, examples or {}):
         try:
-            traced = _trace_with_tensors(module, arguments)
+            traced = _trace_with_tensors(module, arguments, refused or {})
         except Untraceable as error:
             problem = problem or error
             continue
@@ -98,7 +103,9 @@ def trace(module: nn.Module, examples: Mapping[str, object] | None = None) -> Tr
     return best
 
 
-def _trace_with_tensors(module: nn.Module, arguments: Arguments) -> Traced:
+def _trace_with_tensors(
+    module: nn.Module, arguments: Arguments, refused: Mapping[nn.Module, str]
+) -> Traced:
     """Trace with a tensor for every argument without which the forward cannot run.
 
     ``forward(self, image=None, labels=None)`` cannot run without an image. The arguments that
@@ -108,7 +115,7 @@ def _trace_with_tensors(module: nn.Module, arguments: Arguments) -> Traced:
     supplied: list[str] = []
     while True:
         try:
-            return _trace(module, arguments)
+            return _trace(module, arguments, refused)
         except Untraceable as error:
             problem = error
         if not problem.lacks_tensor:
@@ -116,26 +123,30 @@ def _trace_with_tensors(module: nn.Module, arguments: Arguments) -> Traced:
         for name in arguments.left_out:
             trial = arguments.with_input(name)
             try:
-                traced = _trace(module, trial)
+                traced = _trace(module, trial, refused)
             except Untraceable as error:
                 if error.progress > problem.progress:
                     arguments = trial
                     supplied.append(name)
                     break
             else:
-                return _with_fewest_inputs(module, traced, trial, supplied)
+                return _with_fewest_inputs(module, traced, trial, supplied, refused)
         else:
             raise problem
 
 
 def _with_fewest_inputs(
-    module: nn.Module, traced: Traced, arguments: Arguments, supplied: list[str]
+    module: nn.Module,
+    traced: Traced,
+    arguments: Arguments,
+    supplied: list[str],
+    refused: Mapping[nn.Module, str],
 ) -> Traced:
     """The trace that takes as few of the supplied arguments as possible."""
     for name in supplied:
         fewer = arguments.without_input(name)
         try:
-            traced, arguments = _trace(module, fewer), fewer
+            traced, arguments = _trace(module, fewer, refused), fewer
         except Untraceable:
             continue
     return traced
@@ -193,12 +204,12 @@ def _has_tensor(value: object) -> bool:
 _MOST_TRIALS = 3
 
 
-def _trace(module: nn.Module, arguments: Arguments) -> Traced:
+def _trace(module: nn.Module, arguments: Arguments, refused: Mapping[nn.Module, str]) -> Traced:
     """Trace, again if another thread may have drawn random numbers meanwhile."""
     for trial in range(_MOST_TRIALS):
         last = trial == _MOST_TRIALS - 1
         try:
-            traced = _trace_once(module, arguments)
+            traced = _trace_once(module, arguments, refused)
         except Untraceable as error:
             if last or not error.drew_numbers or is_only_thread():
                 raise
@@ -208,9 +219,15 @@ def _trace(module: nn.Module, arguments: Arguments) -> Traced:
     raise AssertionError("the last trial returns or raises")
 
 
-def _trace_once(module: nn.Module, arguments: Arguments) -> Traced:
+def _trace_once(
+    module: nn.Module, arguments: Arguments, refused: Mapping[nn.Module, str]
+) -> Traced:
     """Trace; again, with one more submodule opaque, until no submodule stands in the way."""
-    known_opaque: dict[int, Opaque] = {}
+    known_opaque = {
+        id(each): Opaque(each, path, refused[each])
+        for path, each in (module.named_modules() if refused else ())
+        if each in refused and each is not module
+    }
     while True:
         tracer = Tracer(module, arguments, known_opaque)
         versions = tensor_versions(module)
