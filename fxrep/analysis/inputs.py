@@ -50,10 +50,42 @@ def possible_inputs(program: Program, like: Tensor) -> Iterator[dict[str, Tensor
 
 
 def _choices(program: Program) -> Iterator[tuple[int, dict[str, _Shape]]]:
-    calls = Calls(program.module)
+    """Sizes and shapes to try: what the first layers take, then what all operations tell."""
+    needed = [node for node in program.graph.find_nodes(op="placeholder") if _needed(program, node)]
+    guesses = {str(node.target): _of_first_layer(program, node) for node in needed}
+    likely = {name: shape for name, shape in guesses.items() if shape is not None}
+    if len(likely) == len(needed):
+        yield _SIZES[0], likely
+    yield from _from_facts(program, needed)
+
+
+def _of_first_layer(program: Program, node: fx.Node) -> _Shape | None:
+    """The shape that the next convolution or BatchNorm takes, which is quick to find."""
+    values = [node]
+    for value in values:  # grows while it is read
+        for user in value.users:
+            layer: Any = None
+            if user.op == "call_module":
+                layer = program.calls.submodule(str(user.target))
+            if isinstance(layer, nn.modules.conv._ConvNd):
+                return _Shape(
+                    (_BATCH, layer.in_channels, *([None] * len(layer.kernel_size))), False
+                )
+            if isinstance(layer, nn.BatchNorm2d):
+                return _Shape((_BATCH, layer.num_features, None, None), False)
+            if len(values) < _FEW and user not in values:
+                values.append(user)
+    return None
+
+
+# How many values are looked at on the way to the next layer.
+_FEW = 20
+
+
+def _from_facts(program: Program, needed: list[fx.Node]) -> Iterator[tuple[int, dict[str, _Shape]]]:
+    calls = program.calls
     ranks = Ranks(program.graph, calls, known=program.ranks)
     channels = Channels(program.graph, calls, ranks.assumed)
-    needed = [node for node in program.graph.find_nodes(op="placeholder") if _needed(program, node)]
     first = _channels_of_first_convolution(program.module)
     known = [ranks.assumed(node) for node in needed]
     if None not in known:

@@ -13,6 +13,8 @@ gave inputs.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from fxrep.analysis.aliasing import written_tensors
@@ -27,17 +30,18 @@ from fxrep.analysis.inputs import possible_inputs
 from fxrep.capture.islands import Capture, Program
 from fxrep.capture.sharing import outside
 from fxrep.capture.skeleton import call_arguments, duplicate
-from fxrep.ops.calls import Calls
 from fxrep.ops.effects import effect
 from fxrep.ops.owner import foreign_hooks
 
-# How often the model runs, and how many calls of one forward are compared.
+# How often a forward runs.
 _RUNS = 2
-_MOST_CALLS = 8
 
 # The largest difference of two runs of equal operations: in epsilons of the dtype, and at most.
 _ROUNDING = 1000
 _MOST = 2**-4
+
+
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional ones, and those by name
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,6 @@ class _Call:
     generator: Tensor
 
 
-class _NoInputs(Exception):
-    """The forward does not run on any inputs that were made."""
-
-
 def run_beside(captured: Capture, example_inputs: object = None) -> Trial:
     """Run the graphs of a capture and the forwards they were traced from.
 
@@ -81,24 +81,20 @@ def run_beside(captured: Capture, example_inputs: object = None) -> Trial:
         captured: the graphs, before they are rewritten.
         example_inputs: the user's inputs; None to make small ones.
     """
-    if not captured.programs:
-        return Trial()
     differing: dict[str, str] = {}
     not_run: dict[str, str] = {}
+    if not captured.programs:
+        return Trial()
     runner, state = _Runner(captured), torch.get_rng_state()
     try:
-        calls = runner.example_calls(example_inputs)
+        arguments = runner.example_arguments(example_inputs)
         for program in captured.programs:
-            obstacle = _obstacle(program.module)
-            if obstacle is not None:
-                not_run[program.path] = obstacle
+            why = _obstacle(program.module)
+            calls = [] if why else runner.calls(program, arguments.get(program.path))
+            if not calls:
+                not_run[program.path] = why or "no small inputs were found on which it runs"
                 continue
-            try:
-                found = calls.get(program.path) or runner.calls_with_small_inputs(program)
-            except _NoInputs:
-                not_run[program.path] = "no small inputs were found on which it runs"
-                continue
-            how = runner.difference(program, found)
+            how = runner.difference(program, calls)
             if how is not None:
                 differing[program.path] = how
     finally:
@@ -129,83 +125,92 @@ class _Runner:
 
     def __init__(self, captured: Capture) -> None:
         self.captured = captured
-        self.shared = outside(captured.model)
+        self.shared = outside(captured.reached)
         self._twin: nn.Module | None = None
 
-    @property
     def twin(self) -> nn.Module:
-        """The copy on which forwards run."""
+        """A copy of the model on which forwards run that write nothing."""
         if self._twin is None:
-            self._twin = duplicate(self.captured.model)
+            self._twin = self.fresh_twin()
         return self._twin
 
-    def example_calls(self, example_inputs: object) -> Mapping[str, list[_Call]]:
-        """The calls of the captured forwards while the copy runs on the user's inputs, by path."""
-        if example_inputs is None or _obstacle(self.captured.model) is not None:
-            return {}
-        calls: dict[str, list[_Call]] = {program.path: [] for program in self.captured.programs}
-        handles = [
-            handle
-            for path, found in calls.items()
-            if path
-            for handle in _record(self.twin.get_submodule(path), found)
-        ]
-        try:
-            for _ in range(_RUNS):
-                call = _called(self.twin, *call_arguments(example_inputs))
-                if "" in calls:
-                    calls[""].append(call)
-        except Exception:  # whatever the user's code raises; a later step tells the user
-            return {}
-        finally:
-            for handle in handles:
-                handle.remove()
-        return calls
+    def fresh_twin(self) -> nn.Module:
+        """A copy of the model in the state in which it is given."""
+        return duplicate(self.captured.model, found=self.captured.reached)
 
-    def calls_with_small_inputs(self, program: Program) -> list[_Call]:
-        """Calls of a forward, twice in a row.
+    def example_arguments(self, example_inputs: object) -> dict[str, _Arguments]:
+        """The arguments of the captured forwards when the model runs on the user's inputs."""
+        if example_inputs is None:
+            return {}
+        found = {"": call_arguments(example_inputs)}
+        below = [program.path for program in self.captured.programs if program.path]
+        if not below or _obstacle(self.captured.model) is not None:
+            return found
+        twin = self.fresh_twin()
+        for path in below:
 
-        Raises:
-            _NoInputs: it does not run on inputs that could be made.
+            def record(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+                found.setdefault(path, _cloned((args, kwargs)))
+
+            twin.get_submodule(path).register_forward_pre_hook(record, with_kwargs=True)
+        args, kwargs = _cloned(found[""])
+        with contextlib.suppress(Exception):  # the user's code; a later step tells the user
+            twin(*args, **kwargs)
+        self.shared.restore()
+        return found
+
+    def calls(self, program: Program, given: _Arguments | None) -> list[_Call]:
+        """Calls of a forward, twice in a row from the same state; none if it does not run.
+
+        Args:
+            program: the forward and its graph.
+            given: its arguments; None to make small ones.
         """
-        module = self.twin.get_submodule(program.path)
-        given = (*module.parameters(), *self.twin.parameters())
-        like = next((p for p in given if p.is_floating_point()), torch.ones(()))
+        pure = _writes_nothing(program)
+        like = next((p for p in _parameters(program.module, self.captured.tree)), torch.ones(()))
+        small = (_by_position(program, each) for each in possible_inputs(program, like))
         state = torch.get_rng_state()
-        for inputs in possible_inputs(program, like):
+        for args, kwargs in small if given is None else [given]:
+            module = (self.twin() if pure else self.fresh_twin()).get_submodule(program.path)
             calls = []
             try:
                 for _ in range(_RUNS):
                     torch.set_rng_state(state)
-                    calls.append(_called(module.forward, *_by_position(program, inputs)))
+                    calls.append(_called(module.forward, args, kwargs))
             except Exception:  # whatever the user's code raises
                 continue
+            finally:
+                self.shared.restore()
             return calls
-        raise _NoInputs
+        return []
 
     def difference(self, program: Program, calls: list[_Call]) -> str | None:
-        """How a graph differs from the recorded calls of its forward; None if it does not."""
-        module = program.module
-        alone = _writes_nothing(program)
-        if not alone:
+        """How a graph differs from the calls of its forward; None if it does not."""
+        module, pure = program.module, _writes_nothing(program)
+        if not pure:
             module = duplicate(self.captured.tree).get_submodule(program.path)
-        last: _Call | None = None
-        for number, call in enumerate(calls, 1):
-            if alone and last is not None and _repeats(call, last):
-                continue
-            last = call
-            how = _difference(program, module, call)
-            if how is not None:
-                return how if number == 1 else f"{how} at call {number}"
+        try:
+            for number, call in enumerate(calls, 1):
+                if pure and number > 1 and _agrees(call.result, calls[0].result):
+                    continue
+                how = _difference(program, module, call)
+                if how is not None:
+                    return how if number == 1 else f"{how} at call {number}"
+        finally:
+            self.shared.restore()
         return None
 
 
-def _by_position(
-    program: Program, inputs: Mapping[str, Tensor]
-) -> tuple[list[Tensor], dict[str, Tensor]]:
+def _parameters(*modules: nn.Module) -> Iterator[Tensor]:
+    """The parameters of floating point."""
+    for module in modules:
+        yield from (each for each in module.parameters() if each.is_floating_point())
+
+
+def _by_position(program: Program, inputs: Mapping[str, Tensor]) -> _Arguments:
     """Positional and keyword arguments: a few parameters have no keyword."""
     alone = [p.name for p in program.arguments.parameters if p.kind is p.POSITIONAL_ONLY]
-    args = [inputs[name] for name in alone if name in inputs]
+    args = tuple(inputs[name] for name in alone if name in inputs)
     return args, {name: value for name, value in inputs.items() if name not in alone}
 
 
@@ -217,48 +222,18 @@ def _called(forward: Callable[..., Any], args: Any, kwargs: Any) -> _Call:
     return _Call(given, named, _cloned(result), generator)
 
 
-def _record(module: nn.Module, calls: list[_Call]) -> Iterator[Any]:
-    """Let a module record its calls; the handles end it."""
-    waiting: list[tuple[Any, Any, Tensor]] = []
-
-    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-        waiting.append((*_cloned((args, kwargs)), torch.get_rng_state()))
-
-    def after(_: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        given, named, generator = waiting.pop()
-        if len(calls) < _MOST_CALLS:
-            calls.append(_Call(given, named, _cloned(result), generator))
-
-    yield module.register_forward_pre_hook(before, with_kwargs=True)
-    yield module.register_forward_hook(after, with_kwargs=True)
-
-
 def _cloned(value: Any) -> Any:
     return tree_map_only(Tensor, lambda t: t.detach().clone(), value)
 
 
 def _writes_nothing(program: Program) -> bool:
     """Whether a graph certainly writes no tensor of the model, and runs torch's code alone."""
-    calls = Calls(program.module)
-    reads = False
-    for node in program.graph.nodes:
-        reads = reads or node.op == "get_attr"
-        if node.op == "call_module" and effect(calls, node).own_state:
+    for node in program.graph.find_nodes(op="call_module"):
+        module = program.calls.submodule(str(node.target))
+        if effect(program.calls, node).own_state or parametrize.is_parametrized(module):
             return False
-    return not reads or not written_tensors(program.graph, calls)
-
-
-def _repeats(call: _Call, other: _Call) -> bool:
-    """Whether a call had the arguments and the result of another one."""
-    mine, theirs = ((each.args, each.kwargs, each.result, each.generator) for each in (call, other))
-    (a, _), (b, _) = tree_flatten(mine), tree_flatten(theirs)
-    return len(a) == len(b) and all(map(_identical, a, b))
-
-
-def _identical(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    return a is b or (type(a) is type(b) and isinstance(a, int | float | str) and a == b)
+    reads = program.graph.find_nodes(op="get_attr")
+    return not reads or not written_tensors(program.graph, program.calls)
 
 
 def _difference(program: Program, module: nn.Module, call: _Call) -> str | None:
@@ -298,6 +273,7 @@ def _placeholder_values(program: Program, call: _Call) -> dict[str, Any] | None:
 def _run(graph: fx.Graph, module: nn.Module, given: Mapping[str, Any]) -> Any:
     """The result of a graph, node by node; values are dropped when nobody reads them any more."""
     values: dict[fx.Node, Any] = {}
+    submodule = functools.cache(module.get_submodule)
     readers = {node: len(node.users) for node in graph.nodes}
     for node in graph.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
@@ -308,9 +284,9 @@ def _run(graph: fx.Graph, module: nn.Module, given: Mapping[str, Any]) -> Any:
             values[node] = given[target] if target in given else next(iter(args), None)
         elif node.op == "get_attr":
             owner, _, name = target.rpartition(".")
-            values[node] = getattr(module.get_submodule(owner), name)
+            values[node] = getattr(submodule(owner), name)
         elif node.op == "call_module":
-            values[node] = module.get_submodule(target)(*args, **kwargs)
+            values[node] = submodule(target)(*args, **kwargs)
         elif node.op == "call_method":
             values[node] = getattr(args[0], target)(*args[1:], **kwargs)
         else:

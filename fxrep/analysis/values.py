@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map_only
 
 from fxrep.capture.islands import Capture, Program
-from fxrep.capture.sharing import outside
+from fxrep.capture.sharing import of_tree, outside
 from fxrep.capture.skeleton import (
     call_arguments,
     does_not_run,
@@ -88,10 +88,10 @@ def recorded_run(captured: Capture, example_inputs: object) -> Examples:
         InputError: the model does not run on the inputs.
     """
     examples = Examples(example_inputs)
-    twin = duplicate(captured.model)
+    twin = duplicate(captured.model, found=captured.reached)
     examples.calls = _recorded(twin, _paths_called(captured), examples)
     args, kwargs = tree_map_only(Tensor, Tensor.clone, call_arguments(example_inputs))
-    shared = outside(captured.model)
+    shared = outside(captured.reached)
     with torch.no_grad():
         try:
             twin(*args, **kwargs)
@@ -194,7 +194,7 @@ class Values(fx.Interpreter):
             return torch.func.functional_call(module, self._fakes(module), args, kwargs)
         # Other code computes its weight, and may keep a state.
         with unset_fake_temporarily():
-            twin, shared = duplicate(module), outside(module)
+            twin, shared = duplicate(module), outside(of_tree(module))
         try:
             return torch.func.functional_call(twin, self._fakes(twin), args, kwargs)
         finally:

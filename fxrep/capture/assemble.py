@@ -20,6 +20,7 @@ from torch import fx, nn
 from torch.fx.graph_module import _forward_from_src
 
 from fxrep.capture.islands import Capture
+from fxrep.capture.sharing import of_tree
 from fxrep.capture.signature import Arguments, KeepSignature, same_value
 from fxrep.capture.skeleton import duplicate, empty_dicts
 from fxrep.report import Report
@@ -40,7 +41,7 @@ def assemble(capture: Capture) -> nn.Module:
         if isinstance(program.module, fx.GraphModule):  # a copy holds only what its graph reads
             program.module.__dict__["_graph"] = program.graph
     memo = _copy_memo(capture)
-    tree = duplicate(capture.tree, memo, _idle_modules(capture))
+    tree = duplicate(capture.tree, memo, of_tree(capture.tree, _idle_modules(capture)))
     for program in capture.programs:
         if program.is_root:
             continue

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import fx, nn
 
 from fxrep.capture.aten import respelled
 from fxrep.capture.mentions import Mentions, Use
+from fxrep.capture.sharing import Reached, of_tree
 from fxrep.capture.signature import Arguments
 from fxrep.capture.skeleton import (
     check,
@@ -28,6 +30,7 @@ from fxrep.capture.skeleton import (
 from fxrep.capture.state import restore_tensors
 from fxrep.capture.substitution import with_traceable_names
 from fxrep.capture.trace import Traced, Untraceable, trace
+from fxrep.ops.calls import Calls
 from fxrep.ops.owner import foreign_hooks, is_leaf, own_calls
 from fxrep.report import Skip
 
@@ -68,6 +71,11 @@ class Program:
     ranks: Mapping[fx.Node, int] = field(default_factory=dict)
     dtypes: Mapping[fx.Node, torch.dtype] = field(default_factory=dict)
 
+    @cached_property
+    def calls(self) -> Calls:
+        """The operators that the nodes of the graph call."""
+        return Calls(self.module)
+
     @property
     def is_root(self) -> bool:
         """Whether the graph becomes the whole model as a GraphModule.
@@ -90,12 +98,14 @@ class Capture:
         tree: its skeleton.
         programs: the graphs, parents before children.
         skipped: the modules that stay Python code, and why.
+        reached: the tensors that the model and its code reach.
     """
 
     model: nn.Module
     tree: nn.Module
     programs: list[Program] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
+    reached: Sequence[Reached] = ()
 
 
 def capture(
@@ -119,9 +129,10 @@ def capture(
     """
     model = respelled(unwrap(model))
     check(model)
-    tree = skeleton(model)
+    found = of_tree(model)
+    tree = skeleton(model, found)
     examples = named_inputs(tree, example_inputs)
-    explorer = _Explorer(Capture(model, tree), examples, refused or {})
+    explorer = _Explorer(Capture(model, tree, reached=found), examples, refused or {})
     with_traceable_names(
         tree, lambda: explorer.explore(tree, "", (), use="whole", keep_modules=False)
     )

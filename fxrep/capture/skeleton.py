@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fxrep.capture.sharing import of_tree
+from fxrep.capture.sharing import Reached, of_tree
 from fxrep.errors import InputError, ModelError
 from fxrep.ops.memory import Memory, addresses
 
@@ -73,11 +73,15 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers()
 
 
-def skeleton(model: nn.Module) -> nn.Module:
+def skeleton(model: nn.Module, found: Iterable[Reached]) -> nn.Module:
     """Copy the module tree and its Python attributes, but share its parameters and buffers.
 
     What shares the memory of a parameter or buffer is shared too: tensors in other attributes,
     NumPy arrays, storages.
+
+    Args:
+        model: the model.
+        found: the tensors that it reaches.
 
     Raises:
         ModelError: an attribute cannot be copied.
@@ -85,9 +89,9 @@ def skeleton(model: nn.Module) -> nn.Module:
     registered = [tensor for module in model.modules() for tensor in _registered(module)]
     memo: dict[int, Any] = {id(tensor): tensor for tensor in registered}
     memory = Memory(registered)
-    for found in of_tree(model):
-        if found.tensor in memory:
-            memo[id(found.holder)] = found.holder
+    for each in found:
+        if each.holder is not each.tensor or id(each.tensor) not in memo:
+            memo |= {id(each.holder): each.holder} if each.tensor in memory else {}
     try:
         return _copied(model, memo)
     except Exception as error:
@@ -106,7 +110,9 @@ def _registered(module: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def duplicate(
-    tree: nn.Module, memo: dict[int, Any] | None = None, idle: Set[int] = frozenset()
+    tree: nn.Module,
+    memo: dict[int, Any] | None = None,
+    found: Sequence[Reached] | None = None,
 ) -> nn.Module:
     """A deepcopy in which tensors share memory as in the tree.
 
@@ -116,10 +122,10 @@ def duplicate(
     Args:
         tree: the modules to copy.
         memo: as for `copy.deepcopy`.
-        idle: ids of modules whose code nobody runs any more: what it reaches is copied.
+        found: the tensors that the tree reaches, if they are known.
     """
     memo = {} if memo is None else memo
-    found = of_tree(tree, idle)
+    found = of_tree(tree) if found is None else found
     fixed = Memory(each.tensor for each in found if not each.copied)
     users: dict[tuple[int, int], set[int]] = {}
     for each in found:
@@ -147,10 +153,22 @@ def _copied(tree: nn.Module, memo: dict[int, Any]) -> nn.Module:
     memo |= {id(module): object.__new__(type(module)) for module in plain}
     for module in plain:  # in a fraction of the time of deepcopy: most attributes are numbers
         memo[id(module)].__dict__.update(
-            (name, value if type(value) in _ATOMS else copy.deepcopy(value, memo))
-            for name, value in module.__dict__.items()
+            (name, _copied_value(value, memo)) for name, value in module.__dict__.items()
         )
     return copy.deepcopy(tree, memo)
+
+
+def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
+    if type(value) in _ATOMS:
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if type(value) is dict:
+        made = memo[id(value)] = {}
+        for key, each in value.items():
+            made[_copied_value(key, memo)] = _copied_value(each, memo)
+        return made
+    return copy.deepcopy(value, memo)
 
 
 def _copies_like_any(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxrep.algebra.maps import Diagonal, Map, channel_map, pointwise_axes, with_channels
 from fxrep.algebra.recipe import Load
-from fxrep.capture.sharing import Contents, outside
+from fxrep.capture.sharing import Contents, of_tree, outside
 from fxrep.capture.skeleton import call_arguments, does_not_run, duplicate
 from fxrep.capture.state import unchanged_random_state
 from fxrep.errors import EquivalenceError
@@ -132,7 +132,7 @@ def compare(
             rounding explains.
     """
     args, kwargs = call_arguments(example_inputs)
-    shared = outside(model)
+    shared = outside(of_tree(model))
     with torch.no_grad():
         try:
             original = _outputs(duplicate(model), args, kwargs, shared)
