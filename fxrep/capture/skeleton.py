@@ -131,14 +131,42 @@ def duplicate(
     for each in found:
         users.setdefault(addresses(each.tensor), set()).add(id(each.holder))
     for each in found:
-        value, stays = each.holder, each.tensor in fixed
-        if type(value) is not nn.Parameter:
-            memo |= {id(value): value} if stays else {}
-        elif id(value) not in memo and (stays or len(users[addresses(value)]) > 1):
-            # deepcopy clones a parameter, but copies the storage of a tensor once.
-            data = value.detach() if stays else copy.deepcopy(value.detach(), memo)
-            memo[id(value)] = nn.Parameter(data, requires_grad=value.requires_grad)
+        if id(each.holder) not in memo:
+            alone = len(users[addresses(each.tensor)]) == 1
+            _remember(each.holder, memo, stays=each.tensor in fixed, alone=alone)
     return _copied(tree, memo)
+
+
+def _remember(holder: Any, memo: dict[int, Any], *, stays: bool, alone: bool) -> None:
+    """Put a tensor, or what holds one, into the memo if its copy is no plain deepcopy.
+
+    Args:
+        holder: the tensor, or what holds one.
+        memo: as for `copy.deepcopy`.
+        stays: it stays in its memory.
+        alone: no other tensor of the tree shares its memory.
+    """
+    if type(holder) is nn.Parameter:
+        if stays:
+            data = holder.detach()
+        elif alone:  # as deepcopy does, in a fraction of the time
+            data = holder.detach().clone()
+        else:  # deepcopy clones a parameter, but copies the storage of a tensor once
+            data = copy.deepcopy(holder.detach(), memo)
+        memo[id(holder)] = nn.Parameter(data, requires_grad=holder.requires_grad)
+    elif stays:
+        memo[id(holder)] = holder
+    elif alone and type(holder) is torch.Tensor and _is_dense(holder):
+        memo[id(holder)] = holder.clone()
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a clone of a tensor is all that a deepcopy is."""
+    return (
+        tensor.layout is torch.strided
+        and not (tensor.requires_grad or tensor.is_quantized or tensor.__dict__)
+        and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    )
 
 
 def _copied(tree: nn.Module, memo: dict[int, Any]) -> nn.Module:
