@@ -6,17 +6,18 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
+from fxrep.analysis.trial import Trial, run_beside
 from fxrep.capture.assemble import assemble, attached, seal
-from fxrep.capture.islands import capture
+from fxrep.capture.islands import Capture, capture
 from fxrep.capture.state import unchanged_random_state
 from fxrep.errors import OptionError, ReportError
 from fxrep.passes import default_passes
 from fxrep.planning.cost import CostModel, cost_models
 from fxrep.planning.rule import Pass
 from fxrep.registry import compiled_report
-from fxrep.report import Report
+from fxrep.report import Report, Skip
 from fxrep.rewriting import validate as validation
 from fxrep.rewriting.session import Settings, rewrite
 
@@ -40,7 +41,9 @@ def optimize(
         cost: "macs" (never more multiply-accumulates, memory traffic or convolutions), "always"
             (whenever legal), "measure" (rewrites whose profit is in doubt are timed on
             `example_inputs`, on the device of the model), or a `fxrep.CostModel`.
-        validate: compare every rewrite with the original in float64, and drop it if they differ.
+        validate: run what was traced beside the model's own code, on copies, and leave a part that
+            differs as it is; compare every rewrite with the original in float64, and drop it if
+            they differ.
 
     Returns:
         A `torch.fx.GraphModule` when the whole forward traces, otherwise a copy of the model whose
@@ -68,7 +71,9 @@ def optimize(
             "cost='measure' times rewrites on example_inputs, and there are none: pass inputs of "
             "the shapes the model will see, or cost='macs'"
         )
-    captured = capture(model, example_inputs)
+    # The forward of a GraphModule is no other code than its graph's.
+    checks = validate and not isinstance(model, fx.GraphModule)
+    captured = faithful(model, example_inputs) if checks else capture(model, example_inputs)
     # The model may draw random numbers when it runs on the inputs; no result needs a gradient.
     with unchanged_random_state(despite_other_threads=example_inputs is not None), torch.no_grad():
         report = rewrite(captured, settings, example_inputs).report()
@@ -77,6 +82,36 @@ def optimize(
             report = validation.compare(captured.model, result, example_inputs, report)
     seal(result, report)
     return result
+
+
+def faithful(model: nn.Module, example_inputs: object) -> Capture:
+    """Capture a model such that every graph gives what its forward gives, as far as a run shows."""
+    refused: dict[str, str] = {}
+    captured, trial = _tried(model, example_inputs, refused)
+    while trial.differing:  # each turn leaves at least one module more as it is
+        refused |= trial.differing
+        captured, trial = _tried(model, example_inputs, refused)
+    # A module that differs made all modules above it differ: those may trace around it.
+    inner = {path: why for path, why in refused.items() if not _any_below(refused, path)}
+    if inner != refused:
+        around, trial_around = _tried(model, example_inputs, inner)
+        if not trial_around.differing:
+            captured, trial = around, trial_around
+    for path, why in trial.not_run.items():
+        captured.skipped.append(Skip("capture", path, f"its graph was not run: {why}"))
+    return captured
+
+
+def _tried(
+    model: nn.Module, example_inputs: object, refused: dict[str, str]
+) -> tuple[Capture, Trial]:
+    captured = capture(model, example_inputs, refused)
+    with unchanged_random_state(), torch.no_grad():
+        return captured, run_beside(captured, example_inputs)
+
+
+def _any_below(paths: Iterable[str], path: str) -> bool:
+    return any(other != path and (not path or other.startswith(f"{path}.")) for other in paths)
 
 
 def report(optimized: nn.Module | Callable[..., Any]) -> Report:

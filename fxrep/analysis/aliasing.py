@@ -24,7 +24,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
+from torch.nn.utils import parametrize
 
+from fxrep.analysis.computed import KeepsState, module_tensor
 from fxrep.analysis.memory import Write, WrittenMemory, held, reached_by_hooks
 from fxrep.ops.calls import Calls
 from fxrep.ops.effects import Effect, effect, reads_no_values
@@ -248,7 +250,7 @@ def analyse(graph: fx.Graph, calls: Calls, outside: Iterable[Write] = ()) -> Ali
                 *(
                     w
                     for n, e in zip(nodes, effects, strict=True)
-                    if e.own_state
+                    if e.own_state or _computes_with_state(n, calls)
                     for w in _own_writes(n, calls)
                 ),
                 *outside,
@@ -267,6 +269,17 @@ def _effects(nodes: list[fx.Node], calls: Calls) -> list[Effect]:
             shared = [n for n, t in reads.items() if isinstance(t, Tensor) and memory.by(t)]
             effects[i] = replace(each, writes=(*each.writes, *shared))
     return effects
+
+
+def _computes_with_state(node: fx.Node, calls: Calls) -> bool:
+    """Whether a node calls a layer whose weights are computed by code that keeps a state."""
+    if node.op != "call_module":
+        return False
+    module = calls.submodule(str(node.target))
+    if not parametrize.is_parametrized(module):
+        return False
+    names = list(module.parametrizations)  # type: ignore[arg-type]
+    return any(isinstance(module_tensor(module, name), KeepsState) for name in names)
 
 
 def _own_writes(node: fx.Node, calls: Calls) -> list[Write]:

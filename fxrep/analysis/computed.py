@@ -9,6 +9,7 @@ float32 next to 0.7 is smaller than 0.7, but ten times as much rounds to 7.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,11 @@ from fxrep.ops.owner import weight_hooks
 from fxrep.refusal import Refusal
 
 _Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class KeepsState(Refusal):
+    """A tensor is no constant, for the code that computes it writes a state."""
 
 
 def parts_of(module: nn.Module, name: str) -> list[str]:
@@ -65,7 +71,7 @@ def computed_once(module: nn.Module, name: str, parts: Sequence[str]) -> Tensor 
     if isinstance(value, Refusal):
         return Refusal(f"its {name} is no constant: the code that computes it draws numbers")
     if written or any(_was_set(*each) for each in before):
-        return Refusal(f"its {name} is no constant: the code that computes it keeps a state")
+        return KeepsState(f"its {name} is no constant: the code that computes it keeps a state")
     return value.detach()
 
 

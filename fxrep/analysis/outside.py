@@ -15,7 +15,6 @@ from torch import nn
 from fxrep.analysis.aliasing import written_tensors
 from fxrep.analysis.memory import Write, owned, reached_by_hooks
 from fxrep.capture.islands import Capture, Program
-from fxrep.ops.calls import Calls
 from fxrep.ops.owner import is_leaf
 
 
@@ -30,7 +29,7 @@ def writes_outside(captured: Capture) -> dict[str, list[Write]]:
     python += [Write(tensor, "a hook") for tensor in reached_by_hooks(captured.tree)]
     if len(programs) < 2:
         return {program.path: python for program in programs}
-    own = {p.path: written_tensors(p.graph, Calls(p.module)) for p in programs}
+    own = {p.path: written_tensors(p.graph, p.calls) for p in programs}
     return {
         program.path: [
             *python,

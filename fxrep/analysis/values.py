@@ -92,10 +92,10 @@ def recorded_run(captured: Capture, example_inputs: object) -> Examples:
     examples = Examples(example_inputs)
     if cannot_run(captured.model) is not None:
         return examples
-    twin = duplicate(captured.model)
+    twin = duplicate(captured.model, found=captured.reached)
     examples.calls = _recorded(twin, _paths_called(captured), examples)
     args, kwargs = tree_map_only(Tensor, Tensor.clone, call_arguments(example_inputs))
-    shared = outside(captured.model)
+    shared = outside(captured.reached)
     with torch.no_grad(), unchanged_state(twin):
         try:
             contextvars.copy_context().run(twin, *args, **kwargs)

@@ -22,6 +22,7 @@ from fxrep.capture.records import _NodeRecord as _NodeRecord
 from fxrep.capture.records import _TorchName as _TorchName
 from fxrep.capture.rewritten import RewrittenModule
 from fxrep.capture.rewritten import _empty as _empty
+from fxrep.capture.sharing import of_tree
 from fxrep.capture.skeleton import duplicate, empty_dicts
 from fxrep.capture.trace import called
 from fxrep.report import Report
@@ -45,7 +46,7 @@ def assemble(capture: Capture) -> nn.Module:
     else:
         if isinstance(root.module, fx.GraphModule):  # a copy holds only what its graph reads
             root.module.__dict__["_graph"] = root.graph
-        tree = duplicate(root.module, memo, _idle_modules(root))
+        tree = duplicate(root.module, memo, of_tree(root.module, _idle_modules(root)))
         result = RewrittenModule(tree, root.graph, root.arguments)
     for program in capture.programs:
         if program is not root and id(program.source) in memo:

@@ -8,14 +8,16 @@ are captured one by one. The graph of such a submodule is an island: Python code
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxrep.capture.aten import respelled
+from fxrep.capture.sharing import Reached, of_tree
 from fxrep.capture.signature import Arguments
 from fxrep.capture.skeleton import (
     check,
@@ -28,6 +30,7 @@ from fxrep.capture.snapshot import Snapshot, check_shared_tensors
 from fxrep.capture.substitution import with_traceable_names
 from fxrep.capture.trace import Traced, Untraceable, trace
 from fxrep.capture.uses import Use, use_of
+from fxrep.ops.calls import Calls
 from fxrep.ops.owner import foreign_hooks, is_leaf, own_calls
 from fxrep.report import Skip
 
@@ -72,6 +75,11 @@ class Program:
     ranks: Mapping[fx.Node, int] = field(default_factory=dict)
     dtypes: Mapping[fx.Node, torch.dtype] = field(default_factory=dict)
 
+    @cached_property
+    def calls(self) -> Calls:
+        """The operators that the nodes of the graph call."""
+        return Calls(self.module)
+
     @property
     def is_root(self) -> bool:
         """Whether the graph becomes the whole model as a GraphModule.
@@ -94,21 +102,28 @@ class Capture:
         tree: its skeleton, which rewrites leave as it is.
         programs: the graphs, parents before children.
         skipped: the modules that stay Python code, and why.
+        reached: the tensors that the model and its code reach.
+        state: the state that the forwards can write; None where none of them is Python code.
     """
 
     model: nn.Module
     tree: nn.Module
     programs: list[Program] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
+    reached: Sequence[Reached] = ()
+    state: Snapshot | None = None
 
 
-def capture(model: nn.Module, example_inputs: object = None) -> Capture:
+def capture(
+    model: nn.Module, example_inputs: object = None, refused: Mapping[str, str] | None = None
+) -> Capture:
     """Trace a model, or every part of it that traces.
 
     Args:
         model: a module in eval mode, or the module of an exported program; the wrappers of
             torch.compile and DataParallel are taken off.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        refused: modules that are to stay Python code, by path, and why.
 
     Returns:
         The skeleton and its programs: one with path '' when the whole forward traces, otherwise
@@ -120,16 +135,26 @@ def capture(model: nn.Module, example_inputs: object = None) -> Capture:
     """
     model = respelled(unwrap(model))
     check(model)
-    tree = skeleton(model)
+    found = of_tree(model)
+    tree = skeleton(model, found)
     examples = named_inputs(tree, example_inputs)
-    return with_traceable_names(tree, lambda: _explored(model, tree, examples))
-
-
-def _explored(model: nn.Module, tree: nn.Module, examples: Mapping[str, object]) -> Capture:
-    """The graphs of a tree; none reads state that a forward was found to write."""
     state = Snapshot(tree)
+    for path, reason in (refused or {}).items():
+        state.bar(tree.get_submodule(path), reason)
+    return with_traceable_names(tree, lambda: _explored(model, tree, examples, state, found))
+
+
+def _explored(
+    model: nn.Module,
+    tree: nn.Module,
+    examples: Mapping[str, object],
+    state: Snapshot,
+    reached: Sequence[Reached],
+) -> Capture:
+    """The graphs of a tree; none reads state that a forward was found to write."""
     while True:
-        explorer = _Explorer(Capture(model, tree), examples, state)
+        captured = Capture(model, tree, reached=reached, state=state)
+        explorer = _Explorer(captured, examples, state)
         explorer.explore(tree, "", use="whole")
         if not state.bars_traced(state.traced):
             if state.refused:

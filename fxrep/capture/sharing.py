@@ -99,8 +99,10 @@ def of_module(module: nn.Module, seen: Seen) -> Iterator[Reached]:
         for name, value in vars(module).items()
         if name not in _EVERY_MODULE and type(value) not in _NUMBERS
     ]
-    if others or not _is_library(type(module)):
-        yield from reached([*others, type(module)], seen=seen)
+    kind = type(module)
+    code = [] if (id(kind), True) in seen or _is_library(kind) else [kind]
+    if others or code:
+        yield from reached(others + code, seen=seen)
 
 
 _NUMBERS = frozenset({int, float, bool, str, type(None)})
@@ -173,9 +175,9 @@ class Contents:
         return bool(changed)
 
 
-def outside(model: nn.Module) -> Contents:
+def outside(found: Iterable[Reached]) -> Contents:
     """The memory that the code of a model reaches and that a run of a copy may write, too."""
-    return Contents(each.tensor for each in of_tree(model) if not each.copied)
+    return Contents(each.tensor for each in found if not each.copied)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -110,6 +110,16 @@ class Snapshot:
         """
         return self._barred.get(id(module))
 
+    def bar(self, module: nn.Module, reason: str) -> None:
+        """Let the forward of a module not be run, for another reason."""
+        self._barred[id(module)] = reason
+
+    @property
+    def unrunnable(self) -> str | None:
+        """Why not even a copy may be run: state outside of it could not be put back. None if so."""
+        found = (why for each in self._owned.values() for why in each.reaches[1].barred)
+        return next(found, None)
+
     def bars_traced(self, modules: Iterable[int]) -> bool:
         """Whether one of some modules, by id, turned out to be barred after it was traced."""
         return any(key in self._barred for key in modules)
@@ -232,8 +242,7 @@ def _is_cache(items: Items) -> bool:
 
 def cannot_run(model: nn.Module) -> str | None:
     """Why not even a copy of a model may be run: state outside of it could not be put back."""
-    owned = Snapshot(model)._owned.values()
-    return next((why for each in owned for why in each.reaches[1].barred), None)
+    return Snapshot(model).unrunnable
 
 
 @contextlib.contextmanager

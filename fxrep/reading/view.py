@@ -263,10 +263,10 @@ class View:
     def variable(self, *arguments: Any) -> str | None:
         """Why tensors among the arguments of a layer are no constants; None if all are."""
         for arg in arguments:
-            reason = self._written(arg)
-            if reason is None and isinstance(arg, ModuleTensor):
+            found = None
+            if isinstance(arg, ModuleTensor):
                 found = self.attribute(arg.module, arg.path, arg.name)
-                reason = found.reason if isinstance(found, Refusal) else None
+            reason = found.reason if isinstance(found, Refusal) else self._written(arg)
             if reason is not None:
                 return reason
         return None

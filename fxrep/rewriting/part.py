@@ -54,10 +54,10 @@ class Part:
     new_values: list[fx.Node] = field(default_factory=list)
     weight_users: dict[int, set[fx.Node]] = field(default_factory=lambda: defaultdict(set))
 
-    @cached_property
+    @property
     def calls(self) -> Calls:
         """The operators that the nodes of the graph call."""
-        return Calls(self.program.module)
+        return self.program.calls
 
     @cached_property
     def editor(self) -> Editor:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxrep.algebra.maps import Diagonal, Map, channel_map, pointwise_axes, with_channels
 from fxrep.algebra.recipe import Load
-from fxrep.capture.sharing import Contents, outside
+from fxrep.capture.sharing import Contents, of_tree, outside
 from fxrep.capture.skeleton import call_arguments, does_not_run, duplicate
 from fxrep.capture.snapshot import cannot_run, unchanged_state
 from fxrep.capture.state import unchanged_random_state
@@ -138,7 +138,7 @@ def compare(
         skip = Skip("capture", "", f"not run on the example inputs: {reason}")
         return replace(report, skipped=(*report.skipped, skip))
     args, kwargs = call_arguments(example_inputs)
-    shared = outside(model)
+    shared = outside(of_tree(model))
     with torch.no_grad():
         try:
             original = _outputs(duplicate(model), args, kwargs, shared)

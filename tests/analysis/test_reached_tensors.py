@@ -311,6 +311,19 @@ def test_a_parametrization_reaches_a_running_mean(name: str, examples: Tensor | 
     assert any("no constant" in skip.reason for skip in report.skipped), str(report)
 
 
+def test_a_parametrization_reaches_what_other_layers_read() -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        first = nn.Conv2d(3, 3, 1)
+        model = randomize(nn.Sequential(first, nn.ReLU(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+        kind = WritesThrough([model[3].running_mean], lambda q: q[0].mul_(1.5))
+        parametrize.register_parametrization(first, "weight", kind, unsafe=True)
+        return model.eval()
+
+    report = equal_and_untouched(make, None)
+    assert any("which the module '0' may write" in skip.reason for skip in report.skipped)
+
+
 # --- what only looks like it ----------------------------------------------------------------------
 
 
