@@ -88,16 +88,17 @@ def of_module(module: nn.Module, seen: Seen) -> Iterator[Reached]:
         module: the module; its hooks do not count.
         seen: as for `reached`.
     """
-    tensors = (*module._parameters.values(), *module._buffers.values())
-    registered = [tensor for tensor in tensors if tensor is not None]
-    if isinstance(module, torch.jit.ScriptModule):
-        yield from (Reached(tensor, module, True) for tensor in registered)
+    is_script = isinstance(module, torch.jit.ScriptModule)
+    for tensors in (module._parameters, module._buffers):
+        for tensor in tensors.values():
+            if tensor is not None:
+                yield Reached(tensor, module if is_script else tensor, True)
+    if is_script:
         return
-    yield from (Reached(tensor, tensor, True) for tensor in registered)
     others = [
         value
-        for name, value in vars(module).items()
-        if name not in _EVERY_MODULE and type(value) not in _NUMBERS
+        for name, value in module.__dict__.items()
+        if type(value) not in _NUMBERS and name not in _EVERY_MODULE
     ]
     kind = type(module)
     code = [] if (id(kind), True) in seen or _is_library(kind) else [kind]
@@ -118,12 +119,13 @@ def of_tree(tree: nn.Module, idle: Set[int] = frozenset()) -> list[Reached]:
     seen: Seen = {}
     seen_idle: Seen = {}
     found: list[Reached] = []
-    for module in tree.modules():
+    modules = list(tree.modules())
+    for module in modules:
         if id(module) in idle:
             found += (each for each in of_module(module, seen_idle) if each.copied)
         else:
             found += of_module(module, seen)
-    hooks = [hook for module in tree.modules() for hook in foreign_hooks(module)]
+    hooks = [hook for module in modules for hook in foreign_hooks(module)]
     return _copied_together([*found, *reached(hooks, whole=False, seen=seen)])
 
 
@@ -133,14 +135,16 @@ def _copied_together(found: list[Reached]) -> list[Reached]:
     Two storages with common memory become two memories, and a script copies its tensors itself.
     """
     fixed: set[int] = set()
-    ranges = sorted((*addresses(each.tensor), i) for i, each in enumerate(found))
+    ranges = sorted([(*addresses(each.tensor), i) for i, each in enumerate(found)])
     reaches, last = 0, -1
     for start, stop, i in ranges:
-        if last >= 0 and start < reaches and _owner(found[i]) != _owner(found[last]):
+        if start < reaches and last >= 0 and _owner(found[i]) != _owner(found[last]):
             fixed |= {i, last}
         if last < 0 or stop > reaches:
             reaches, last = stop, i
-    return [replace(each, copied=each.copied and i not in fixed) for i, each in enumerate(found)]
+    for i in fixed:
+        found[i] = replace(found[i], copied=False)
+    return found
 
 
 def _owner(found: Reached) -> int:
@@ -245,6 +249,17 @@ def _global_names(code: types.CodeType) -> tuple[str, ...]:
 
 def _is_library(thing: Any) -> bool:
     """Whether a class or function is of torch, of Python, or our own."""
+    if isinstance(thing, type):
+        return _is_library_class(thing)
+    return _is_home(thing)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_library_class(kind: type) -> bool:
+    return _is_home(kind)
+
+
+def _is_home(thing: Any) -> bool:
     home = str(getattr(thing, "__module__", "")).partition(".")[0]
     return home in ("torch", "fxrep", "builtins") or home in sys.stdlib_module_names
 
