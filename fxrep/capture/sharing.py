@@ -4,8 +4,8 @@ Given: a module that keeps a deque of tensors, a method whose function closes ov
 NumPy array that shares the memory of a buffer.
 
 Result: all these tensors, the array as a tensor over its memory, and for each whether a deepcopy of
-the module copies it. What a function, a class, a weak reference or an array reaches is not copied:
-the copy reaches the same memory.
+the module copies it. What a function, a class or a weak reference reaches is not copied: the copy
+reaches the same memory. A buffer and an array over its memory would become two memories.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def reached(
             seen[id(value), copied] = value
             memory = _memory(value)
             if memory is not None:
-                yield Reached(memory, value, copied and memory is value)
+                yield Reached(memory, value, copied)
                 continue
             if isinstance(value, types.FunctionType):
                 functions += 1
@@ -132,7 +132,7 @@ def of_tree(tree: nn.Module, idle: Set[int] = frozenset()) -> list[Reached]:
 def _copied_together(found: list[Reached]) -> list[Reached]:
     """The tensors; those that a deepcopy would tear apart count as not copied.
 
-    Two storages with common memory become two memories, and a script copies its tensors itself.
+    Two storages with common memory become two memories; arrays and scripts copy theirs themselves.
     """
     fixed: set[int] = set()
     ranges = sorted([(*addresses(each.tensor), i) for i, each in enumerate(found)])
@@ -148,7 +148,8 @@ def _copied_together(found: list[Reached]) -> list[Reached]:
 
 
 def _owner(found: Reached) -> int:
-    if isinstance(found.holder, torch.jit.ScriptModule):
+    """What a deepcopy copies as a whole: a storage, an array, a script."""
+    if found.holder is not found.tensor:
         return id(found.holder)
     try:
         return int(found.tensor.untyped_storage()._cdata)
