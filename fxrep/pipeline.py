@@ -47,7 +47,8 @@ def optimize(
 
     Returns:
         A `torch.fx.GraphModule` when the whole forward traces, otherwise a copy of the model whose
-        traceable submodules run their rewritten graphs. It shares nothing with `model`.
+        traceable submodules run their rewritten graphs. It shares nothing with `model`, but for
+        memory that code which stays reaches through functions, classes, weak references or arrays.
         `fxrep.report` returns its report.
 
     Raises:

@@ -15,7 +15,7 @@ from torch import nn
 from fxrep.analysis.aliasing import written_tensors
 from fxrep.analysis.memory import Write, owned, reached_by_hooks
 from fxrep.capture.islands import Capture, Program
-from fxrep.ops.owner import is_leaf
+from fxrep.ops.owner import is_leaf, owner
 
 
 def writes_outside(captured: Capture) -> dict[str, list[Write]]:
@@ -63,6 +63,6 @@ def _python_modules(captured: Capture) -> Iterator[tuple[str, nn.Module]]:
 def _opaque(program: Program) -> Iterator[tuple[str, nn.Module]]:
     """The modules that a graph calls as they are."""
     for node in program.graph.find_nodes(op="call_module"):
-        module = program.module.get_submodule(str(node.target))
-        if not is_leaf(module):
+        module = program.calls.submodule(str(node.target))
+        if owner(node, module) is None:
             yield str(node.target), module

@@ -31,6 +31,7 @@ from fxrep.analysis.inputs import possible_inputs
 from fxrep.capture.islands import Capture, Program
 from fxrep.capture.sharing import outside
 from fxrep.capture.skeleton import call_arguments, duplicate
+from fxrep.capture.snapshot import Snapshot
 from fxrep.ops.effects import effect
 from fxrep.ops.owner import foreign_hooks
 
@@ -86,8 +87,8 @@ def run_beside(captured: Capture, example_inputs: object = None) -> Trial:
     not_run: dict[str, str] = {}
     if not captured.programs:
         return Trial()
-    outer = None if captured.state is None else captured.state.unrunnable
     runner, state = _Runner(captured), torch.get_rng_state()
+    outer = runner.state.unrunnable
     try:
         arguments = {} if outer else runner.example_arguments(example_inputs)
         for program in captured.programs:
@@ -123,18 +124,19 @@ class _Runner:
 
     Attributes:
         shared: memory that the copies share with the model.
+        state: the state outside of the copies that the forwards can write.
     """
 
     def __init__(self, captured: Capture) -> None:
         self.captured = captured
         self.shared = outside(captured.reached)
+        self.state = Snapshot(captured.tree)
         self._twin: nn.Module | None = None
 
     def restore(self) -> None:
         """Put back what a run has written outside of its copy."""
         self.shared.restore()
-        if self.captured.state is not None:
-            self.captured.state.restore()
+        self.state.restore()
 
     def twin(self) -> nn.Module:
         """A copy of the model on which forwards run that write nothing."""

@@ -103,7 +103,6 @@ class Capture:
         programs: the graphs, parents before children.
         skipped: the modules that stay Python code, and why.
         reached: the tensors that the model and its code reach.
-        state: the state that the forwards can write; None where none of them is Python code.
     """
 
     model: nn.Module
@@ -111,7 +110,6 @@ class Capture:
     programs: list[Program] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
     reached: Sequence[Reached] = ()
-    state: Snapshot | None = None
 
 
 def capture(
@@ -138,23 +136,23 @@ def capture(
     found = of_tree(model)
     tree = skeleton(model, found)
     examples = named_inputs(tree, example_inputs)
-    state = Snapshot(tree)
-    for path, reason in (refused or {}).items():
-        state.bar(tree.get_submodule(path), reason)
-    return with_traceable_names(tree, lambda: _explored(model, tree, examples, state, found))
+    captured = with_traceable_names(tree, lambda: _explored(model, tree, examples, refused or {}))
+    captured.reached = found
+    return captured
 
 
 def _explored(
     model: nn.Module,
     tree: nn.Module,
     examples: Mapping[str, object],
-    state: Snapshot,
-    reached: Sequence[Reached],
+    refused: Mapping[str, str],
 ) -> Capture:
     """The graphs of a tree; none reads state that a forward was found to write."""
+    state = Snapshot(tree)
+    for path, reason in refused.items():
+        state.bar(tree.get_submodule(path), reason)
     while True:
-        captured = Capture(model, tree, reached=reached, state=state)
-        explorer = _Explorer(captured, examples, state)
+        explorer = _Explorer(Capture(model, tree), examples, state)
         explorer.explore(tree, "", use="whole")
         if not state.bars_traced(state.traced):
             if state.refused:

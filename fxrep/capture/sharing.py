@@ -4,8 +4,8 @@ Given: a module that keeps a deque of tensors, a method whose function closes ov
 NumPy array that shares the memory of a buffer.
 
 Result: all these tensors, the array as a tensor over its memory, and for each whether a deepcopy of
-the module copies it. What a function, a class, a weak reference or an array reaches is not copied:
-the copy reaches the same memory.
+the module copies it. What a function, a class or a weak reference reaches is not copied: the copy
+reaches the same memory. A buffer and an array over its memory would become two memories.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def reached(
             seen[id(value), copied] = value
             memory = _memory(value)
             if memory is not None:
-                yield Reached(memory, value, copied and memory is value)
+                yield Reached(memory, value, copied)
                 continue
             if isinstance(value, types.FunctionType):
                 functions += 1
@@ -88,16 +88,17 @@ def of_module(module: nn.Module, seen: Seen) -> Iterator[Reached]:
         module: the module; its hooks do not count.
         seen: as for `reached`.
     """
-    tensors = (*module._parameters.values(), *module._buffers.values())
-    registered = [tensor for tensor in tensors if tensor is not None]
-    if isinstance(module, torch.jit.ScriptModule):
-        yield from (Reached(tensor, module, True) for tensor in registered)
+    is_script = isinstance(module, torch.jit.ScriptModule)
+    for tensors in (module._parameters, module._buffers):
+        for tensor in tensors.values():
+            if tensor is not None:
+                yield Reached(tensor, module if is_script else tensor, True)
+    if is_script:
         return
-    yield from (Reached(tensor, tensor, True) for tensor in registered)
     others = [
         value
-        for name, value in vars(module).items()
-        if name not in _EVERY_MODULE and type(value) not in _NUMBERS
+        for name, value in module.__dict__.items()
+        if type(value) not in _NUMBERS and name not in _EVERY_MODULE
     ]
     kind = type(module)
     code = [] if (id(kind), True) in seen or _is_library(kind) else [kind]
@@ -118,33 +119,37 @@ def of_tree(tree: nn.Module, idle: Set[int] = frozenset()) -> list[Reached]:
     seen: Seen = {}
     seen_idle: Seen = {}
     found: list[Reached] = []
-    for module in tree.modules():
+    modules = list(tree.modules())
+    for module in modules:
         if id(module) in idle:
             found += (each for each in of_module(module, seen_idle) if each.copied)
         else:
             found += of_module(module, seen)
-    hooks = [hook for module in tree.modules() for hook in foreign_hooks(module)]
+    hooks = [hook for module in modules for hook in foreign_hooks(module)]
     return _copied_together([*found, *reached(hooks, whole=False, seen=seen)])
 
 
 def _copied_together(found: list[Reached]) -> list[Reached]:
     """The tensors; those that a deepcopy would tear apart count as not copied.
 
-    Two storages with common memory become two memories, and a script copies its tensors itself.
+    Two storages with common memory become two memories; arrays and scripts copy theirs themselves.
     """
     fixed: set[int] = set()
-    ranges = sorted((*addresses(each.tensor), i) for i, each in enumerate(found))
+    ranges = sorted([(*addresses(each.tensor), i) for i, each in enumerate(found)])
     reaches, last = 0, -1
     for start, stop, i in ranges:
-        if last >= 0 and start < reaches and _owner(found[i]) != _owner(found[last]):
+        if start < reaches and last >= 0 and _owner(found[i]) != _owner(found[last]):
             fixed |= {i, last}
         if last < 0 or stop > reaches:
             reaches, last = stop, i
-    return [replace(each, copied=each.copied and i not in fixed) for i, each in enumerate(found)]
+    for i in fixed:
+        found[i] = replace(found[i], copied=False)
+    return found
 
 
 def _owner(found: Reached) -> int:
-    if isinstance(found.holder, torch.jit.ScriptModule):
+    """What a deepcopy copies as a whole: a storage, an array, a script."""
+    if found.holder is not found.tensor:
         return id(found.holder)
     try:
         return int(found.tensor.untyped_storage()._cdata)
@@ -245,6 +250,17 @@ def _global_names(code: types.CodeType) -> tuple[str, ...]:
 
 def _is_library(thing: Any) -> bool:
     """Whether a class or function is of torch, of Python, or our own."""
+    if isinstance(thing, type):
+        return _is_library_class(thing)
+    return _is_home(thing)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_library_class(kind: type) -> bool:
+    return _is_home(kind)
+
+
+def _is_home(thing: Any) -> bool:
     home = str(getattr(thing, "__module__", "")).partition(".")[0]
     return home in ("torch", "fxrep", "builtins") or home in sys.stdlib_module_names
 

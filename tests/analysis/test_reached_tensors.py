@@ -342,6 +342,22 @@ def test_what_other_code_reaches_is_no_obstacle() -> None:
     assert len(report.rewrites) == 1
 
 
+def test_an_array_of_its_own_is_copied() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c, self.n = nn.Conv2d(3, 4, 3), np.zeros(1)
+
+        def forward(self, x: Tensor) -> Any:
+            self.n += 1
+            return self.c(x) * float(self.n[0])
+
+    model = Counts().eval()
+    optimized = fxrep.optimize(model, image())
+    optimized(image())
+    assert model.n[0] == 0
+
+
 def test_a_kept_parameter_keeps_its_dtype() -> None:
     """The result shares what a closure reaches, but converting the result converts no model."""
 
