@@ -109,10 +109,9 @@ class Reach:
             while self._ahead:
                 self._visit(*self._ahead.pop())
             for thing, known in list(self._open.values()):
-                for name in self.names - known:
-                    known.add(name)
-                    if name in vars(thing):
-                        self._ahead.append((f"{thing.__name__}.{name}", vars(thing)[name]))
+                found = (self.names & vars(thing).keys()) - known
+                known |= found
+                self._ahead += [(f"{thing.__name__}.{n}", vars(thing)[n]) for n in found]
             if not self._ahead:
                 return
 
@@ -243,7 +242,7 @@ class Reach:
         elif home.partition(".")[0] not in _FOREIGN:
             self._open.setdefault(id(module), (module, set()))
             _, mentioned = self.namespaces.setdefault(id(vars(module)), (vars(module), set()))
-            mentioned |= {n for n in self.names if n in vars(module)}
+            mentioned |= self.names & vars(module).keys()
 
     def _cached(self, where: str, function: Any) -> None:
         if _is_foreign(function):

@@ -107,7 +107,8 @@ def _refuse_shared_modules(model: nn.Module, copied: nn.Module) -> None:
     """Refuse a module whose copy is itself: a rewrite of the copy would be one of the user's."""
     users = {id(module): path for path, module in model.named_modules()}
     for module in copied.modules():
-        if id(module) in users:
+        # A script is no part of a graph; where its tensors are those of the model, it is shared.
+        if id(module) in users and not isinstance(module, torch.jit.ScriptModule):
             where = f"model.{users[id(module)]}" if users[id(module)] else "model"
             raise ModelError(
                 f"{where} ({type(module).__name__}) cannot be copied: its copy is the module "

@@ -20,6 +20,7 @@ from torch import fx, nn
 from fxrep.capture.kept import Cell, Items, Kept, Names, TensorContent, kept, process
 from fxrep.capture.reach import Reach, is_atom
 from fxrep.errors import ModelError
+from fxrep.ops.memory import Memory
 
 _PLAIN_ATTRIBUTES = nn.Module().__dict__.keys()
 _NOTHING = Reach((), (), frozenset())
@@ -191,12 +192,13 @@ def check_shared_tensors(model: nn.Module, refused: Container[int]) -> None:
         ModelError: an attribute holds such a tensor, because its copy is itself.
     """
     tree = frozenset(map(id, model.modules()))
+    copied = Memory((*model.parameters(), *model.buffers()))  # with all that shares its memory
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if name in _PLAIN_ATTRIBUTES or is_atom(value):
                 continue
             held = Reach([(name, value)], (), tree)
-            if any(key in refused for key in held.tensors):
+            if any(key in refused and t not in copied for key, t in held.tensors.items()):
                 where = ".".join(filter(None, ("model", path, name)))
                 raise ModelError(
                     f"{where} ({type(value).__name__}) holds a tensor that the forward writes, and "
