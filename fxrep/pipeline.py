@@ -80,7 +80,9 @@ def optimize(
         report = rewrite(captured, settings, example_inputs).report()
         result = assemble(captured)
         if example_inputs is not None:
-            report = validation.compare(captured.model, result, example_inputs, report)
+            report = validation.compare(
+                captured.model, result, example_inputs, report, captured.surroundings
+            )
     seal(result, report)
     return result
 

@@ -29,9 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from fxrep.analysis.aliasing import written_tensors
 from fxrep.analysis.inputs import possible_inputs
 from fxrep.capture.islands import Capture, Program
-from fxrep.capture.sharing import outside
 from fxrep.capture.skeleton import call_arguments, duplicate
-from fxrep.capture.snapshot import Snapshot
 from fxrep.ops.effects import effect
 from fxrep.ops.owner import foreign_hooks
 
@@ -88,7 +86,7 @@ def run_beside(captured: Capture, example_inputs: object = None) -> Trial:
     if not captured.programs:
         return Trial()
     runner, state = _Runner(captured), torch.get_rng_state()
-    outer = runner.state.unrunnable
+    outer = runner.surroundings.unrunnable
     try:
         arguments = {} if outer else runner.example_arguments(example_inputs)
         for program in captured.programs:
@@ -101,7 +99,7 @@ def run_beside(captured: Capture, example_inputs: object = None) -> Trial:
             if how is not None:
                 differing[program.path] = how
     finally:
-        runner.restore()
+        runner.surroundings.restore()
         torch.set_rng_state(state)
     return Trial(differing, not_run)
 
@@ -123,20 +121,13 @@ class _Runner:
         captured: the graphs.
 
     Attributes:
-        shared: memory that the copies share with the model.
-        state: the state outside of the copies that the forwards can write.
+        surroundings: what the copies share with the model.
     """
 
     def __init__(self, captured: Capture) -> None:
         self.captured = captured
-        self.shared = outside(captured.reached)
-        self.state = Snapshot(captured.tree)
+        self.surroundings = captured.surroundings
         self._twin: nn.Module | None = None
-
-    def restore(self) -> None:
-        """Put back what a run has written outside of its copy."""
-        self.shared.restore()
-        self.state.restore()
 
     def twin(self) -> nn.Module:
         """A copy of the model on which forwards run that write nothing."""
@@ -165,8 +156,8 @@ class _Runner:
             twin.get_submodule(path).register_forward_pre_hook(record, with_kwargs=True)
         args, kwargs = _cloned(found[""])
         with contextlib.suppress(Exception):  # the user's code; a later step tells the user
-            contextvars.copy_context().run(twin, *args, **kwargs)
-        self.restore()
+            self.surroundings.run(twin, *args, **kwargs)
+        self.surroundings.restore()
         return found
 
     def calls(self, program: Program, given: _Arguments | None) -> list[_Call]:
@@ -190,7 +181,7 @@ class _Runner:
             except Exception:  # whatever the user's code raises
                 continue
             finally:
-                self.restore()
+                self.surroundings.restore()
             return calls
         return []
 
@@ -207,7 +198,7 @@ class _Runner:
                 if how is not None:
                     return how if number == 1 else f"{how} at call {number}"
         finally:
-            self.restore()
+            self.surroundings.restore()
         return None
 
 

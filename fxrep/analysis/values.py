@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,14 +14,13 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map_only
 
 from fxrep.capture.islands import Capture, Program
-from fxrep.capture.sharing import outside
+from fxrep.capture.sharing import of_tree, outside
 from fxrep.capture.skeleton import (
     call_arguments,
     does_not_run,
     duplicate,
     named_inputs,
 )
-from fxrep.capture.snapshot import cannot_run, unchanged_state
 from fxrep.ops.owner import weight_hooks
 
 UNKNOWN = object()
@@ -90,19 +88,19 @@ def recorded_run(captured: Capture, example_inputs: object) -> Examples:
         InputError: the model does not run on the inputs.
     """
     examples = Examples(example_inputs)
-    if cannot_run(captured.model) is not None:
+    surroundings = captured.surroundings
+    if surroundings.unrunnable is not None:
         return examples
     twin = duplicate(captured.model, found=captured.reached)
     examples.calls = _recorded(twin, _paths_called(captured), examples)
     args, kwargs = tree_map_only(Tensor, Tensor.clone, call_arguments(example_inputs))
-    shared = outside(captured.reached)
-    with torch.no_grad(), unchanged_state(twin):
+    with torch.no_grad():
         try:
-            contextvars.copy_context().run(twin, *args, **kwargs)
+            surroundings.run(twin, *args, **kwargs)
         except Exception as error:
             raise does_not_run(captured.model, error) from error
         finally:
-            shared.restore()
+            surroundings.restore()
     return examples
 
 
@@ -198,7 +196,8 @@ class Values(fx.Interpreter):
             return torch.func.functional_call(module, self._fakes(module), args, kwargs)
         # Other code computes its weight, and may keep a state.
         with unset_fake_temporarily():
-            twin, shared = duplicate(module), outside(module)
+            found = of_tree(module)
+            twin, shared = duplicate(module, found=found), outside(found)
         try:
             return torch.func.functional_call(twin, self._fakes(twin), args, kwargs)
         finally:

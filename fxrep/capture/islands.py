@@ -28,6 +28,7 @@ from fxrep.capture.skeleton import (
 )
 from fxrep.capture.snapshot import Snapshot, check_shared_tensors
 from fxrep.capture.substitution import with_traceable_names
+from fxrep.capture.surroundings import Surroundings
 from fxrep.capture.trace import Traced, Untraceable, trace
 from fxrep.capture.uses import Use, use_of
 from fxrep.ops.calls import Calls
@@ -110,6 +111,11 @@ class Capture:
     programs: list[Program] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
     reached: Sequence[Reached] = ()
+
+    @cached_property
+    def surroundings(self) -> Surroundings:
+        """What copies of the model share with it."""
+        return Surroundings(self.model, self.reached)
 
 
 def capture(

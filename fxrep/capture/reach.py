@@ -14,6 +14,7 @@ import os
 import random
 import sys
 import types
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,6 +42,10 @@ _QUEUES = frozenset(words("queue _queue multiprocessing asyncio"))
 _TORCH = os.path.dirname(torch.__file__)
 
 _STATES = (random.Random, torch.Generator, contextvars.ContextVar, bytearray)
+
+# How many objects are visited, the nearest first: what a forward writes is near, and what leads
+# far (a library, a data set) is long.
+_MOST = 2000
 
 # Methods that run without being named, but for those that make or describe an object.
 _NOT_CALLED = frozenset(
@@ -91,7 +96,7 @@ class Reach:
         self._seen: dict[int, object] = {}
         self._open: dict[int, tuple[Any, set[str]]] = {}
         self._packages: set[str] = set()
-        self._ahead = list(values)
+        self._ahead = deque(values)
         kinds = list(kinds)
         for kind in kinds:
             self.names |= {"forward", "__call__"}
@@ -107,7 +112,9 @@ class Reach:
     def _walk(self) -> None:
         while True:
             while self._ahead:
-                self._visit(*self._ahead.pop())
+                if len(self._seen) > _MOST:
+                    return
+                self._visit(*self._ahead.popleft())
             for thing, known in list(self._open.values()):
                 found = (self.names & vars(thing).keys()) - known
                 known |= found

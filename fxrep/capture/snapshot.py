@@ -242,11 +242,6 @@ def _is_cache(items: Items) -> bool:
     return True
 
 
-def cannot_run(model: nn.Module) -> str | None:
-    """Why not even a copy of a model may be run: state outside of it could not be put back."""
-    return Snapshot(model).unrunnable
-
-
 @contextlib.contextmanager
 def unchanged_state(model: nn.Module) -> Iterator[None]:
     """Put back, at the end, all that a run of the model writes besides its own tensors."""

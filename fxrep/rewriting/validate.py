@@ -7,7 +7,6 @@ residues: a wrong stride, padding or border shows at one of them.
 
 from __future__ import annotations
 
-import contextvars
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +20,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxrep.algebra.maps import Diagonal, Map, channel_map, pointwise_axes, with_channels
 from fxrep.algebra.recipe import Load
-from fxrep.capture.sharing import Contents, of_tree, outside
 from fxrep.capture.skeleton import call_arguments, does_not_run, duplicate
-from fxrep.capture.snapshot import cannot_run, unchanged_state
 from fxrep.capture.state import unchanged_random_state
+from fxrep.capture.surroundings import Surroundings
 from fxrep.errors import EquivalenceError
 from fxrep.ops.calls import ModuleTensor
 from fxrep.planning.pieces import Piece
@@ -112,7 +110,11 @@ def _difference(
 
 
 def compare(
-    model: nn.Module, optimized: nn.Module, example_inputs: object, report: Report
+    model: nn.Module,
+    optimized: nn.Module,
+    example_inputs: object,
+    report: Report,
+    surroundings: Surroundings | None = None,
 ) -> Report:
     """Compare the original and the optimized model with the original in float64.
 
@@ -124,6 +126,7 @@ def compare(
         optimized: the optimized model.
         example_inputs: as given to `optimize`.
         report: the report so far.
+        surroundings: what copies of the models share with the original, if that is known.
 
     Returns:
         The report with the relative errors of both models.
@@ -133,12 +136,11 @@ def compare(
         EquivalenceError: the optimized model is further from float64, or from the original, than
             rounding explains.
     """
-    reason = cannot_run(model)
-    if reason is not None:
-        skip = Skip("capture", "", f"not run on the example inputs: {reason}")
+    shared = Surroundings(model) if surroundings is None else surroundings
+    if shared.unrunnable is not None:
+        skip = Skip("capture", "", f"not run on the example inputs: {shared.unrunnable}")
         return replace(report, skipped=(*report.skipped, skip))
     args, kwargs = call_arguments(example_inputs)
-    shared = outside(of_tree(model))
     with torch.no_grad():
         try:
             original = _outputs(duplicate(model), args, kwargs, shared)
@@ -202,7 +204,7 @@ _NUDGES = (-16, -4, 4, 16)
 
 
 def _noise(
-    model: nn.Module, args: Any, kwargs: Any, original: Sequence[Tensor], shared: Contents
+    model: nn.Module, args: Any, kwargs: Any, original: Sequence[Tensor], shared: Surroundings
 ) -> float:
     """How far the outputs of a model move when its inputs change by a few roundings."""
     worst = 0.0
@@ -226,12 +228,12 @@ def _widened(value: Any) -> Any:
     )
 
 
-def _outputs(model: nn.Module, args: Any, kwargs: Any, shared: Contents) -> list[Tensor]:
+def _outputs(model: nn.Module, args: Any, kwargs: Any, shared: Surroundings) -> list[Tensor]:
     args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
     # Each model draws the same numbers, and finds the same state outside of itself.
     try:
-        with unchanged_random_state(despite_other_threads=True), unchanged_state(model):
-            result = contextvars.copy_context().run(model, *args, **kwargs)
+        with unchanged_random_state(despite_other_threads=True):
+            result = shared.run(model, *args, **kwargs)
         return [leaf.clone() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
     finally:
         shared.restore()

@@ -66,9 +66,11 @@ def _fact(value: Any) -> Any:
         return value.__qualname__, id(value)
     kind, own = type(value).__qualname__, id(value)
     if isinstance(value, Tensor):
+        # Not its version: a copy of the model may have written a tensor that it shares with the
+        # model (one in a closure), which is put back.
         bits = value.detach().clone()
         return (
-            own, value.dtype, value.shape, value.stride(), value.data_ptr(), value._version,
+            own, value.dtype, value.shape, value.stride(), value.data_ptr(),
             value.requires_grad, value.grad is None, bits,
         )  # fmt: skip
     if isinstance(value, torch.Generator):

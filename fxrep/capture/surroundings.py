@@ -1,0 +1,44 @@
+"""What a run of a copy of a model can write outside of the copy, and how it is put back.
+
+Given: a model whose forward counts in a class attribute, and writes a NumPy array that the copy
+shares with it.
+
+Result: after a run of the copy both are what they were.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from fxrep.capture.sharing import Reached, of_tree, outside
+from fxrep.capture.snapshot import Snapshot
+
+
+class Surroundings:
+    """The state and the memory that copies of a model share with it, as they are now.
+
+    Args:
+        model: the model.
+        reached: the tensors that it reaches, if they are known.
+
+    Attributes:
+        unrunnable: why not even a copy may be run: its effects could not be put back. None if so.
+    """
+
+    def __init__(self, model: nn.Module, reached: Sequence[Reached] | None = None) -> None:
+        self._memory = outside(of_tree(model) if reached is None else reached)
+        self._state = Snapshot(model)
+        self.unrunnable = self._state.unrunnable
+
+    def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The result of a call; what the call sets in its context is gone with it."""
+        return contextvars.copy_context().run(forward, *args, **kwargs)
+
+    def restore(self) -> None:
+        """Put back what runs have written. A second call changes nothing."""
+        self._memory.restore()
+        self._state.restore()
