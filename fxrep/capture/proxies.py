@@ -60,6 +60,15 @@ class _TracedMixin:
             raise AttributeError(f"'{_name_of(kind_of(self))}' object has no attribute '{name}'")
         return TracedAttribute(self, name)  # type: ignore[arg-type]
 
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        record = super().__torch_function__  # type: ignore[misc]
+        if not args or not is_traced(args[0]):
+            return record(function, types, args, kwargs)
+        return _real(args[0], "tracer").listener.without(record, function, types, args, kwargs)
+
     def __hash__(self) -> int:
         self._refuse_users("looks a traced value up")
         return id(self)
