@@ -2,8 +2,9 @@
 
 A walk over values and code. From an object it goes to what the object holds, and to the methods of
 its class that the code names; from a function to the global names, the variables of enclosing
-scopes and the defaults that it mentions. Code of torch, NumPy and Python's own library is not
-walked through: what it writes is seen by torch's modes, or not at all.
+scopes and the defaults that it mentions. Code of torch, NumPy, Python's own library and installed
+packages other than the model's own is not walked through: what it writes is seen by torch's modes,
+or not at all.
 """
 
 from __future__ import annotations
@@ -66,13 +67,35 @@ _THREADS = frozenset(words("Thread Timer ThreadPool ThreadPoolExecutor start_new
 _SEEDING = frozenset(words("manual_seed seed set_rng_state fork_rng set_state"))
 
 
+def _package(thing: Any) -> str:
+    return str(thing.__module__ or "builtins").partition(".")[0]
+
+
+class Tree:
+    """The modules of a tree.
+
+    Attributes:
+        ids: of the modules.
+        packages: in which their classes, and those they inherit from, are written.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        kinds: set[type] = set()
+        ids: list[int] = []
+        for module in modules:
+            ids.append(id(module))
+            kinds.add(type(module))
+        self.ids = frozenset(ids)
+        self.packages = {_package(base) for kind in kinds for base in kind.__mro__}
+
+
 class Reach:
     """Everything that can be reached from some values and classes.
 
     Args:
         values: to start from, each with the words that describe where it is.
         kinds: classes whose methods are called `forward` and `__call__`.
-        tree: ids of modules that are not walked into, because each has a reach of its own.
+        tree: the modules around: none is walked into, for each has a reach of its own.
 
     Attributes:
         objects: by id, the objects whose state may be written.
@@ -84,7 +107,7 @@ class Reach:
     """
 
     def __init__(
-        self, values: Iterable[tuple[str, object]], kinds: Iterable[type], tree: frozenset[int]
+        self, values: Iterable[tuple[str, object]], kinds: Iterable[type], tree: Tree
     ) -> None:
         self.tree = tree
         self.objects: dict[int, object] = {}
@@ -95,7 +118,6 @@ class Reach:
         self.barred: list[str] = []
         self._seen: dict[int, object] = {}
         self._open: dict[int, tuple[Any, set[str]]] = {}
-        self._packages: set[str] = set()
         self._ahead = deque(values)
         kinds = list(kinds)
         for kind in kinds:
@@ -135,7 +157,7 @@ class Reach:
 
     def _visit(self, where: str, value: Any) -> None:
         kind = type(value)
-        if kind in _ATOMS or id(value) in self._seen or id(value) in self.tree:
+        if kind in _ATOMS or id(value) in self._seen or id(value) in self.tree.ids:
             return
         self._seen[id(value)] = value
         visit = _VISITS.get(kind)
@@ -144,7 +166,7 @@ class Reach:
         elif isinstance(value, torch.Tensor):
             self.tensors[id(value)] = value
         elif isinstance(value, type):
-            if not _is_foreign(value):
+            if not self._is_foreign(value):
                 self._class(value)
                 self._ahead += [(where, vars(value)[n]) for n in _MAKERS if n in vars(value)]
         elif is_container(value) or kind is tuple:
@@ -165,7 +187,7 @@ class Reach:
             self._ahead += [(f"{where}[{key!r:.20}]", v) for key, v in dict.items(value)]
         elif not isinstance(value, set):
             self._ahead += [(f"{where}[{i}]", v) for i, v in enumerate(value)]
-        if not _is_foreign(type(value)) or hasattr(value, "__dict__"):
+        if not self._is_foreign(type(value)) or hasattr(value, "__dict__"):
             self._class(type(value))
             self._ahead += [(where, vars(value))] if hasattr(value, "__dict__") else []
 
@@ -190,9 +212,8 @@ class Reach:
 
     def _class(self, kind: type) -> None:
         for each in kind.__mro__:
-            if _is_foreign(each) or id(each) in self._open:
+            if self._is_foreign(each) or id(each) in self._open:
                 continue
-            self._packages.add(each.__module__.partition(".")[0])
             self.objects[id(each)] = each
             special = {n for n in vars(each) if n.startswith("__") and n not in _NOT_CALLED}
             self._open[id(each)] = (
@@ -202,7 +223,7 @@ class Reach:
             self._ahead += [(f"{each.__name__}.{name}", vars(each)[name]) for name in special]
 
     def _function(self, where: str, function: types.FunctionType) -> None:
-        if _is_foreign(function) or function.__code__.co_filename.startswith(_TORCH):
+        if self._is_foreign(function) or function.__code__.co_filename.startswith(_TORCH):
             inner = getattr(function, "__wrapped__", None)
             if inner is not None and function.__code__.co_filename != fx._symbolic_trace.__file__:
                 self._ahead.append((where, inner))
@@ -238,6 +259,11 @@ class Reach:
     def _wrapper(self, where: str, found: Any) -> None:
         self._ahead.append((where, found.__func__))
 
+    def _is_foreign(self, thing: Any) -> bool:
+        """Whether a class or function is torch's, NumPy's, Python's own or another library's."""
+        package = _package(thing)
+        return package in _FOREIGN or (package not in self.tree.packages and _is_installed(package))
+
     def _module(self, where: str, module: types.ModuleType) -> None:
         home = module.__name__
         if home == "random":
@@ -246,18 +272,18 @@ class Reach:
             self._ahead.append((where, module.mtrand._rand))
         elif home == "numpy":
             self._open.setdefault(id(module), (module, set(vars(module)) - {"random"}))
-        elif home.partition(".")[0] not in _FOREIGN:
+        elif not self._is_foreign(types.SimpleNamespace(__module__=home)):
             self._open.setdefault(id(module), (module, set()))
             _, mentioned = self.namespaces.setdefault(id(vars(module)), (vars(module), set()))
             mentioned |= self.names & vars(module).keys()
 
     def _cached(self, where: str, function: Any) -> None:
-        if _is_foreign(function):
+        if self._is_foreign(function):
             return
         self.objects[id(function)] = function
         self._ahead.append((where, function.__wrapped__))
         found = kept(function)
-        if function.__module__.partition(".")[0] in self._packages and not found.is_unused:  # type: ignore[union-attr]
+        if function.__module__.partition(".")[0] in self.tree.packages and not found.is_unused:  # type: ignore[union-attr]
             self.barred.append(f"forward can call {function.__name__}(), which keeps its results")
 
 
@@ -272,9 +298,12 @@ _VISITS: dict[type, Any] = {
 }
 
 
-def _is_foreign(thing: Any) -> bool:
-    """Whether a class or function is torch's, NumPy's or Python's own."""
-    return str(thing.__module__ or "builtins").partition(".")[0] in _FOREIGN
+@functools.cache
+def _is_installed(package: str) -> bool:
+    """Whether a package is a library: neither the user's own files nor a file that runs."""
+    module = sys.modules.get(package)
+    files = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+    return any(name in str(file) for file in files for name in ("site-packages", "dist-packages"))
 
 
 def is_atom(value: object) -> bool:

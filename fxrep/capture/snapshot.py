@@ -18,12 +18,12 @@ import torch
 from torch import fx, nn
 
 from fxrep.capture.kept import Cell, Items, Kept, Names, TensorContent, kept, process
-from fxrep.capture.reach import Reach, is_atom
+from fxrep.capture.reach import Reach, Tree, is_atom
 from fxrep.errors import ModelError
 from fxrep.ops.memory import Memory
 
 _PLAIN_ATTRIBUTES = nn.Module().__dict__.keys()
-_NOTHING = Reach((), (), frozenset())
+_NOTHING = Reach((), (), Tree(()))
 
 # The id of an object or cell, or that of a namespace and one of its names.
 Key = int | tuple[int, str]
@@ -70,7 +70,7 @@ class Snapshot:
         self.written: dict[Key, str] = {}
         self.traced: set[int] = set()
         self.refused: set[int] = set()
-        self._tree = frozenset(map(id, self.modules))
+        self._tree = Tree(self.modules)
         self._code: dict[Any, Reach] = {}
         self._owned = {id(module): self._reached(module) for module in self.modules}
         reaches = {id(r): r for owned in self._owned.values() for r in owned.reaches}.values()
@@ -191,7 +191,7 @@ def check_shared_tensors(model: nn.Module, refused: Container[int]) -> None:
     Raises:
         ModelError: an attribute holds such a tensor, because its copy is itself.
     """
-    tree = frozenset(map(id, model.modules()))
+    tree = Tree(model.modules())
     copied = Memory((*model.parameters(), *model.buffers()))  # with all that shares its memory
     for path, module in model.named_modules():
         for name, value in vars(module).items():
