@@ -127,6 +127,7 @@ class _Runner:
     def __init__(self, captured: Capture) -> None:
         self.captured = captured
         self.surroundings = captured.surroundings
+        self.writes_nothing = functools.cache(_writes_nothing)
         self._twin: nn.Module | None = None
 
     def twin(self) -> nn.Module:
@@ -167,7 +168,7 @@ class _Runner:
             program: the forward and its graph.
             given: its arguments; None to make small ones.
         """
-        pure = _writes_nothing(program)
+        pure = self.writes_nothing(program)
         like = next((p for p in _parameters(program.module, self.captured.tree)), torch.ones(()))
         small = (_by_position(program, each) for each in possible_inputs(program, like))
         state = torch.get_rng_state()
@@ -187,7 +188,7 @@ class _Runner:
 
     def difference(self, program: Program, calls: list[_Call]) -> str | None:
         """How a graph differs from the calls of its forward; None if it does not."""
-        module, pure = program.module, _writes_nothing(program)
+        module, pure = program.module, self.writes_nothing(program)
         if not pure:
             module = duplicate(program.module)
         try:

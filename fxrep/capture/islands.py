@@ -50,7 +50,7 @@ def _attributes(module: nn.Module) -> set[str]:
     return {*vars(module), *module._modules, *module._parameters, *module._buffers}
 
 
-@dataclass
+@dataclass(eq=False)
 class Program:
     """One forward as a graph, to be rewritten in place.
 
