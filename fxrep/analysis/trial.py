@@ -174,11 +174,11 @@ class _Runner:
         state = torch.get_rng_state()
         for args, kwargs in small if given is None else [given]:
             module = (self.twin() if pure else self.fresh_twin()).get_submodule(program.path)
-            calls = []
+            calls, context = [], contextvars.copy_context()  # the second call finds the first
             try:
                 for _ in range(_RUNS):
                     torch.set_rng_state(state)
-                    calls.append(_called(module.forward, args, kwargs))
+                    calls.append(context.run(_called, module.forward, args, kwargs))
             except Exception:  # whatever the user's code raises
                 continue
             finally:
@@ -191,11 +191,12 @@ class _Runner:
         module, pure = program.module, self.writes_nothing(program)
         if not pure:
             module = duplicate(program.module)
+        context = contextvars.copy_context()
         try:
             for number, call in enumerate(calls, 1):
                 if pure and number > 1 and _agrees(call.result, calls[0].result):
                     continue
-                how = _difference(program, module, call)
+                how = context.run(_difference, program, module, call)
                 if how is not None:
                     return how if number == 1 else f"{how} at call {number}"
         finally:
@@ -220,7 +221,7 @@ def _called(forward: Callable[..., Any], args: Any, kwargs: Any) -> _Call:
     """The call of a forward that may write its arguments."""
     given, named = _cloned((args, kwargs))
     generator = torch.get_rng_state()
-    result = contextvars.copy_context().run(forward, *_cloned(args), **_cloned(kwargs))
+    result = forward(*_cloned(args), **_cloned(kwargs))
     return _Call(given, named, _cloned(result), generator)
 
 

@@ -302,3 +302,22 @@ def test_a_planted_change_is_found() -> None:
         before = world(model, *made.watched)
         model(torch.randn(2, 4, 6, 6))
         assert differences(before, world(model, *made.watched)), name
+
+
+class Same(nn.Module):
+    outputs = (0,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("second", [n for n in ANYWHERE if n.startswith("context")])
+def test_what_a_graph_calls_is_run_in_a_context_of_its_own(second: str) -> None:
+    """The trial of a graph runs the opaque modules in it."""
+
+    def make() -> tuple[nn.Module, list[object]]:
+        made = [MEMBERS[name]() for name in ("buffers_item", second)]
+        model = Mixed([each.module for each in made], Same(), [])
+        return model.eval(), [thing for each in made for thing in each.watched]
+
+    assert_untouched(make, (2, 4, 9, 4), (1, 4, 6, 4))
