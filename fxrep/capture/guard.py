@@ -27,6 +27,11 @@ _DEPTH = 4  # of containers in containers
 _OWN = nn.Module().__dict__.keys()
 _TENSORS = ("_parameters", "_buffers")
 
+_forward_of = attrgetter("forward")
+_GLOBAL_HOOKS = [
+    value for name, value in vars(nn.modules.module).items()
+    if name.startswith("_global") and isinstance(value, OrderedDict)
+]  # fmt: skip
 _attributes_of = attrgetter("__dict__")
 _version = torch._C.TensorBase._version.__get__  # type: ignore[attr-defined]
 
@@ -64,6 +69,9 @@ class Unchanged:
         self.versions = list(map(_version, self.versioned))
         self.placed = list(filter(_has_address, self.tensors))
         self.addresses = list(map(Tensor.data_ptr, self.placed))
+        self.kinds = list(dict.fromkeys(map(type, self.modules)))
+        self.forwards = list(map(_forward_of, self.kinds))
+        self.global_hooks = list(map(len, _GLOBAL_HOOKS))
         self.trainable = [tensor for tensor in self.tensors if isinstance(tensor, nn.Parameter)]
 
     def holds(self, *, exported: bool = False) -> bool:
@@ -78,6 +86,9 @@ class Unchanged:
                 list(map(_version, self.versioned)) == self.versions
                 and list(map(Tensor.data_ptr, self.placed)) == self.addresses
                 and list(map(type, self.modules)) == self.types
+                and list(map(_forward_of, self.kinds)) == self.forwards
+                # An export sets hooks of its own.
+                and (exported or list(map(len, _GLOBAL_HOOKS)) == self.global_hooks)
                 and list(map(_attributes_of, self.plain)) == self.attributes
                 and list(map(_without_weights, self.hooked)) == self.hooked_attributes
                 and not any(self.empty)
@@ -107,7 +118,10 @@ class Unchanged:
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        read_again = ("versioned", "versions", "placed", "addresses", "trainable")
+        read_again = (
+            "versioned", "versions", "placed", "addresses", "trainable", "kinds", "forwards",
+            "global_hooks",
+        )  # fmt: skip
         state = {name: v for name, v in self.__dict__.items() if name not in read_again}
         return {**state, "types": self.types if self.holds() else []}
 

@@ -30,7 +30,7 @@ from fxrep.capture.snapshot import Snapshot, check_shared_tensors
 from fxrep.capture.substitution import with_traceable_names
 from fxrep.capture.surroundings import Surroundings
 from fxrep.capture.trace import Traced, Untraceable, trace
-from fxrep.capture.uses import Use, use_of
+from fxrep.capture.uses import Use, unseen_write, use_of
 from fxrep.ops.calls import Calls
 from fxrep.ops.owner import foreign_hooks, is_leaf, own_calls
 from fxrep.report import Skip
@@ -220,6 +220,11 @@ class _Explorer:
             self._skip(path, f"left alone: {error.reason}")
             return
         self._skip(path, f"runs as it is: {error.reason}")
+        name = unseen_write(module)
+        if name is not None:
+            where = path or "the model"
+            self._skip(path, f"left alone below: the forward of {where} may write through '{name}'")
+            return
         self._explore_children(module, path)
 
     def _explore_opaque(self, path: str, traced: Traced) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from fxrep.ops.owner import is_leaf
 from fxrep.words import words
 
 # Code calls the Sequential as a whole, its items, or both; "unknown" where it does neither by name.
@@ -27,6 +28,12 @@ _WEIGHTS = words(
     "weight bias running_mean running_var num_batches_tracked state_dict load_state_dict "
     "parameters named_parameters buffers named_buffers _parameters _buffers get_parameter "
     "get_buffer modules named_modules"
+)
+
+
+_UNSEEN = words(
+    "data numpy __array__ storage untyped_storage typed_storage to_dlpack from_dlpack __dlpack__ "
+    "from_numpy data_ptr swap_tensors vector_to_parameters"
 )
 
 
@@ -54,20 +61,49 @@ def use_of(module: nn.Module, child: str) -> Use:
 
 def names_weights(callables: Iterable[Any]) -> bool:
     """Whether the code of callables, or of functions that it uses, has a name of weights in it."""
+    return _named(callables, None, _WEIGHTS) is not None
+
+
+def unseen_write(module: nn.Module) -> str | None:
+    """A name in the code of a forward that stands for writes which leave a tensor's version alone.
+
+    The methods of the modules below count, too: code above calls them by name.
+    """
+    kinds = tuple({type(each) for each in module.modules() if not is_leaf(each)})
+    return _named([vars(module).get("forward"), type(module).forward], kinds, _UNSEEN)
+
+
+def _named(
+    callables: Iterable[Any], kinds: tuple[type, ...] | None, names: frozenset[str]
+) -> str | None:
+    """The first of some names in the code of callables, or of what it uses.
+
+    Args:
+        callables: functions, methods, or objects with `__call__`.
+        kinds: classes whose methods the code may call by name.
+        names: the names to find.
+    """
     ahead, seen = list(callables), set[types.CodeType]()
     while ahead:
         function = _python_function(ahead.pop())
         for code in () if function is None else _with_nested(function.__code__):
-            if code not in seen:
-                seen.add(code)
-                if _WEIGHTS & {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}:
-                    return True
-                ahead += map(function.__globals__.get, code.co_names)  # type: ignore[union-attr]
-    return False
+            if code in seen:
+                continue
+            seen.add(code)
+            mentioned = {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}
+            if names & mentioned:
+                return min(names & mentioned)
+            ahead += map(function.__globals__.get, code.co_names)  # type: ignore[union-attr]
+            for kind in kinds or ():
+                others = (n for n in code.co_names if n != "forward")
+                ahead += (inspect.getattr_static(kind, name, None) for name in others)
+    return None
 
 
 def _python_function(thing: Any) -> types.FunctionType | None:
     """The Python function behind a callable that is not torch's."""
+    if isinstance(thing, property):
+        thing = thing.fget
     thing = getattr(thing, "__func__", thing)
     if isinstance(thing, types.FunctionType):
         found = inspect.unwrap(thing)

@@ -218,6 +218,27 @@ def own_forward(model: Any) -> None:
     norm.forward = lambda x: nn.BatchNorm2d.forward(norm, x) + 1
 
 
+def doubled(module: nn.Module, args: Any, result: Tensor) -> Any:
+    return 2 * result if isinstance(module, nn.BatchNorm2d) else None
+
+
+@pytest.mark.parametrize("what", ["global hook", "class"])
+def test_what_changes_every_module_is_respected(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, fast = pair()
+    if what == "class":
+        monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda self, x: x * 2)
+        same(model, fast)
+    else:
+        hook = nn.modules.module.register_module_forward_hook(doubled)
+        try:
+            same(model, fast)
+        finally:
+            hook.remove()
+    monkeypatch.undo()
+    same(model, fast)
+    assert not norms(fast, image())
+
+
 CHANGES: dict[str, Callable[[Any], object]] = {
     "train": lambda m: m.train(),
     "train a child": lambda m: m.block.bn.train(),
@@ -354,7 +375,10 @@ STATEMENTS = (
     "s.k[0].stride = (2, 2); return s.k(x)",
     "s.k[1].running_mean.add_(1); return s.k(x)",
     "s.k[1].running_mean = s.k[1].running_mean + 1; return s.k(x)",
-    "s.k[0].weight.data.mul_(1.0); return s.k(x)",
+    "s.k[0].weight.data.mul_(1.5); return s.k(x)",
+    "y = s.k(x); s.k[1].running_mean.data.lerp_(y.mean((0, 2, 3)), 0.5); return y",
+    "s.k[1].running_mean.numpy()[:] += 1; return s.k(x)",
+    "getattr(s.k[0].weight, 'data').mul_(1.5); return s.k(x)",
     "s.k[0].weight.data = s.k[0].weight.data * 1.5; return s.k(x)",
     "s.k[0].bias = None; return s.k(x)",
     "s.k[0], s.k[1] = s.other[0], s.other[1]; return s.k(x)",
