@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fxrep.capture.code import mentioned
 from fxrep.words import words
 
 # Names by which the builtins that are substituted (`isinstance`, `type`) are found as they were.
@@ -43,9 +44,9 @@ def hidden_question(code: types.CodeType, is_method: bool) -> str | None:
         code: code of a function; that of functions inside it is not looked at.
         is_method: the first argument is a module, no traced value.
     """
-    mentioned = {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}
-    if mentioned & _ORIGINALS:
-        return f"forward uses {min(mentioned & _ORIGINALS)}"
+    originals = mentioned(code) & _ORIGINALS
+    if originals:
+        return f"forward uses {min(originals)}"
     steps = list(dis.get_instructions(code))
     names = {step.opname for step in steps}
     if names & _PATTERNS:

@@ -198,6 +198,11 @@ class _Explorer:
             return
         if path and (is_leaf(module) or not _has_tensors(module)):
             return
+        hooks = _around(module)
+        name = unseen_write(hooks, module) if hooks else None
+        if name is not None:
+            self._skip(path, f"left alone: a hook or its own __call__ may write through '{name}'")
+            return
         if use == "items":
             self._explore_children(module, path)
             return
@@ -220,7 +225,8 @@ class _Explorer:
             self._skip(path, f"left alone: {error.reason}")
             return
         self._skip(path, f"runs as it is: {error.reason}")
-        name = unseen_write(module)
+        forward = vars(module).get("forward", type(module).forward)
+        name = unseen_write([forward], module)
         if name is not None:
             where = path or "the model"
             self._skip(path, f"left alone below: the forward of {where} may write through '{name}'")

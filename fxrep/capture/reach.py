@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxrep.capture.code import mentioned, nested
 from fxrep.capture.kept import is_container, kept, values_of
 from fxrep.words import words
 
@@ -193,7 +194,7 @@ class Reach:
 
     def _instance(self, where: str, value: Any) -> None:
         kind = type(value)
-        home = kind.__module__.partition(".")[0]
+        home = _package(kind)
         if isinstance(value, _STATES):
             self.objects[id(value)] = value
             return
@@ -283,7 +284,7 @@ class Reach:
         self.objects[id(function)] = function
         self._ahead.append((where, function.__wrapped__))
         found = kept(function)
-        if function.__module__.partition(".")[0] in self.tree.packages and not found.is_unused:  # type: ignore[union-attr]
+        if _package(function) in self.tree.packages and not found.is_unused:  # type: ignore[union-attr]
             self.barred.append(f"forward can call {function.__name__}(), which keeps its results")
 
 
@@ -314,10 +315,5 @@ def is_atom(value: object) -> bool:
 @functools.cache
 def _names(code: types.CodeType) -> frozenset[str]:
     """The names that code mentions, as names or as strings, nested functions included."""
-    found = {name for name in code.co_names if name.isidentifier()}  # no "@pytest_ar"
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            found |= _names(constant)
-        elif isinstance(constant, str) and constant.isidentifier():
-            found.add(constant)
-    return frozenset(found)
+    found = (name for each in nested(code) for name in mentioned(each))
+    return frozenset(name for name in found if name.isidentifier())  # no "@pytest_ar"

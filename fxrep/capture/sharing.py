@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxrep.capture.code import nested
 from fxrep.ops.memory import addresses
 from fxrep.ops.owner import foreign_hooks
 
@@ -101,7 +102,7 @@ def of_module(module: nn.Module, seen: Seen) -> Iterator[Reached]:
         if type(value) not in _NUMBERS and name not in _EVERY_MODULE
     ]
     kind = type(module)
-    code = [] if (id(kind), True) in seen or _is_library(kind) else [kind]
+    code = [] if (id(kind), True) in seen or is_library(kind) else [kind]
     if others or code:
         yield from reached(others + code, seen=seen)
 
@@ -200,10 +201,10 @@ _EVERY_MODULE = vars(nn.Module()).keys() | {"_flat_weight_refs"}
 def _references(value: Any, copied: bool, whole: bool) -> Iterator[tuple[Any, bool]]:
     """The objects that an object refers to, and whether a deepcopy of it copies them."""
     if isinstance(value, types.FunctionType):
-        yield from ((each, False) for each in _of_function(value))
+        yield from ((each, False) for each in of_function(value))
     elif isinstance(value, type):
         for kind in value.__mro__:
-            if not _is_library(kind):
+            if not is_library(kind):
                 yield from ((each, False) for each in vars(kind).values())
     elif isinstance(value, types.BuiltinMethodType):
         yield value.__self__, False
@@ -222,14 +223,14 @@ def _references(value: Any, copied: bool, whole: bool) -> Iterator[tuple[Any, bo
         yield from ((each, copied) for each in gc.get_referents(value))
 
 
-def _of_function(function: types.FunctionType) -> Iterator[Any]:
+def of_function(function: types.FunctionType) -> Iterator[Any]:
     """What a function carries, and the global variables that its code reads."""
     for cell in function.__closure__ or ():
         yield from gc.get_referents(cell)
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
     yield from vars(function).values()
-    if not _is_library(function):
+    if not is_library(function):
         for name in _global_names(function.__code__):
             yield function.__globals__.get(name)
 
@@ -237,18 +238,12 @@ def _of_function(function: types.FunctionType) -> Iterator[Any]:
 @functools.lru_cache(maxsize=4096)
 def _global_names(code: types.CodeType) -> tuple[str, ...]:
     """The global variables that code reads, and the code inside it."""
-    names = {
-        str(step.argval)
-        for step in dis.get_instructions(code)
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-    }
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            names.update(_global_names(inner))
-    return tuple(sorted(names))
+    steps = (step for each in nested(code) for step in dis.get_instructions(each))
+    loads = (step for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    return tuple(sorted({str(step.argval) for step in loads}))
 
 
-def _is_library(thing: Any) -> bool:
+def is_library(thing: Any) -> bool:
     """Whether a class or function is of torch, of Python, or our own."""
     if isinstance(thing, type):
         return _is_library_class(thing)

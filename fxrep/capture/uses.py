@@ -8,6 +8,7 @@ they are.
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 import sys
 import types
@@ -16,6 +17,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from fxrep.capture.code import mentioned, nested
+from fxrep.capture.sharing import is_library, of_function
 from fxrep.ops.owner import is_leaf
 from fxrep.words import words
 
@@ -60,43 +63,46 @@ def use_of(module: nn.Module, child: str) -> Use:
 
 
 def names_weights(callables: Iterable[Any]) -> bool:
-    """Whether the code of callables, or of functions that it uses, has a name of weights in it."""
-    return _named(callables, None, _WEIGHTS) is not None
+    """Whether the code of callables, or of what it uses, has a name of weights in it."""
+    return _named(callables, (), _WEIGHTS) is not None
 
 
-def unseen_write(module: nn.Module) -> str | None:
-    """A name in the code of a forward that stands for writes which leave a tensor's version alone.
+def unseen_write(callables: Iterable[Any], module: nn.Module) -> str | None:
+    """A name, in the code of callables, of writes that leave a tensor's version as it is.
 
-    The methods of the modules below count, too: code above calls them by name.
+    Args:
+        callables: a forward, hooks: code that is given the module, or has it for self.
+        module: the module, of which and below which the code may call methods by name.
     """
-    kinds = tuple({type(each) for each in module.modules() if not is_leaf(each)})
-    return _named([vars(module).get("forward"), type(module).forward], kinds, _UNSEEN)
+    below = [each for each in module.modules() if not is_leaf(each)]
+    held = (value for each in below for value in vars(each).values())
+    return _named(callables, {type(each) for each in (*below, *held)}, _UNSEEN)
 
 
-def _named(
-    callables: Iterable[Any], kinds: tuple[type, ...] | None, names: frozenset[str]
-) -> str | None:
+def _named(callables: Iterable[Any], kinds: Iterable[type], names: frozenset[str]) -> str | None:
     """The first of some names in the code of callables, or of what it uses.
 
     Args:
         callables: functions, methods, or objects with `__call__`.
-        kinds: classes whose methods the code may call by name.
+        kinds: classes whose methods, but for `forward`, the code may call by name.
         names: the names to find.
     """
-    ahead, seen = list(callables), set[types.CodeType]()
+    ahead, seen = list(callables), set[types.FunctionType]()
+    called: set[str] = {"forward"}
+    kinds = [kind for kind in kinds if not is_library(kind)]
     while ahead:
         function = _python_function(ahead.pop())
-        for code in () if function is None else _with_nested(function.__code__):
-            if code in seen:
-                continue
-            seen.add(code)
-            mentioned = {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}
-            if names & mentioned:
-                return min(names & mentioned)
-            ahead += map(function.__globals__.get, code.co_names)  # type: ignore[union-attr]
-            for kind in kinds or ():
-                others = (n for n in code.co_names if n != "forward")
-                ahead += (inspect.getattr_static(kind, name, None) for name in others)
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        ahead += of_function(function)  # what a decorator wraps is in its closure
+        for code in nested(function.__code__):
+            found = names & mentioned(code)
+            if found:
+                return min(found)
+            for name in set(code.co_names) - called:
+                called.add(name)
+                ahead += (inspect.getattr_static(kind, name, None) for kind in kinds)
     return None
 
 
@@ -104,16 +110,15 @@ def _python_function(thing: Any) -> types.FunctionType | None:
     """The Python function behind a callable that is not torch's."""
     if isinstance(thing, property):
         thing = thing.fget
+    elif isinstance(thing, functools.partial):
+        thing = thing.func
     thing = getattr(thing, "__func__", thing)
-    if isinstance(thing, types.FunctionType):
-        found = inspect.unwrap(thing)
-    elif isinstance(thing, type) or not callable(thing):
+    if isinstance(thing, type) or not callable(thing):
         return None
-    else:
-        found = inspect.getattr_static(type(thing), "__call__", None)
-    if not isinstance(found, types.FunctionType):
-        return None
-    return None if (found.__module__ or "").partition(".")[0] == "torch" else found
+    if not isinstance(thing, types.FunctionType):
+        thing = inspect.getattr_static(type(thing), "__call__", None)
+    is_function = isinstance(thing, types.FunctionType)
+    return thing if is_function and not is_library(thing) else None
 
 
 def _code(kind: type) -> Iterator[types.CodeType]:
@@ -125,17 +130,9 @@ def _code(kind: type) -> Iterator[types.CodeType]:
         if name in seen or not isinstance(method, types.FunctionType):
             continue
         seen.add(name)
-        for code in _with_nested(inspect.unwrap(method).__code__):
+        for code in nested(inspect.unwrap(method).__code__):
             yield code
             ahead += code.co_names
-
-
-def _with_nested(code: types.CodeType) -> Iterator[types.CodeType]:
-    """The code, and that of the functions and comprehensions inside."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _with_nested(constant)
 
 
 def _loads_self(step: dis.Instruction | None, code: types.CodeType) -> bool:
