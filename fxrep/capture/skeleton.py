@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import types
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -193,13 +194,43 @@ def _copied(tree: nn.Module, memo: dict[int, Any]) -> nn.Module:
             if isinstance(value, torch.Tensor) and id(value) not in memo and not value.is_leaf:
                 # deepcopy refuses tensors that have an autograd history
                 memo[id(value)] = value.detach().clone()
-    plain = [each for each in tree.modules() if id(each) not in memo and _copies_like_any(each)]
+    plain = _plain_modules(tree, memo)
     memo |= {id(module): object.__new__(type(module)) for module in plain}
     for module in plain:  # in a fraction of the time of deepcopy: most attributes are numbers
         memo[id(module)].__dict__.update(
             (name, _copied_value(value, memo)) for name, value in module.__dict__.items()
         )
     return copy.deepcopy(tree, memo)
+
+
+def _plain_modules(tree: nn.Module, memo: Mapping[int, Any]) -> list[nn.Module]:
+    """The modules of which, with all below them, a copy runs no code of the user's.
+
+    Such code would meet the copies of other modules before they have their attributes.
+    """
+    plain: dict[int, nn.Module] = {}
+    for module in reversed(list(tree.modules())):
+        children = (child for child in module._modules.values() if child is not None)
+        values = (value for name, value in vars(module).items() if name != "_modules")
+        if (
+            id(module) not in memo
+            and _copies_like_any(module)
+            and all(id(child) in plain or id(child) in memo for child in children)
+            and all(_is_plain(value, memo) for value in values)
+        ):
+            plain[id(module)] = module
+    return list(plain.values())
+
+
+def _is_plain(value: Any, memo: Mapping[int, Any]) -> bool:
+    kind = type(value)
+    if kind in _ATOMS or id(value) in memo or kind in (torch.Tensor, nn.Parameter):
+        return True
+    if kind in (list, tuple, set):
+        return all(_is_plain(each, memo) for each in value)
+    if kind in (dict, OrderedDict):
+        return all(_is_plain(each, memo) for item in value.items() for each in item)
+    return False
 
 
 def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
@@ -230,7 +261,9 @@ def _copies_like_any(module: nn.Module) -> bool:
 
 _PLAIN_STATES = (nn.Module.__setstate__, nn.modules.conv._ConvNd.__setstate__)
 _COPYING = ("__reduce__", "__reduce_ex__", "__getstate__", "__getattribute__")
-_ATOMS = frozenset({int, float, bool, str, type(None)})
+_ATOMS = frozenset(
+    {int, float, bool, str, type(None), type, types.FunctionType, types.BuiltinFunctionType}
+)
 
 
 def empty_dicts(model: nn.Module) -> dict[int, Any]:
