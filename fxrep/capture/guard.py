@@ -12,7 +12,6 @@ DLPack, a storage, or ``tensor.data.mul_``), and changes inside objects other th
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import Any
@@ -20,19 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.jit import ScriptModule
 
-from fxrep.ops.owner import weight_hooks
+from fxrep.capture.kept import is_container
+from fxrep.ops.owner import EVERY_MODULE, global_hooks, weight_hooks
 
 _DEPTH = 4  # of containers in containers
-_OWN = nn.Module().__dict__.keys()
-_TENSORS = ("_parameters", "_buffers")
 
 _forward_of = attrgetter("forward")
-_GLOBAL_HOOKS = [
-    value for name, value in vars(nn.modules.module).items()
-    if name.startswith("_global") and isinstance(value, OrderedDict)
-]  # fmt: skip
 _attributes_of = attrgetter("__dict__")
+_requires_grad = attrgetter("requires_grad")
 _version = torch._C.TensorBase._version.__get__  # type: ignore[attr-defined]
 
 
@@ -47,10 +43,6 @@ class Unchanged:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.modules = list(modules)
-        self.record()
-
-    def record(self) -> None:
-        """Record the state that the modules have now."""
         self.types = list(map(type, self.modules))
         # The hook of a weight_norm sets the weight at each call.
         self.plain = [m for m in self.modules if not weight_hooks(m)]
@@ -69,9 +61,9 @@ class Unchanged:
         self.versions = list(map(_version, self.versioned))
         self.placed = list(filter(_has_address, self.tensors))
         self.addresses = list(map(Tensor.data_ptr, self.placed))
-        self.kinds = list(dict.fromkeys(map(type, self.modules)))
+        self.kinds = [k for k in dict.fromkeys(self.types) if not issubclass(k, ScriptModule)]
         self.forwards = list(map(_forward_of, self.kinds))
-        self.global_hooks = list(map(len, _GLOBAL_HOOKS))
+        self.global_hooks = global_hooks()
         self.trainable = [tensor for tensor in self.tensors if isinstance(tensor, nn.Parameter)]
 
     def holds(self, *, exported: bool = False) -> bool:
@@ -88,7 +80,7 @@ class Unchanged:
                 and list(map(type, self.modules)) == self.types
                 and list(map(_forward_of, self.kinds)) == self.forwards
                 # An export sets hooks of its own.
-                and (exported or list(map(len, _GLOBAL_HOOKS)) == self.global_hooks)
+                and (exported or global_hooks() == self.global_hooks)
                 and list(map(_attributes_of, self.plain)) == self.attributes
                 and list(map(_without_weights, self.hooked)) == self.hooked_attributes
                 and not any(self.empty)
@@ -130,13 +122,10 @@ class Unchanged:
         self._read_tensors()
 
 
-_requires_grad = attrgetter("requires_grad")
-
-
 def _without_weights(module: nn.Module) -> dict[str, Any]:
     """The attributes of a module without those that torch's hooks set at each call."""
-    computed = {getattr(hook, "name", None) for hook in weight_hooks(module)}
-    computed |= {getattr(hook, "_tensor_name", None) for hook in weight_hooks(module)}
+    hooks = weight_hooks(module)
+    computed = {getattr(each, key, None) for each in hooks for key in ("name", "_tensor_name")}
     return {name: value for name, value in module.__dict__.items() if name not in computed}
 
 
@@ -149,25 +138,22 @@ def _has_address(tensor: Tensor) -> bool:
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    for kind in _TENSORS:
-        yield from (tensor for tensor in module.__dict__[kind].values() if tensor is not None)
-    computed = vars(module).keys() - _without_weights(module).keys() if weight_hooks(module) else ()
-    for name, value in module.__dict__.items():
-        if isinstance(value, Tensor) and name not in computed:
-            yield value
+    for kind in (module._parameters, module._buffers):
+        yield from (tensor for tensor in kind.values() if tensor is not None)
+    yield from (value for value in _without_weights(module).values() if isinstance(value, Tensor))
 
 
 def _containers(module: nn.Module) -> Iterator[Any]:
     """The dicts of tensors, children and hooks of a module, and the containers it keeps."""
     for name, value in module.__dict__.items():
-        if name not in _OWN:
+        if name not in EVERY_MODULE:
             yield from _nested(value, 0)
-        elif isinstance(value, dict | OrderedDict):
+        elif isinstance(value, dict):
             yield value
 
 
-def _nested(value: object, depth: int) -> Iterator[Any]:
-    if isinstance(value, dict | list | set | deque) and depth < _DEPTH:
+def _nested(value: Any, depth: int) -> Iterator[Any]:
+    if is_container(value) and depth < _DEPTH:
         yield value
         if not isinstance(value, set):
             for each in value.values() if isinstance(value, dict) else value:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import nn
 
 from fxrep.capture.proxies import ParameterWrite, Unfaithful
-from fxrep.ops.owner import foreign_hooks
+from fxrep.ops.owner import EVERY_MODULE, foreign_hooks
 
 if TYPE_CHECKING:
     from fxrep.capture.tracer import Tracer
@@ -170,7 +170,6 @@ def _unregistered(modules: list[nn.Module]) -> list[nn.Module]:
     """Modules that a tree keeps in plain attributes and containers, and all modules below them."""
     known = {id(module) for module in modules}
     found: list[nn.Module] = []
-    plain = nn.Module().__dict__.keys()
 
     def collect(value: object, depth: int) -> None:
         if isinstance(value, nn.Module):
@@ -184,7 +183,7 @@ def _unregistered(modules: list[nn.Module]) -> list[nn.Module]:
 
     for module in modules:
         for name, value in module.__dict__.items():
-            if name not in plain:
+            if name not in EVERY_MODULE:
                 collect(value, 0)
     return found
 

@@ -225,8 +225,7 @@ class _Explorer:
             self._skip(path, f"left alone: {error.reason}")
             return
         self._skip(path, f"runs as it is: {error.reason}")
-        forward = vars(module).get("forward", type(module).forward)
-        name = unseen_write([forward], module)
+        name = unseen_write([module.forward], module)
         if name is not None:
             where = path or "the model"
             self._skip(path, f"left alone below: the forward of {where} may write through '{name}'")

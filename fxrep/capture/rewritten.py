@@ -12,6 +12,7 @@ from torch.fx.graph_module import _forward_from_src
 
 from fxrep.capture.records import decode, encode
 from fxrep.capture.signature import Arguments, KeepSignature
+from fxrep.ops.owner import EVERY_MODULE
 
 
 def compiled(graph: fx.Graph, arguments: Arguments) -> Callable[..., Any]:
@@ -37,9 +38,8 @@ class RewrittenModule(fx.GraphModule):
 
     def __init__(self, root: nn.Module, graph: fx.Graph, arguments: Arguments) -> None:
         super().__init__(nn.Module(), fx.Graph(), type(root).__name__)
-        own = nn.Module().__dict__.keys()
         for name, value in root.__dict__.items():
-            if name in own or name not in self.__dict__:
+            if name in EVERY_MODULE or name not in self.__dict__:
                 self.__dict__[name] = value
         self._install(graph, arguments)
 

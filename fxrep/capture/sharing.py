@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 
 from fxrep.capture.code import nested
 from fxrep.ops.memory import addresses
-from fxrep.ops.owner import foreign_hooks
+from fxrep.ops.owner import EVERY_MODULE, foreign_hooks
 
 # How many objects, one inside the other, may lead to a tensor; and how many functions are read.
 _DEEPEST = 12
@@ -99,7 +99,7 @@ def of_module(module: nn.Module, seen: Seen) -> Iterator[Reached]:
     others = [
         value
         for name, value in module.__dict__.items()
-        if type(value) not in _NUMBERS and name not in _EVERY_MODULE
+        if type(value) not in _NUMBERS and name not in _NOT_OWN
     ]
     kind = type(module)
     code = [] if (id(kind), True) in seen or is_library(kind) else [kind]
@@ -193,9 +193,8 @@ def _bytes(tensor: Tensor) -> Tensor:
         return found.set_(tensor.untyped_storage())
 
 
-# Attributes that every module has: its tensors and children, and its hooks. Recurrent layers have
-# weak references to their own weights, too, which they renew in a copy.
-_EVERY_MODULE = vars(nn.Module()).keys() | {"_flat_weight_refs"}
+# Recurrent layers have weak references to their own weights, too, which they renew in a copy.
+_NOT_OWN = EVERY_MODULE | {"_flat_weight_refs"}
 
 
 def _references(value: Any, copied: bool, whole: bool) -> Iterator[tuple[Any, bool]]:

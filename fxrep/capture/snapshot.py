@@ -10,7 +10,6 @@ Python, and so is every other module that can read it: what it read would be a c
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
@@ -21,8 +20,8 @@ from fxrep.capture.kept import Cell, Items, Kept, Names, TensorContent, kept, pr
 from fxrep.capture.reach import Reach, Tree, is_atom
 from fxrep.errors import ModelError
 from fxrep.ops.memory import Memory
+from fxrep.ops.owner import EVERY_MODULE
 
-_PLAIN_ATTRIBUTES = nn.Module().__dict__.keys()
 _NOTHING = Reach((), (), Tree(()))
 
 # The id of an object or cell, or that of a namespace and one of its names.
@@ -39,7 +38,7 @@ class _Owned:
 
     def __init__(self, module: nn.Module, held: Reach, code: Reach) -> None:
         self.reaches = (held, code)
-        self.attributes = {n for n in vars(module) if n not in _PLAIN_ATTRIBUTES}
+        self.attributes = {n for n in vars(module) if n not in EVERY_MODULE}
         self.names = code.names
         self.barred = next((why for reach in self.reaches for why in reach.barred), None)
 
@@ -87,7 +86,7 @@ class Snapshot:
         values = [
             (f"self.{name}", value)
             for name, value in vars(module).items()
-            if name not in _PLAIN_ATTRIBUTES and not is_atom(value)
+            if name not in EVERY_MODULE and not is_atom(value)
         ]
         held = Reach(values, (), self._tree) if values else _NOTHING
         kind = type(module)
@@ -127,8 +126,14 @@ class Snapshot:
 
     def find_written(self) -> str | None:
         """Note what was written since the snapshot; why a graph cannot do the same, or None."""
+        return self._note(self._changed())
+
+    def _changed(self) -> list[tuple[int, Kept]]:
+        return [(key, each) for key, each in self._kept.items() if each.changed()]
+
+    def _note(self, changed: Iterable[tuple[int, Kept]]) -> str | None:
         reason = None
-        for key, what in self._changes():
+        for key, what in _described(changed):
             reason = reason or f"forward writes {what}"
             if key not in self.written:
                 self.written[key] = f"forward can read what another one writes: {what}"
@@ -137,15 +142,6 @@ class Snapshot:
             if type(module) is not kind:
                 reason = reason or "forward sets the class of a module"
         return reason
-
-    def _changes(self) -> Iterator[tuple[Key, str]]:
-        for key, each in self._kept.items():
-            if not each.changed():
-                continue
-            if isinstance(each, Names):
-                yield from (((key, name), f"the global name '{name}'") for name in each.written())
-            elif not (isinstance(each, Items) and _is_cache(each)):
-                yield key, each.what
 
     def _bar_users(self, key: Key) -> None:
         """Bar every module that can reach a piece of state, or the attribute that holds it."""
@@ -172,9 +168,11 @@ class Snapshot:
         return "forward sets an attribute of a tensor" if changed else None
 
     def restore(self) -> None:
-        """Put everything back. A second call changes nothing."""
-        for each in (*self._kept.values(), *self._on_tensors):
-            if each.changed():
+        """Note what was written, and put everything back. A second call changes nothing."""
+        changed = self._changed()
+        self._note(changed)
+        for each in (*dict(changed).values(), *self._on_tensors):
+            if each.changed():  # what was put back before may have been part of it
                 each.restore()
         for module, kind in zip(self.modules, self.kinds, strict=True):
             if type(module) is not kind:
@@ -195,7 +193,7 @@ def check_shared_tensors(model: nn.Module, refused: Container[int]) -> None:
     copied = Memory((*model.parameters(), *model.buffers()))  # with all that shares its memory
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if name in _PLAIN_ATTRIBUTES or is_atom(value):
+            if name in EVERY_MODULE or is_atom(value):
                 continue
             held = Reach([(name, value)], (), tree)
             if any(key in refused and t not in copied for key, t in held.tensors.items()):
@@ -224,6 +222,14 @@ def _kept(reaches: Iterable[Reach]) -> dict[int, Kept]:
     return found
 
 
+def _described(changed: Iterable[tuple[int, Kept]]) -> Iterator[tuple[Key, str]]:
+    for key, each in changed:
+        if isinstance(each, Names):
+            yield from (((key, name), f"the global name '{name}'") for name in each.written())
+        elif not (isinstance(each, Items) and _is_cache(each)):
+            yield key, each.what
+
+
 def _is_cache(items: Items) -> bool:
     """Whether a dict has new entries only, and none that depends on the forward's inputs."""
     values = items.new_values()
@@ -240,18 +246,3 @@ def _is_cache(items: Items) -> bool:
             return False
         stack.extend(node.all_input_nodes)
     return True
-
-
-@contextlib.contextmanager
-def unchanged_state(model: nn.Module) -> Iterator[None]:
-    """Put back, at the end, all that a run of the model writes besides its own tensors."""
-    snapshot = Snapshot(model)
-    own = {id(t) for t in (*model.parameters(), *model.buffers())}
-    tensors = [TensorContent(t) for t in snapshot.tensors if id(t) not in own]
-    try:
-        yield
-    finally:
-        snapshot.restore()
-        for tensor in tensors:
-            if tensor.changed():
-                tensor.restore()

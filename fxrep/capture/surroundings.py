@@ -34,7 +34,8 @@ class Surroundings:
         self._state = Snapshot(model)
         self.unrunnable = self._state.unrunnable
 
-    def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    @staticmethod
+    def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The result of a call; what the call sets in its context is gone with it."""
         return contextvars.copy_context().run(forward, *args, **kwargs)
 

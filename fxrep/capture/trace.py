@@ -15,8 +15,9 @@ from torch import fx, nn
 from fxrep.capture.proxies import Unfaithful
 from fxrep.capture.signature import Arguments, is_variadic
 from fxrep.capture.skeleton import private
-from fxrep.capture.snapshot import Snapshot, unchanged_state
+from fxrep.capture.snapshot import Snapshot
 from fxrep.capture.state import is_only_thread, unchanged_random_state
+from fxrep.capture.surroundings import Surroundings
 from fxrep.capture.tracer import MissingTensor, Opaque, Restart, Tracer
 from fxrep.errors import FxrepError
 from fxrep.ops.calls import Calls
@@ -294,12 +295,15 @@ def _lacks_input(module: nn.Module, graph: fx.Graph, arguments: Arguments) -> bo
 
 def _runs(module: nn.Module, graph: fx.Graph) -> bool:
     """Whether a graph without inputs runs, tried on a copy of the module."""
+    surroundings = Surroundings(module)
     try:
-        with torch.no_grad(), unchanged_random_state(), unchanged_state(module):
+        with torch.no_grad(), unchanged_random_state():
             unused = [None] * len(graph.find_nodes(op="placeholder"))
-            fx.Interpreter(copy.deepcopy(module), graph=graph).run(*unused)
+            surroundings.run(fx.Interpreter(copy.deepcopy(module), graph=graph).run, *unused)
     except Exception:
         return False
+    finally:
+        surroundings.restore()
     return True
 
 

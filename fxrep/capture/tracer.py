@@ -184,7 +184,6 @@ class Tracer(fx.Tracer):
     def _restore(self) -> None:
         self.listener.stop()
         self.finished = True
-        self.state.find_written()
         self.state.restore()
         self.watch.stop()
         self.hollow.uninstall()
@@ -498,7 +497,6 @@ class Tracer(fx.Tracer):
         self.num_calls = checkpoint.num_calls
         self.opaque, self.inlined = checkpoint.opaque, checkpoint.inlined
         self.hollow.restore(m)
-        self.state.find_written()
         self.state.restore()
 
     def _call_opaque(

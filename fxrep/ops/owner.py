@@ -19,6 +19,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from fxrep.words import words
 
+EVERY_MODULE = frozenset(vars(nn.Module()))
+"""The names of the attributes that every module has: tensors, children, hooks, flags."""
+
 
 def weight_hooks(module: nn.Module) -> list[Any]:
     """Pre-hooks of torch itself that compute a weight: old weight_norm, spectral_norm, pruning."""

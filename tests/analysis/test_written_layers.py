@@ -48,6 +48,16 @@ def layers(model: nn.Module) -> int:
     return sum(type(m) is nn.BatchNorm2d for m in model.modules())
 
 
+def seeded(kind: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """Makes models of a class, each equal to the others."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return randomize(kind().eval())
+
+    return make
+
+
 def equal_for_three_calls(make: Callable[[], nn.Module], **options: Any) -> fxrep.Report:
     """Optimize, assert equal outputs call by call: a write may show in the next call only."""
     model, reference = make(), make()
@@ -309,11 +319,7 @@ class Hooked(nn.Module):
 
 @pytest.mark.parametrize("statement", ["name", "alias", "all"])
 def test_a_hook_writes_what_another_layer_reads(statement: str) -> None:
-    def make() -> nn.Module:
-        torch.manual_seed(0)
-        return randomize(Hooked(statement).eval())
-
-    report = equal_for_three_calls(make)
+    report = equal_for_three_calls(seeded(lambda: Hooked(statement)))
     assert any("may write" in skip.reason for skip in report.skipped), str(report)
 
 
@@ -340,11 +346,7 @@ def test_python_code_above_an_island_writes_what_the_island_reads() -> None:
             found: Tensor = self.k(x)
             return found
 
-    def make() -> nn.Module:
-        torch.manual_seed(0)
-        return randomize(Above().eval())
-
-    report = equal_for_three_calls(make)
+    report = equal_for_three_calls(seeded(Above))
     assert any("which the forward of the model may write" in s.reason for s in report.skipped)
 
 
@@ -361,11 +363,7 @@ def test_another_graph_writes_what_an_island_reads() -> None:
             found: Tensor = self.k(x)
             return found
 
-    def make() -> nn.Module:
-        torch.manual_seed(0)
-        return randomize(Two().eval())
-
-    report = equal_for_three_calls(make)
+    report = equal_for_three_calls(seeded(Two))
     assert any("'1.running_var'" in skip.reason for skip in report.skipped), str(report)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +20,7 @@ from fxrep.errors import SpecializationError
 from fxrep.report import Report
 from support.check import assert_equal, settled
 from support.models import IMAGE, conv_bn
+from support.saving import saved
 
 
 class Whole(nn.Module):
@@ -61,14 +61,6 @@ class Islands(nn.Module):
 
 def image() -> torch.Tensor:
     return torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8)
-
-
-def saved(module: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    loaded: nn.Module = torch.load(file, weights_only=False)
-    return loaded
 
 
 def exported(module: nn.Module) -> torch.Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import itertools
 import pickle
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxrep
 from support.check import settled
+from support.saving import saved
 
 
 class Block(nn.Module):
@@ -102,14 +102,6 @@ def same(model: nn.Module, fast: nn.Module) -> None:
             expected = model(x)
             torch.manual_seed(0)
             torch.testing.assert_close(fast(x), expected, rtol=1e-4, atol=1e-5)
-
-
-def saved(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    loaded: nn.Module = torch.load(file, weights_only=False)
-    return loaded
 
 
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -417,7 +409,11 @@ STATEMENTS = (
 @pytest.mark.parametrize("text", STATEMENTS)
 def test_code_above_an_island(text: str) -> None:
     torch.manual_seed(0)
-    model = statement(text)().float().eval()
+    respected(statement(text)().float().eval())
+
+
+def respected(model: nn.Module) -> None:
+    """The optimized model does what the original does, at each of three calls."""
     before = copy.deepcopy(model)
     fast = fxrep.optimize(model)
     for mine, theirs in zip(model.state_dict().values(), before.state_dict().values(), strict=True):
@@ -435,3 +431,75 @@ def test_code_above_an_island(text: str) -> None:
     assert fast.state_dict().keys() == names
     for name in names:
         torch.testing.assert_close(fast.state_dict()[name], model.state_dict()[name])
+
+
+# --- writes that no version counts, wherever they are ----------------------------------------
+
+
+def shrink(module: Any) -> None:
+    module.k[0].weight.data.mul_(0.5)
+
+
+def decorated(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    @functools.wraps(forward)
+    def around(module: Any, x: Tensor) -> Tensor:
+        module.k[0].weight.data.mul_(0.5)
+        return forward(module, x)
+
+    return around
+
+
+def calls(module: Any, x: Tensor) -> Tensor:
+    y: Tensor = module.k(x if x.sum() < 1e9 else -x)
+    return y
+
+
+class Shrinks:
+    def step(self, module: Any) -> None:
+        shrink(module)
+
+
+def by_default(module: Any, x: Tensor, do: Any = lambda m: m.k[0].weight.data.mul_(0.5)) -> Tensor:
+    do(module)
+    return calls(module, x)
+
+
+def by_closure() -> Callable[[Any, Tensor], Tensor]:
+    do = functools.partial(lambda m: m.k[0].weight.data.mul_(0.5))
+    return lambda module, x: (do(module), calls(module, x))[1]
+
+
+def own_call(module: Any, *args: Any, **kwargs: Any) -> Any:
+    module.k[0].weight.data.mul_(0.5)
+    return nn.Module.__call__(module, *args, **kwargs)
+
+
+UNSEEN: dict[str, dict[str, Any]] = {
+    "decorator": {"forward": decorated(calls)},
+    "default": {"forward": by_default},
+    "closure": {"forward": by_closure()},
+    "held object": {"forward": lambda m, x: (m.helper.step(m), calls(m, x))[1]},
+    "method by name": {"forward": lambda m, x: (m.shrink(), calls(m, x))[1], "shrink": shrink},
+    "property": {"forward": lambda m, x: (m.p, calls(m, x))[1], "p": property(shrink)},
+    "own call": {"forward": calls, "__call__": own_call},
+}
+
+
+@pytest.mark.parametrize("where", UNSEEN)
+def test_a_write_that_no_version_counts(where: str) -> None:
+    torch.manual_seed(0)
+    model = type("Stated", (Stated,), UNSEEN[where])().float().eval()
+    model.helper = Shrinks()
+    respected(model)
+
+
+@pytest.mark.parametrize("below", ["", "k"])
+@pytest.mark.parametrize("kind", ["register_forward_pre_hook", "register_forward_hook"])
+def test_a_hook_that_writes_what_no_version_counts(kind: str, below: str) -> None:
+    def hook(module: Any, *_: Any) -> None:
+        (module.k if below == "" else module)[0].weight.data.mul_(0.5)
+
+    torch.manual_seed(0)
+    model = type("Stated", (Stated,), {"forward": calls})().float().eval()
+    getattr(model.get_submodule(below), kind)(hook)
+    respected(model)
