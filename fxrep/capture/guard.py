@@ -26,7 +26,6 @@ from fxrep.ops.owner import EVERY_MODULE, global_hooks, weight_hooks
 
 _DEPTH = 4  # of containers in containers
 
-_forward_of = attrgetter("forward")
 _attributes_of = attrgetter("__dict__")
 _requires_grad = attrgetter("requires_grad")
 _version = torch._C.TensorBase._version.__get__  # type: ignore[attr-defined]
@@ -61,8 +60,8 @@ class Unchanged:
         self.versions = list(map(_version, self.versioned))
         self.placed = list(filter(_has_address, self.tensors))
         self.addresses = list(map(Tensor.data_ptr, self.placed))
-        self.kinds = [k for k in dict.fromkeys(self.types) if not issubclass(k, ScriptModule)]
-        self.forwards = list(map(_forward_of, self.kinds))
+        self.classes = list(dict.fromkeys(each for kind in self.types for each in _own_mro(kind)))
+        self.class_attributes = [dict(vars(each)) for each in self.classes]
         self.global_hooks = global_hooks()
         self.trainable = [tensor for tensor in self.tensors if isinstance(tensor, nn.Parameter)]
 
@@ -78,7 +77,7 @@ class Unchanged:
                 list(map(_version, self.versioned)) == self.versions
                 and list(map(Tensor.data_ptr, self.placed)) == self.addresses
                 and list(map(type, self.modules)) == self.types
-                and list(map(_forward_of, self.kinds)) == self.forwards
+                and list(map(vars, self.classes)) == self.class_attributes
                 # An export sets hooks of its own.
                 and (exported or global_hooks() == self.global_hooks)
                 and list(map(_attributes_of, self.plain)) == self.attributes
@@ -111,8 +110,8 @@ class Unchanged:
 
     def __getstate__(self) -> dict[str, Any]:
         read_again = (
-            "versioned", "versions", "placed", "addresses", "trainable", "kinds", "forwards",
-            "global_hooks",
+            "versioned", "versions", "placed", "addresses", "trainable", "classes",
+            "class_attributes", "global_hooks",
         )  # fmt: skip
         state = {name: v for name, v in self.__dict__.items() if name not in read_again}
         return {**state, "types": self.types if self.holds() else []}
@@ -120,6 +119,13 @@ class Unchanged:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._read_tensors()
+
+
+def _own_mro(kind: type) -> list[type]:
+    """The classes of modules, less nn.Module, whose attributes a symbolic trace changes."""
+    if issubclass(kind, ScriptModule):  # its code is no attribute of the class
+        return []
+    return [each for each in kind.__mro__ if issubclass(each, nn.Module) and each is not nn.Module]
 
 
 def _without_weights(module: nn.Module) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -214,11 +215,19 @@ def doubled(module: nn.Module, args: Any, result: Tensor) -> Any:
     return 2 * result if isinstance(module, nn.BatchNorm2d) else None
 
 
-@pytest.mark.parametrize("what", ["global hook", "class"])
+PATCHES: dict[str, tuple[type, str, Any]] = {
+    "forward": (nn.BatchNorm2d, "forward", lambda self, x: x * 2),
+    "base class": (nn.modules.batchnorm._BatchNorm, "forward", lambda self, x: x * 2),
+    "convolution": (nn.Conv2d, "_conv_forward", lambda self, x, w, b: F.conv2d(x, 2 * w, b, 1, 1)),
+    "own class": (Block, "forward", lambda self, x: self.conv(x)),
+}
+
+
+@pytest.mark.parametrize("what", ["global hook", *PATCHES])
 def test_what_changes_every_module_is_respected(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, fast = pair()
-    if what == "class":
-        monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda self, x: x * 2)
+    if what in PATCHES:
+        monkeypatch.setattr(*PATCHES[what])
         same(model, fast)
     else:
         hook = nn.modules.module.register_module_forward_hook(doubled)
