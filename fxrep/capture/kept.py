@@ -22,6 +22,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from fxrep.capture import namespaces
+
 _MISSING = object()
 
 
@@ -274,12 +276,12 @@ class Names:
 
     def __init__(self, namespace: dict[str, Any], names: Iterable[str]) -> None:
         self.namespace = namespace
-        self.saved = {name: namespace.get(name, _MISSING) for name in names}
+        self.saved = {name: namespaces.read(namespace, name) for name in names}
 
     def written(self) -> list[str]:
         """The names that were set or deleted."""
-        get = self.namespace.get
-        return [name for name, value in self.saved.items() if get(name, _MISSING) is not value]
+        now = ((name, namespaces.read(self.namespace, name)) for name in self.saved)
+        return [name for name, value in now if value is not self.saved[name]]
 
     def changed(self) -> bool:
         """Whether a name was set or deleted."""
@@ -288,10 +290,7 @@ class Names:
     def restore(self) -> None:
         """Set what was set or deleted, delete what was added."""
         for name in self.written():
-            if self.saved[name] is _MISSING:
-                del self.namespace[name]
-            else:
-                self.namespace[name] = self.saved[name]
+            namespaces.write(self.namespace, name, self.saved[name])
 
 
 class Cell:

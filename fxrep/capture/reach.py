@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxrep.capture import namespaces
 from fxrep.capture.code import mentioned, nested
 from fxrep.capture.kept import is_container, kept, values_of
 from fxrep.words import words
@@ -234,8 +235,9 @@ class Reach:
         names = _names(function.__code__)
         self.names |= names
         for name in names - mentioned:
-            if name in namespace:
-                self._ahead.append((f"the global '{name}'", namespace[name]))
+            value = namespaces.read(namespace, name)
+            if value is not namespaces.MISSING:
+                self._ahead.append((f"the global '{name}'", value))
             elif name in sys.modules:
                 self._ahead.append((name, sys.modules[name]))
         mentioned |= names

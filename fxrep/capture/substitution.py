@@ -15,16 +15,15 @@ from __future__ import annotations
 import builtins
 import inspect
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.fx import _symbolic_trace as fx_trace
 
+from fxrep.capture import namespaces
 from fxrep.capture.askers import is_library
 from fxrep.capture.proxies import identity, is_callable, is_instance, is_tensor, traced_type
 from fxrep.capture.standins import STAND_INS
@@ -56,76 +55,31 @@ def with_traceable_names(root: nn.Module, run: Callable[[], _Result]) -> _Result
         _substitute(token, root)
         return run()
 
-    return run_and_undo(substituted, lambda: _restore(token))
-
-
-_NOT_SET = object()
-
-
-@dataclass(eq=False)
-class _Name:
-    """A name that is replaced, its original value, and the captures that need it replaced."""
-
-    namespace: dict[str, Any]
-    name: str
-    original: object
-    users: set[object] = field(default_factory=set)
-
-
-_names: dict[tuple[int, str], _Name] = {}
-_lock = threading.RLock()
+    return run_and_undo(substituted, lambda: namespaces.restore(token))
 
 
 def _substitute(token: object, root: nn.Module) -> None:
-    with _lock:
-        for namespace, name, value in _replacements(root):
-            # Recorded before the change, so that an interrupt in between leaves nothing replaced.
-            known = _names.setdefault(
-                (id(namespace), name), _Name(namespace, name, namespace.get(name, _NOT_SET))
-            )
-            known.users.add(token)
-            if len(known.users) == 1:
-                namespace[name] = value
-
-
-def _restore(token: object) -> None:
-    with _lock:
-        for key, known in list(_names.items()):
-            known.users.discard(token)
-            if known.users:
-                continue
-            if known.original is _NOT_SET:
-                known.namespace.pop(known.name, None)
-            else:
-                known.namespace[known.name] = known.original
-            del _names[key]
+    for namespace, name, value in list(_replacements(root)):
+        namespaces.replace(token, namespace, name, value)
 
 
 def _replacements(root: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
     """The namespaces, the names to replace in them, and the functions that replace them."""
     yield vars(torch), "is_tensor", is_tensor
     for (_, name), namespace in list(fx_trace._wrapped_fns_to_patch.items()):
-        function = namespace.get(name, getattr(builtins, name, None))
+        function = namespaces.read(namespace, name)
+        if function is namespaces.MISSING:
+            function = getattr(builtins, name, None)
         if function is not None:
-            yield (
-                namespace,
-                name,
-                fx_trace._create_wrapped_func(_original(namespace, name, function)),
-            )
+            yield namespace, name, fx_trace._create_wrapped_func(function)
     for namespace in _namespaces(root):
         for name, substitute in _builtins_for(namespace):
-            if _original(namespace, name, namespace.get(name)) in (None, _NOT_SET):
+            if namespaces.read(namespace, name) in (None, namespaces.MISSING):
                 yield namespace, name, substitute
-        for name, value in list(namespace.items()):
+        for name, value in namespaces.items(namespace):
             substitute = STAND_INS.get(id(value))
             if substitute is not None:
                 yield namespace, name, substitute
-
-
-def _original(namespace: dict[str, Any], name: str, value: object) -> Any:
-    """The value of a name before the first capture."""
-    known = _names.get((id(namespace), name))
-    return value if known is None else known.original
 
 
 def _namespaces(root: nn.Module) -> list[dict[str, Any]]:

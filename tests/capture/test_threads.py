@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.fx import _symbolic_trace as fx_trace
 
 import fxrep
-from fxrep.capture.substitution import _names
+from fxrep.capture.namespaces import _replaced as _names
 from fxrep.errors import FxrepError
 from support.check import randomize
 
@@ -96,8 +96,11 @@ def notes() -> Iterator[list[Any]]:
         del home["notes"]
 
 
-def note(value: object) -> None:
-    vars(threading.main_thread())["notes"].append(value)
+def note(value: object) -> int:
+    """Keep a value; how many are kept."""
+    kept = vars(threading.main_thread())["notes"]
+    kept.append(value)
+    return len(kept)
 
 
 def test_no_other_thread_sees_a_trace() -> None:
@@ -141,6 +144,35 @@ def test_two_captures_share_the_names() -> None:
     second.set()
     thread.join()
     assert [batchnorms(each) for each in results] == [0, 0], fxrep.report(results[-1])
+    assert not _names and "isinstance" not in globals() and math.sqrt is vars(math)["sqrt"]
+
+
+def test_names_that_another_capture_replaces_are_not_written_by_a_forward() -> None:
+    """One model is run, to check its capture, while the capture of another begins or ends."""
+    first, second, ended = threading.Event(), threading.Event(), threading.Event()
+    results: list[nn.Module] = []
+    with notes():
+
+        def wait() -> None:
+            if note("call") > 1:  # the trace is over: the capture is run
+                first.set()
+                assert second.wait(60)
+
+        def go_on() -> None:
+            second.set()  # the first ends while this one is traced
+            assert ended.wait(60)
+
+        def run() -> None:
+            results.append(fxrep.optimize(randomize(Asking(wait)).eval()))
+            ended.set()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        assert first.wait(60)
+        results.append(fxrep.optimize(randomize(Asking(go_on)).eval()))
+        thread.join()
+    for fast in results:
+        assert batchnorms(fast) == 0, str(fxrep.report(fast))
     assert not _names and "isinstance" not in globals() and math.sqrt is vars(math)["sqrt"]
 
 
