@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxrep.capture.graph_forward import FUSED, GraphForward
+from fxrep.capture.graph_forward import GraphForward
+from fxrep.capture.guard import Known
+from fxrep.capture.held import FUSED
 from fxrep.capture.islands import Capture, Program
 
 # Pickles of earlier versions look for these names here.
@@ -62,10 +64,11 @@ def seal(module: nn.Module, report: Report) -> None:
         report: its report, which is stored on the module, and thereby in its copies and pickles.
     """
     module.__dict__[_REPORT] = report
+    known: Known = {}
     for each in module.modules():
         forward = each.__dict__.get("forward")
         if isinstance(forward, GraphForward):
-            forward.arm()
+            forward.arm(known)
 
 
 def attached(module: nn.Module) -> Report | None:

@@ -18,13 +18,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxrep.capture.guard import Unchanged
+from fxrep.capture.guard import Known, Unchanged
+from fxrep.capture.held import FUSED
 from fxrep.capture.records import decode, encode
 from fxrep.capture.rewritten import compiled
 from fxrep.capture.signature import Arguments, same_value
-
-FUSED = "_fxrep_fused"
-"""The attribute that holds the fused layers; targets of the graph begin with it."""
 
 
 class GraphForward:
@@ -74,9 +72,13 @@ class GraphForward:
         """The code of the function that runs the graph: torch.export reads it of every forward."""
         return self.run.__code__
 
-    def arm(self) -> None:
-        """Run the graph from now on only while its modules are what they are now."""
-        self.unchanged = Unchanged(self.modules)
+    def arm(self, known: Known | None = None) -> None:
+        """Run the graph from now on only while its modules are what they are now.
+
+        Args:
+            known: what classes of modules read outside of them; takes what is found.
+        """
+        self.unchanged = Unchanged(self.modules, known)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph or, where it does not stand for it, the original forward."""

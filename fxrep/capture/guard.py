@@ -6,67 +6,81 @@ many ways to do so and no way to tell of it; so the state of the modules is comp
 in about a microsecond for each module.
 
 What the comparison does not see: writes that leave a tensor's version as it is (through `numpy()`,
-DLPack, a storage, or ``tensor.data.mul_``), and changes inside objects other than containers.
+DLPack, a storage, or ``tensor.data.mul_``), and changes inside libraries other than the one that
+the modules are written in.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.jit import ScriptModule
 
-from fxrep.capture.kept import is_container
-from fxrep.ops.owner import EVERY_MODULE, global_hooks, weight_hooks
-
-_DEPTH = 4  # of containers in containers
+from fxrep.capture.held import Held
+from fxrep.capture.outside import Outside
+from fxrep.capture.versions import Versions
+from fxrep.ops.owner import global_hooks, weight_hooks
 
 _attributes_of = attrgetter("__dict__")
 _requires_grad = attrgetter("requires_grad")
-_version = torch._C.TensorBase._version.__get__  # type: ignore[attr-defined]
+
+# By classes, and the ids of functions that objects hold.
+Known = dict[tuple[frozenset[type], frozenset[int]], Outside]
 
 
 class Unchanged:
-    """The state of some modules, recorded once and compared at each call.
+    """The state of some modules and of what they read, recorded once and compared at each call.
 
     A copy or a pickle of a record that holds is a record of the copied modules.
 
     Args:
         modules: the modules, each once.
+        known: what classes of modules read outside of them, if another record has found it.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], known: Known | None = None) -> None:
         self.modules = list(modules)
+        self._find(known if known is not None else {})
         self.types = list(map(type, self.modules))
         # The hook of a weight_norm sets the weight at each call.
         self.plain = [m for m in self.modules if not weight_hooks(m)]
         self.attributes = [copy.copy(m.__dict__) for m in self.plain]
         self.hooked = [m for m in self.modules if weight_hooks(m)]
         self.hooked_attributes = [_without_weights(m) for m in self.hooked]
-        containers = {id(c): c for m in self.modules for c in _containers(m)}.values()
-        self.empty = [each for each in containers if not each]
-        self.filled = [each for each in containers if each]
-        self.content = [copy.copy(each) for each in self.filled]
-        self.tensors = list({id(t): t for m in self.modules for t in _tensors(m)}.values())
-        self._read_tensors()
+        tensors = [t for m in self.modules for t in _tensors(m)]
+        self.versions = Versions([*tensors, *self.held.tensors])
+        self._read()
 
-    def _read_tensors(self) -> None:
-        self.versioned = [tensor for tensor in self.tensors if not tensor.is_inference()]
-        self.versions = list(map(_version, self.versioned))
-        self.placed = list(filter(_has_address, self.tensors))
-        self.addresses = list(map(Tensor.data_ptr, self.placed))
+    def _find(self, known: Known) -> None:
+        """Find what the modules hold and read, and the modules among that, in turn."""
+        while True:
+            self.held = Held(self.modules)
+            kinds = [*map(type, self.modules), *self.held.kinds]
+            key = frozenset(kinds), frozenset(map(id, self.held.code))
+            if key not in known:
+                known[key] = Outside(kinds, self.held.code)
+            self.outside = known[key]
+            found = _with_children([*self.held.modules, *self.outside.modules], self.outside.names)
+            own = set(map(id, self.modules))
+            others = [module for module in found if id(module) not in own]
+            if not others:
+                return
+            self.modules += others
+
+    def _read(self) -> None:
+        """Read what no copy or pickle holds."""
         self.classes = list(dict.fromkeys(each for kind in self.types for each in _own_mro(kind)))
         self.class_attributes = [dict(vars(each)) for each in self.classes]
         self.global_hooks = global_hooks()
-        self.trainable = [tensor for tensor in self.tensors if isinstance(tensor, nn.Parameter)]
+        tensors = self.versions.tensors
+        self.trainable = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
 
     def holds(self, *, exported: bool = False) -> bool:
-        """Whether the modules, their attributes and the content of their tensors are the same.
+        """Whether the modules, what they read and the content of their tensors are the same.
 
         Args:
             exported: torch.export runs the modules, with fake tensors in place of their own.
@@ -74,29 +88,18 @@ class Unchanged:
         # Lists and dicts compare their items by identity first, without a step of Python code.
         try:
             return (
-                list(map(_version, self.versioned)) == self.versions
-                and list(map(Tensor.data_ptr, self.placed)) == self.addresses
+                self.versions.same()
                 and list(map(type, self.modules)) == self.types
                 and list(map(vars, self.classes)) == self.class_attributes
                 # An export sets hooks of its own.
                 and (exported or global_hooks() == self.global_hooks)
                 and list(map(_attributes_of, self.plain)) == self.attributes
                 and list(map(_without_weights, self.hooked)) == self.hooked_attributes
-                and not any(self.empty)
-                and (self.filled == self.content if not exported else self._faked())
+                and self.held.same(faked=exported)
+                and (exported or self.outside.same())
             )
         except Exception:  # a value that cannot be compared is another value than before
             return False
-
-    def _faked(self) -> bool:
-        """Whether the containers are the same but for fake tensors."""
-        for container, saved in zip(self.filled, self.content, strict=True):
-            if isinstance(container, dict):
-                fakes = {k: saved.get(k) for k, v in container.items() if isinstance(v, FakeTensor)}
-                container = {**container, **fakes}
-            if container != saved:
-                return False
-        return True
 
     def is_trained(self) -> bool:
         """Whether a parameter takes gradients."""
@@ -105,20 +108,21 @@ class Unchanged:
     def __deepcopy__(self, memo: dict[int, Any]) -> Unchanged:
         made = Unchanged.__new__(Unchanged)
         memo[id(self)] = made
-        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        state = self.__getstate__()
+        try:
+            made.__setstate__(copy.deepcopy(state, memo))
+        except Exception:  # the modules' own way to copy leaves out what cannot be copied
+            made.__setstate__({**Unchanged([]).__getstate__(), "types": [Unchanged]})
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        read_again = (
-            "versioned", "versions", "placed", "addresses", "trainable", "classes",
-            "class_attributes", "global_hooks",
-        )  # fmt: skip
+        read_again = ("trainable", "classes", "class_attributes", "global_hooks")
         state = {name: v for name, v in self.__dict__.items() if name not in read_again}
         return {**state, "types": self.types if self.holds() else []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._read_tensors()
+        self._read()
 
 
 def _own_mro(kind: type) -> list[type]:
@@ -135,32 +139,19 @@ def _without_weights(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in module.__dict__.items() if name not in computed}
 
 
-def _has_address(tensor: Tensor) -> bool:
-    try:
-        tensor.data_ptr()
-    except RuntimeError:  # a tensor without a storage of its own
-        return False
-    return True
-
-
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     for kind in (module._parameters, module._buffers):
         yield from (tensor for tensor in kind.values() if tensor is not None)
     yield from (value for value in _without_weights(module).values() if isinstance(value, Tensor))
 
 
-def _containers(module: nn.Module) -> Iterator[Any]:
-    """The dicts of tensors, children and hooks of a module, and the containers it keeps."""
-    for name, value in module.__dict__.items():
-        if name not in EVERY_MODULE:
-            yield from _nested(value, 0)
-        elif isinstance(value, dict):
-            yield value
-
-
-def _nested(value: Any, depth: int) -> Iterator[Any]:
-    if is_container(value) and depth < _DEPTH:
-        yield value
-        if not isinstance(value, set):
-            for each in value.values() if isinstance(value, dict) else value:
-                yield from _nested(each, depth + 1)
+def _with_children(modules: Iterable[nn.Module], names: Set[str]) -> list[nn.Module]:
+    """Modules and those of the modules below them to which names lead."""
+    found: dict[int, nn.Module] = {}
+    ahead = list(modules)
+    while ahead:
+        module = ahead.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            ahead += [c for n, c in module._modules.items() if n in names and c is not None]
+    return list(found.values())

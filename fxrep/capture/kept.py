@@ -12,6 +12,7 @@ import contextvars
 import ctypes
 import functools
 import operator
+import os
 import random
 import sys
 import types
@@ -413,7 +414,8 @@ def in_context(variable: contextvars.ContextVar[Any]) -> Kept:
     )
 
 
-def _default_device() -> torch.device | None:
+def default_device() -> torch.device | None:
+    """The device of ``torch.set_default_device``, if any."""
     context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
     return None if context is None else context.device
 
@@ -455,7 +457,7 @@ def process() -> list[Kept]:
             lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
             lambda saved: torch.set_anomaly_enabled(*saved),
         ),
-        Setting("the default device", _default_device, torch.set_default_device),
+        Setting("the default device", default_device, torch.set_default_device),
         Setting("the number of threads", torch.get_num_threads, torch.set_num_threads),
         Setting(
             "options of printing",
@@ -470,6 +472,12 @@ def process() -> list[Kept]:
     return [*found]
 
 
+def _set_environment(variables: dict[str, str]) -> None:
+    for name in os.environ.keys() - variables.keys():
+        del os.environ[name]
+    os.environ.update(variables)
+
+
 def kept(value: Any) -> Kept | None:
     """The state of one object; None if it has none that can be recorded."""
     if isinstance(value, type):
@@ -478,6 +486,8 @@ def kept(value: Any) -> Kept | None:
         return Items(value)
     if isinstance(value, contextvars.ContextVar):
         return in_context(value)
+    if value is os.environ:
+        return Setting("a variable of the environment", lambda: dict(os.environ), _set_environment)
     if isinstance(value, functools._lru_cache_wrapper):
         return Cached(value)
     numpy = sys.modules.get("numpy")

@@ -9,6 +9,7 @@ traces.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,12 +31,17 @@ _replaced: dict[tuple[int, str], _Replaced] = {}
 _lock = threading.RLock()
 
 
-def read(namespace: dict[str, Any], name: str) -> Any:
+def read(namespace: Mapping[str, Any], name: str) -> Any:
     """The value of a name but for what captures do; MISSING if there is none."""
     with _lock:
         value = namespace.get(name, MISSING)
         known = _replaced.get((id(namespace), name))
         return known.original if known is not None and value is known.replacement else value
+
+
+def is_idle() -> bool:
+    """Whether no name is replaced, so that a namespace itself gives what `read` gives."""
+    return not _replaced
 
 
 def items(namespace: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -40,7 +40,7 @@ _FOREIGN = frozenset({"torch", "numpy", "fxrep"}) | (
 )
 # Parts of Python's own library whose objects are plain state. Locks and events are not: threads
 # wait for them.
-_PLAIN = frozenset(words("types collections functools _thread weakref array ctypes"))
+_PLAIN = frozenset(words("types collections functools _thread weakref array ctypes argparse"))
 _QUEUES = frozenset(words("queue _queue multiprocessing asyncio"))
 _TORCH = os.path.dirname(torch.__file__)
 
@@ -68,6 +68,8 @@ _THREADS = frozenset(words("Thread Timer ThreadPool ThreadPoolExecutor start_new
 # Names of functions that set the state of torch's own generator of random numbers.
 _SEEDING = frozenset(words("manual_seed seed set_rng_state fork_rng set_state"))
 
+_ENVIRONMENT = frozenset(words("environ getenv"))
+
 
 def _package(thing: Any) -> str:
     return str(thing.__module__ or "builtins").partition(".")[0]
@@ -77,18 +79,34 @@ class Tree:
     """The modules of a tree.
 
     Attributes:
-        ids: of the modules.
         packages: in which their classes, and those they inherit from, are written.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        kinds: set[type] = set()
-        ids: list[int] = []
-        for module in modules:
-            ids.append(id(module))
-            kinds.add(type(module))
-        self.ids = frozenset(ids)
-        self.packages = {_package(base) for kind in kinds for base in kind.__mro__}
+        modules = list(modules)
+        self._ids = frozenset(map(id, modules))
+        self.packages = _packages(map(type, modules))
+
+    def __contains__(self, value: object) -> bool:
+        return id(value) in self._ids
+
+
+class AnyTree(Tree):
+    """All modules that there are.
+
+    Args:
+        kinds: the classes whose packages count.
+    """
+
+    def __init__(self, kinds: Iterable[type]) -> None:
+        self.packages = _packages(kinds)
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, nn.Module)
+
+
+def _packages(kinds: Iterable[type]) -> set[str]:
+    return {_package(base) for kind in set(kinds) for base in kind.__mro__}
 
 
 class Reach:
@@ -103,6 +121,8 @@ class Reach:
         objects: by id, the objects whose state may be written.
         cells: by id, the variables of enclosing scopes.
         namespaces: by id, the global names of Python modules that are mentioned.
+        functions: by id, the user's functions.
+        modules: by id, the modules of the tree.
         tensors: by id, the tensors.
         names: the names that the code mentions.
         barred: why no code may run that reaches this: its effects could not be undone.
@@ -115,6 +135,8 @@ class Reach:
         self.objects: dict[int, object] = {}
         self.cells: dict[int, types.CellType] = {}
         self.namespaces: dict[int, tuple[dict[str, Any], set[str]]] = {}
+        self.functions: dict[int, types.FunctionType] = {}
+        self.modules: dict[int, nn.Module] = {}
         self.tensors: dict[int, torch.Tensor] = {}
         self.names: set[str] = set()
         self.barred: list[str] = []
@@ -156,12 +178,17 @@ class Reach:
         self.barred += [f"forward uses '{name}'" for name in sorted(_UNSEEN & self.names)]
         if _SEEDING & self.names:
             self.objects[id(torch.default_generator)] = torch.default_generator
+        if _ENVIRONMENT & self.names:
+            self.objects[id(os.environ)] = os.environ
 
     def _visit(self, where: str, value: Any) -> None:
         kind = type(value)
-        if kind in _ATOMS or id(value) in self._seen or id(value) in self.tree.ids:
+        if kind in _ATOMS or id(value) in self._seen:
             return
         self._seen[id(value)] = value
+        if value in self.tree:
+            self.modules[id(value)] = value
+            return
         visit = _VISITS.get(kind)
         if visit is not None:
             visit(self, where, value)
@@ -201,7 +228,7 @@ class Reach:
             return
         if home in _QUEUES:
             self.barred.append(f"forward can put into {where} ({kind.__name__})")
-        if home in _FOREIGN - _PLAIN and home != "numpy" and not isinstance(value, nn.Module):
+        if home != "numpy" and not (is_plain(value) or isinstance(value, nn.Module)):
             return
         self.objects[id(value)] = value
         if home == "numpy":
@@ -230,6 +257,7 @@ class Reach:
             if inner is not None and function.__code__.co_filename != fx._symbolic_trace.__file__:
                 self._ahead.append((where, inner))
             return
+        self.functions[id(function)] = function
         namespace = function.__globals__
         _, mentioned = self.namespaces.setdefault(id(namespace), (namespace, set()))
         names = _names(function.__code__)
@@ -312,6 +340,11 @@ def _is_installed(package: str) -> bool:
 def is_atom(value: object) -> bool:
     """Whether a value can neither change nor lead to anything that can."""
     return type(value) in _ATOMS
+
+
+def is_plain(value: object) -> bool:
+    """Whether the attributes of an object are plain state, and not a library's own."""
+    return _package(type(value)) not in _FOREIGN - _PLAIN
 
 
 @functools.cache
