@@ -215,21 +215,46 @@ def _states() -> dict[object, str]:
     found: dict[object, str] = {}
     overridable = torch.overrides.get_overridable_functions().values()
     of_tensors = {id(function) for functions in overridable for function in functions}
-    for namespace in (torch, torch._C):
+    for namespace in _homes_of_state():
         for name, value in vars(namespace).items():
+            if not _is_about_state(name) or not callable(value) or id(value) in of_tensors:
+                continue
             function = getattr(value, "__code__", value)
             if isinstance(function, types.CodeType) and is_users(function.co_filename):
                 continue  # imported from elsewhere
-            about_state = name.lstrip("_").startswith(_ABOUT_STATE) and "tracing" not in name
-            if about_state and callable(value) and id(value) not in of_tensors:
-                found[function] = name
+            found[function] = name
     for function in (inspect.getattr_static, inspect.getmembers, torch.initial_seed):
         found[function.__code__] = function.__name__
+    # `torch.backends.cudnn.enabled`: an attribute that asks a function.
+    found[torch.backends.ContextProp.__get__.__code__] = "a flag of torch.backends"
     return found
+
+
+def _homes_of_state() -> list[Any]:
+    """The modules of torch that have functions which ask for the state of the process."""
+    backends = [m for n, m in sys.modules.items() if n.startswith("torch.backends.")]
+    return [torch, torch._C, torch._C._autograd, *backends]
+
+
+def _is_about_state(name: str) -> bool:
+    plain = name.lstrip("_")
+    if "tracing" in name or plain.startswith(("set_", "enable_")):
+        return False
+    return plain.startswith(_ABOUT_STATE) or plain.endswith(("_enabled", "_allowed"))
 
 
 _ABOUT_STATE = ("is_", "are_", "get_", "has_", "len_")
 _STATES = _states()
+
+
+def asks_for_state(function: object) -> str | None:
+    """The name of a function, if the function asks for the state of the process."""
+    code = getattr(function, "__code__", function)
+    try:
+        return _STATES.get(code)
+    except TypeError:  # no function, and not hashable
+        return None
+
 
 # Methods of a `torch.autograd.Function` that get its context first.
 _PARTS_OF_FUNCTIONS = words("forward setup_context")

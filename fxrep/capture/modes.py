@@ -8,6 +8,7 @@ reach the tensors of the user's model; both are refused before they happen.
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fxrep.capture.askers import asks_for_users
 from fxrep.capture.proxies import Unfaithful
 from fxrep.words import words
 
@@ -74,7 +76,22 @@ class _FunctionGuard(TorchFunctionMode):
             raise self.tracer.refuse(
                 Unfaithful(f"forward uses .{attribute} of {self.memory[_storage_id(args[0])]}")
             )
+        if func in _OF_DEFAULTS and asks_for_users(sys._getframe(1)):
+            self._refuse_default(func, args[0])
         return func(*args, **(kwargs or {}))
+
+    def _refuse_default(self, func: Callable[..., Any], tensor: Tensor) -> None:
+        """Refuse to ask a tensor that the forward makes itself for what the process decides."""
+        if _is_in(tensor, self.memory) or isinstance(tensor, torch.nn.Parameter):
+            return
+        if func is Tensor.is_inference or tensor.dtype.is_floating_point:
+            raise self.tracer.refuse(
+                Unfaithful("forward asks a tensor that it makes for a default of the process")
+            )
+
+
+# Answers that depend on the default dtype and on the mode of the process.
+_OF_DEFAULTS = (Tensor.dtype.__get__, Tensor.is_inference)  # type: ignore[attr-defined]
 
 
 class _RealTensorGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -338,8 +338,33 @@ def is_instance(value: Any, kinds: Any) -> bool:
         raise value.tracer.refuse(Unfaithful("forward asks for the type of a traced value"))
     if type(value) is TracedValue and value.node.op == "get_attr":
         return isinstance(value.tracer.tensor(str(value.node.target)), kinds)
+    if kind is Tensor and not issubclass(Tensor, kinds) and _may_be_parameter(value, kinds):
+        raise value.tracer.refuse(Unfaithful("forward asks whether a traced value is a parameter"))
     _take_for_tensor(value)
     return issubclass(kind, kinds)
+
+
+def _may_be_parameter(value: Any, kinds: Any) -> bool:
+    """Whether a value that a model is given, or passes on, may be of a class that only marks it."""
+    if type(value) is TracedValue and not _returns_argument(value):
+        return False
+    flat = kinds if isinstance(kinds, tuple) else getattr(kinds, "__args__", (kinds,))
+    return any(isinstance(kind, type) and issubclass(kind, Tensor) for kind in flat) or any(
+        kind in (torch.nn.Parameter, torch.nn.Buffer) for kind in flat
+    )
+
+
+def _returns_argument(value: TracedValue) -> bool:
+    """Whether a value may be an argument of the model itself, and not a new tensor."""
+    stack, seen = [value.node], {value.node}
+    while stack:
+        node = stack.pop()
+        if node.op == "placeholder":
+            return True
+        ahead = set(effect(value.tracer.calls, node).aliases) - seen
+        seen |= ahead
+        stack.extend(ahead)
+    return False
 
 
 def is_traced(value: Any) -> bool:

@@ -5,8 +5,10 @@ A forward branches on the answer, so that a wrong answer is a wrong result.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import textwrap
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -127,6 +129,49 @@ def test_every_question_in_every_setting(turn: int) -> None:
     """All of them with the wide profile; otherwise a fourth, in turns."""
     chosen = list(asked.questions())
     all_right(chosen if IS_WIDE else chosen[turn % 4 :: 4], SETTINGS[turn])
+
+
+@contextlib.contextmanager
+def default_dtype() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+OTHERWISE: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "gradients": lambda: torch.set_grad_enabled(True),
+    "no gradients": torch.no_grad,
+    "inference": torch.inference_mode,
+    "default dtype": default_dtype,
+    "anomalies": lambda: torch.autograd.set_detect_anomaly(True),
+    "profiler": torch.autograd.profiler.profile,
+    "no cuDNN": lambda: torch.backends.cudnn.flags(enabled=False),
+    "no MKLDNN": lambda: torch.backends.mkldnn.flags(enabled=False),
+    "no attention": lambda: torch.nn.attention.sdpa_kernel([]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("otherwise", OTHERWISE)
+def test_the_process_may_answer_otherwise_later(otherwise: str) -> None:
+    """What was a whole graph, and islands, run in a process whose settings are others."""
+    x = torch.randn(1, 4, 6, 6)
+    inputs = [x, nn.Parameter(x)]
+    found = {}
+    for question in asked.MODES.strip().splitlines():
+        model = randomize(asking(f"a = {question}")).eval()
+        fast = fxrep.optimize(model)
+        for value in inputs:
+            with OTHERWISE[otherwise]():
+                expected = outcome(copy.deepcopy(model), value, torch.is_grad_enabled())
+                got = outcome(fast, value, torch.is_grad_enabled())
+            if isinstance(expected, Exception):
+                continue
+            right = isinstance(got, Tensor) and torch.allclose(got, expected, atol=1e-5)
+            found[question] = "equal" if right else f"WRONG {got}"
+    none_wrong(found)
 
 
 @pytest.mark.parametrize(

@@ -716,6 +716,26 @@ torch.zeros(1).requires_grad
 torch.ones(1, requires_grad=True).grad_fn is None
 (s.c.weight * 2).requires_grad
 (s.c.weight * 2).grad_fn is None
+torch.backends.cudnn.enabled
+torch.backends.mkldnn.enabled
+torch.backends.cudnn.deterministic
+torch.backends.cuda.flash_sdp_enabled()
+torch.backends.cuda.math_sdp_enabled()
+torch.backends.mha.get_fastpath_enabled()
+torch.autograd._profiler_enabled()
+torch._C._autograd._profiler_enabled()
+functools.partial(torch.is_grad_enabled)()
+next(map(lambda ask: ask(), [torch.is_grad_enabled]))
+torch.tensor(1.5).dtype == torch.float32
+torch.ones(1).dtype.itemsize == 4
+(torch.ones(1) * 2).dtype == torch.float32
+torch.get_default_dtype() is torch.float32
+torch.ones(1).is_inference()
+torch.ones(1).requires_grad
+isinstance(x, nn.Parameter)
+isinstance(x, (nn.Buffer, int))
+isinstance(x.contiguous(), nn.Parameter)
+type(x) is Tensor
 """
 
 STATEMENTS: dict[str, str] = {
