@@ -9,22 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.nn.utils import parametrize
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from fxrep.capture.islands import Capture, Program
-from fxrep.capture.sharing import of_tree, outside
+from fxrep.capture.shadows import UNKNOWN, Shadows, faked, opaque
 from fxrep.capture.skeleton import (
     call_arguments,
     does_not_run,
     duplicate,
     named_inputs,
 )
-from fxrep.ops.owner import weight_hooks
-
-UNKNOWN = object()
-"""The value of a node whose value could not be computed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +48,7 @@ class Examples:
 
     def fake(self, value: Any) -> Any:
         """A value with fake tensors in place of its tensors."""
-        known = torch._subclasses.FakeTensor
-        return tree_map_only(
-            Tensor, lambda t: t if isinstance(t, known) else self.mode.from_tensor(t), value
-        )
+        return faked(self.mode, value)
 
     def values(self, program: Program) -> Values:
         """The values of one graph."""
@@ -127,25 +119,13 @@ def _paths_called(captured: Capture) -> set[str]:
     return found
 
 
-def opaque(node: fx.Node) -> bool:
-    """Whether a node calls an opaque module: one that runs other code than torch's.
-
-    Nothing is known of such a call; it may write to anything.
-    """
-    return node.op == "call_module" and node.meta.get("owner", nn.Module) is None
-
-
-class Values(fx.Interpreter):
-    """The values of a graph as fake tensors, which allocate no memory.
-
-    The values of nodes added later are computed on demand.
-    """
+class Values(Shadows):
+    """The values of a graph on the user's inputs; those of nodes added later come on demand."""
 
     def __init__(self, program: Program, examples: Examples) -> None:
-        super().__init__(program.module, graph=program.graph)
+        super().__init__(program.module, program.graph, examples.mode, {})
         self.examples = examples
         self.path = program.path
-        self.env: dict[fx.Node, Any] = {}
         if examples.inputs is None or (program.path and program.path not in examples.calls):
             return
         given = examples.arguments(program)
@@ -164,53 +144,6 @@ class Values(fx.Interpreter):
         runs = self.examples.calls.get(f"{self.path}.{target}" if self.path else target, ())
         count = calls[target] = calls.get(target, -1) + 1
         return runs[count].result if count < len(runs) else UNKNOWN
-
-    def of(self, node: fx.Node) -> Any:
-        """The value of a node with fake tensors, or `UNKNOWN`."""
-        ahead = [node]
-        while ahead:
-            each = ahead[-1]
-            missing = [source for source in each.all_input_nodes if source not in self.env]
-            if each in self.env or not missing:
-                ahead.pop()
-                if each not in self.env:
-                    self.env[each] = self._evaluated(each)
-            else:
-                ahead += missing
-        return self.env[node]
-
-    def _evaluated(self, node: fx.Node) -> Any:
-        known = all(self.env[source] is not UNKNOWN for source in node.all_input_nodes)
-        if not known or node.op == "placeholder" or opaque(node):
-            return UNKNOWN
-        try:
-            with self.examples.mode, torch.no_grad():
-                return self.run_node(node)
-        except Exception:  # an operation without an implementation for fake tensors
-            return UNKNOWN
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a module with fake copies of its tensors: BatchNorm in training writes buffers."""
-        module = self.fetch_attr(target)
-        if not (parametrize.is_parametrized(module) or weight_hooks(module)):
-            return torch.func.functional_call(module, self._fakes(module), args, kwargs)
-        # Other code computes its weight, and may keep a state.
-        with unset_fake_temporarily():
-            found = of_tree(module)
-            twin, shared = duplicate(module, found=found), outside(found)
-        try:
-            return torch.func.functional_call(twin, self._fakes(twin), args, kwargs)
-        finally:
-            with unset_fake_temporarily():
-                shared.restore()
-
-    def _fakes(self, module: nn.Module) -> dict[str, Any]:
-        tensors = (*module.named_parameters(), *module.named_buffers())
-        return {name: self.examples.fake(tensor) for name, tensor in tensors}
-
-    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Read a fake copy of a tensor, so that a write in the graph does not reach the tensor."""
-        return self.examples.fake(super().get_attr(target, args, kwargs))
 
     @property
     def ranks(self) -> dict[fx.Node, int]:

@@ -84,7 +84,9 @@ def _set_forward(program: Program, memo: dict[int, Any]) -> None:
     module.__dict__[FUSED] = copy.deepcopy(_fused(program, program.source), memo)
     below = _below(module, {id(memo.get(id(each))) for each in program.opaque})
     original = module.__dict__.get("forward")
-    forward = GraphForward(module, program.graph, program.arguments, original, below)
+    forward = GraphForward(
+        module, program.graph, program.arguments, original, below, guarded=bool(program.guarded)
+    )
     module.__dict__.update(forward=forward, _apply=forward.apply)
 
 

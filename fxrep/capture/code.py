@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import types
 from collections.abc import Iterator
 
@@ -17,3 +19,20 @@ def nested(code: types.CodeType) -> Iterator[types.CodeType]:
 def mentioned(code: types.CodeType) -> set[str]:
     """The names that code mentions, as names or as strings; not those of code inside it."""
     return {*code.co_names, *(each for each in code.co_consts if isinstance(each, str))}
+
+
+@functools.lru_cache(maxsize=4096)
+def global_names(code: types.CodeType) -> frozenset[str]:
+    """The global names that code reads or sets, or may find by text; code inside it included."""
+    found: set[str] = set()
+    for each in nested(code):
+        found.update(s.argval for s in dis.get_instructions(each) if s.opname in _GLOBAL)
+        if not _BY_TEXT.isdisjoint(each.co_names):
+            found |= {text for text in mentioned(each) if text.isidentifier()}
+    return frozenset(found)
+
+
+_GLOBAL = frozenset(
+    f"{action}_{kind}" for action in ("LOAD", "STORE", "DELETE") for kind in ("GLOBAL", "NAME")
+)
+_BY_TEXT = frozenset({"globals", "vars", "getattr", "setattr", "exec", "eval", "__dict__"})

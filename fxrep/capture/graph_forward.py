@@ -11,6 +11,7 @@ modules that were changed since (`Unchanged`), and training.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,7 @@ class GraphForward:
         arguments: the arguments of the graph.
         original: the forward that was set on the module itself, if any.
         modules: the modules that the graph was made from.
+        guarded: the graph stands for the forward only while its assertions hold.
 
     Attributes:
         unchanged: the state of the modules; None until `arm`, and the graph always runs.
@@ -46,10 +48,13 @@ class GraphForward:
         arguments: Arguments,
         original: Callable[..., Any] | None,
         modules: list[nn.Module],
+        *,
+        guarded: bool = False,
     ) -> None:
         self.module = module
         self.original = original
         self.modules = modules
+        self.guarded = guarded
         self.unchanged: Unchanged | None = None
         self._install(graph, arguments)
 
@@ -83,7 +88,10 @@ class GraphForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph or, where it does not stand for it, the original forward."""
         if self._fits(args, kwargs) and self._stands():
-            return self.run(self.module, *args, **kwargs)
+            if not self.guarded:
+                return self.run(self.module, *args, **kwargs)
+            with contextlib.suppress(AssertionError):
+                return self.run(self.module, *args, **kwargs)
         if self.original is not None:
             return self.original(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
@@ -154,7 +162,7 @@ class GraphForward:
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphForward:
         made = GraphForward.__new__(GraphForward)
         memo[id(self)] = made
-        for name in ("module", "original", "modules", "unchanged"):
+        for name in ("module", "original", "modules", "guarded", "unchanged"):
             setattr(made, name, copy.deepcopy(getattr(self, name), memo))
         made._install(copy.deepcopy(self.graph, memo), self.arguments)
         return made
@@ -164,6 +172,7 @@ class GraphForward:
             "module": self.module,
             "original": self.original,
             "modules": self.modules,
+            "guarded": self.guarded,
             "unchanged": self.unchanged,
             "nodes": encode(self.graph),
             "arguments": self.arguments,
@@ -173,5 +182,6 @@ class GraphForward:
         self.module = state["module"]
         self.original = state["original"]
         self.modules = state.get("modules", [])
+        self.guarded = state.get("guarded", False)
         self.unchanged = state.get("unchanged")
         self._install(decode(state["nodes"]), state["arguments"])

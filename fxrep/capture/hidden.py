@@ -59,7 +59,7 @@ def hidden_question(code: types.CodeType, is_method: bool) -> str | None:
 @functools.cache
 def may_return_none(code: types.CodeType) -> bool:
     """Whether a function says that it returns None, for its caller to ask ``is None``."""
-    steps = [s for s in dis.get_instructions(code) if s.opname not in _NO_OPERATION]
+    steps = [s for s in dis.get_instructions(code) if s.opname not in NO_OPERATION]
     places = {step.offset: index for index, step in enumerate(steps)}
     for step, after in itertools.pairwise(steps):
         if step.opname == "LOAD_CONST" and step.argval is None:
@@ -75,7 +75,7 @@ def may_return_none(code: types.CodeType) -> bool:
 
 def _compares_identity(code: types.CodeType, is_method: bool) -> bool:
     """Whether an `is` compares what may be a traced value with anything but None."""
-    steps = [s for s in dis.get_instructions(code) if s.opname not in _NO_OPERATION]
+    steps = [s for s in dis.get_instructions(code) if s.opname not in NO_OPERATION]
     plain = _plain_variables(code, steps, is_method)
     for index, step in enumerate(steps):
         if step.opname != "IS_OP":
@@ -91,7 +91,7 @@ def _compares_identity(code: types.CodeType, is_method: bool) -> bool:
     return False
 
 
-_NO_OPERATION = frozenset(
+NO_OPERATION = frozenset(
     {"NOP", "CACHE", "RESUME", "EXTENDED_ARG", "PRECALL", "PUSH_NULL", "KW_NAMES"}
 )
 
@@ -144,7 +144,7 @@ def is_message(code: types.CodeType, offset: int) -> bool:
         code: code of a function.
         offset: an instruction of an f-string.
     """
-    steps = [s for s in dis.get_instructions(code) if s.opname not in _NO_OPERATION]
+    steps = [s for s in dis.get_instructions(code) if s.opname not in NO_OPERATION]
     start = next((i for i, step in enumerate(steps) if step.offset == offset), None)
     if start is None or steps[start].opname not in _FORMATS:
         return False
@@ -161,6 +161,24 @@ def is_message(code: types.CodeType, offset: int) -> bool:
         else:
             return step.opname == "CALL" and _callee(steps, index) in _TAKING_MESSAGES
     return False
+
+
+@functools.cache
+def counts(code: types.CodeType, offset: int) -> bool:
+    """Whether the instruction takes a number itself: `range(n)`, `items[n]`, `[x] * n`.
+
+    A function of torch that is given a traced number records the call instead.
+    """
+    steps = [s for s in dis.get_instructions(code) if s.opname not in NO_OPERATION]
+    at = next((i for i, step in enumerate(steps) if step.offset >= offset), None)
+    if at is None:
+        return False
+    return steps[at].opname in _TAKING_NUMBERS or (
+        steps[at].opname == "CALL" and _callee(steps, at) == "range"
+    )
+
+
+_TAKING_NUMBERS = words("BINARY_SUBSCR BINARY_OP BINARY_SLICE")
 
 
 def _callee(steps: Sequence[dis.Instruction], call: int) -> str:
@@ -184,7 +202,7 @@ def cache_names(code: types.CodeType, offset: int) -> frozenset[str]:
         code: code of a method.
         offset: the call of `str`, or the PRECALL before it.
     """
-    steps = [s for s in dis.get_instructions(code) if s.opname not in _NO_OPERATION]
+    steps = [s for s in dis.get_instructions(code) if s.opname not in NO_OPERATION]
     at = next((i for i, step in enumerate(steps) if step.offset >= offset), None)
     is_text = at is not None and steps[at].opname == "CALL" and _callee(steps, at) == "str"
     if at is None or not is_text or steps[at + 1].opname != "STORE_FAST":
@@ -297,7 +315,7 @@ def expected_exceptions(code: types.CodeType, offset: int, layer: bool) -> str |
 def _handlers(code: types.CodeType) -> tuple[_Handler, ...]:
     if not code.co_exceptiontable:
         return ()
-    steps = [s for s in dis.get_instructions(code) if s.opname not in _NO_OPERATION]
+    steps = [s for s in dis.get_instructions(code) if s.opname not in NO_OPERATION]
     places = {step.offset: index for index, step in enumerate(steps)}
     found: list[_Handler] = []
     table: Any = dis.Bytecode(code)

@@ -106,6 +106,14 @@ class Hollow:
         for module in self.unregistered:
             module.__dict__.pop("_compiled_call_impl", None)
 
+    def plain(self) -> nn.Module:
+        """The tree as it was before `install`, as other modules with the same tensors."""
+        copies = {id(module): object.__new__(type(module)) for module in self.modules}
+        for module, original in zip(self.modules, self.originals, strict=True):
+            children = {n: copies.get(id(c), c) for n, c in original["_modules"].items()}
+            copies[id(module)].__dict__.update(original | {"_modules": children})
+        return copies[id(self.modules[0])]
+
     def _call_unregistered(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if foreign_hooks(module) or any(True for _ in module.state_dict()):
             name = type(module).__name__

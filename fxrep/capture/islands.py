@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxrep.capture.answers import Given
 from fxrep.capture.aten import respelled
 from fxrep.capture.sharing import Reached, of_tree
 from fxrep.capture.signature import Arguments
@@ -63,6 +64,8 @@ class Program:
         arguments: the forward's arguments; specialised ones are constants of the graph.
         source: the module of the tree whose forward is traced; None if there is no tree.
         opaque: the modules below `source` that the graph calls as they are.
+        guarded: places where the graph goes on with answers that hold for some inputs only. It
+            asserts them; for other inputs the original forward runs.
         ranks: ranks of values that the caller guarantees.
         dtypes: dtypes of values that the caller guarantees.
     """
@@ -73,6 +76,7 @@ class Program:
     arguments: Arguments
     source: nn.Module | None = None
     opaque: tuple[nn.Module, ...] = ()
+    guarded: tuple[str, ...] = ()
     ranks: Mapping[fx.Node, int] = field(default_factory=dict)
     dtypes: Mapping[fx.Node, torch.dtype] = field(default_factory=dict)
 
@@ -85,10 +89,11 @@ class Program:
     def is_root(self) -> bool:
         """Whether the graph becomes the whole model as a GraphModule.
 
-        A model keeps its class if it has hooks or a `__call__` of its own, which may rely on the
-        class, or attributes that a GraphModule needs for itself (`code`, `graph`, `meta`).
+        A model keeps its class if the graph is guarded, for other inputs run the original; if it
+        has hooks or a `__call__` of its own, which may rely on the class; or attributes that a
+        GraphModule needs for itself (`code`, `graph`, `meta`).
         """
-        if self.path:
+        if self.path or self.guarded:
             return False
         taken = _GRAPH_MODULE_NAMES & _attributes(self.module)
         return isinstance(self.module, fx.GraphModule) or not (taken or _around(self.module))
@@ -207,17 +212,29 @@ class _Explorer:
             self._explore_children(module, path)
             return
         try:
-            traced = trace(module, self.state, self.examples if not path else None)
+            traced = self._traced(module, path)
         except Untraceable as error:
             self._leave_as_it_is(module, path, error)
             return
         opaque = tuple(each.module for each in traced.opaque)
         self.capture.programs.append(
-            Program(path, traced.module, traced.graph, traced.arguments, module, opaque)
+            Program(
+                path, traced.module, traced.graph, traced.arguments, module, opaque, traced.guarded
+            )
         )
+        if traced.guarded:
+            places = ", ".join(dict.fromkeys(traced.guarded))
+            self._skip(path, f"guarded: other inputs may run the original forward ({places})")
         self._explore_opaque(path, traced)
         if use != "whole":
             self._explore_children(module, path)
+
+    def _traced(self, module: nn.Module, path: str) -> Traced:
+        if path:
+            return trace(module, self.state)
+        tensors = any(isinstance(value, torch.Tensor) for value in self.examples.values())
+        given = Given(self.examples) if tensors else None
+        return trace(module, self.state, self.examples, given)
 
     def _leave_as_it_is(self, module: nn.Module, path: str, error: Untraceable) -> None:
         """Explore the children of a module that does not trace, unless it writes parameters."""

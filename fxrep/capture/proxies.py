@@ -18,9 +18,9 @@ from torch import Tensor, fx
 from torch.fx.proxy import Attribute
 
 from fxrep.capture.askers import accesses, asker, asks_for_class, asks_for_users
-from fxrep.capture.hidden import cache_names, is_message
+from fxrep.capture.hidden import cache_names, counts, is_message
 from fxrep.ops.effects import effect
-from fxrep.ops.values import is_size, item_count, value_type
+from fxrep.ops.values import is_size, value_type
 from fxrep.words import words
 
 if TYPE_CHECKING:
@@ -83,6 +83,9 @@ class _TracedMixin:
         # Torch's argument parser tries this first, and then records the call.
         frame = sys._getframe(1)
         if asks_for_users(frame):
+            number = self.tracer.number(self) if counts(frame.f_code, frame.f_lasti) else None  # type: ignore[arg-type]
+            if type(number) is int:
+                return number
             self.tracer.suspect(frame, "forward uses a traced value as a number")
         raise TypeError(f"'{type(self).__name__}' object cannot be interpreted as an integer")
 
@@ -114,7 +117,7 @@ class _TracedMixin:
         raise self.tracer.refuse(Unfaithful("forward deletes an item of a traced value"))
 
     def __len__(self) -> int:
-        count = item_count(self.tracer.calls, self.node)
+        count = self.tracer.count(self)  # type: ignore[arg-type]
         if count is None:
             raise self.tracer.refuse(Unfaithful("forward takes len() of a traced value"))
         return count
@@ -139,8 +142,21 @@ def _refused(name: str) -> Callable[..., Any]:
     return refuse
 
 
+def _number(name: str, kind: type) -> Callable[..., Any]:
+    def convert(self: Any) -> Any:
+        number = self.tracer.number(self)
+        if number is None:
+            raise self.tracer.refuse(Unfaithful(f"forward asks for {name} of a traced value"))
+        return kind(number)
+
+    return convert
+
+
+for _kind in (int, float):
+    setattr(_TracedMixin, f"__{_kind.__name__}__", _number(f"__{_kind.__name__}__", _kind))
+
 for _name in words(
-    "int float complex round trunc floor ceil bytes divmod rdivmod reversed contains length_hint "
+    "complex round trunc floor ceil bytes divmod rdivmod reversed contains length_hint "
     "enter exit copy deepcopy reduce reduce_ex getstate array dlpack dlpack_device sizeof"
 ):
     setattr(_TracedMixin, f"__{_name}__", _refused(f"__{_name}__"))

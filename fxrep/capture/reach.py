@@ -23,7 +23,7 @@ import torch
 from torch import fx, nn
 
 from fxrep.capture import namespaces
-from fxrep.capture.code import mentioned, nested
+from fxrep.capture.code import global_names, mentioned, nested
 from fxrep.capture.kept import is_container, kept, values_of
 from fxrep.words import words
 
@@ -260,8 +260,8 @@ class Reach:
         self.functions[id(function)] = function
         namespace = function.__globals__
         _, mentioned = self.namespaces.setdefault(id(namespace), (namespace, set()))
-        names = _names(function.__code__)
-        self.names |= names
+        self.names |= _names(function.__code__)
+        names = global_names(function.__code__)
         for name in names - mentioned:
             value = namespaces.read(namespace, name)
             if value is not namespaces.MISSING:

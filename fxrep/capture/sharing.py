@@ -10,7 +10,6 @@ reaches the same memory. A buffer and an array over its memory would become two 
 
 from __future__ import annotations
 
-import dis
 import functools
 import gc
 import sys
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxrep.capture.code import nested
+from fxrep.capture.code import global_names
 from fxrep.ops.memory import addresses
 from fxrep.ops.owner import EVERY_MODULE, foreign_hooks
 
@@ -230,16 +229,8 @@ def of_function(function: types.FunctionType) -> Iterator[Any]:
     yield from (function.__kwdefaults__ or {}).values()
     yield from vars(function).values()
     if not is_library(function):
-        for name in _global_names(function.__code__):
+        for name in global_names(function.__code__):
             yield function.__globals__.get(name)
-
-
-@functools.lru_cache(maxsize=4096)
-def _global_names(code: types.CodeType) -> tuple[str, ...]:
-    """The global variables that code reads, and the code inside it."""
-    steps = (step for each in nested(code) for step in dis.get_instructions(each))
-    loads = (step for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
-    return tuple(sorted({str(step.argval) for step in loads}))
 
 
 def is_library(thing: Any) -> bool:

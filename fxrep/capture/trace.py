@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import copy
 import dataclasses
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from fxrep.capture.answers import Given
 from fxrep.capture.proxies import Unfaithful
 from fxrep.capture.signature import Arguments, is_variadic
 from fxrep.capture.skeleton import private
@@ -35,6 +37,8 @@ class Traced:
         arguments: the forward's arguments.
         opaque: the modules that the graph calls as they are.
         drew_numbers: an opaque module, or another thread, drew random numbers during the trace.
+        guarded: where the forward was given answers that hold for some inputs only.
+        lacking: the forward asked what inputs would answer.
     """
 
     module: nn.Module
@@ -42,6 +46,8 @@ class Traced:
     arguments: Arguments
     opaque: tuple[Opaque, ...]
     drew_numbers: bool = False
+    guarded: tuple[str, ...] = ()
+    lacking: bool = False
 
 
 class Untraceable(FxrepError):
@@ -53,6 +59,7 @@ class Untraceable(FxrepError):
         lacks_tensor: the forward itself cannot run either without a tensor for some argument.
         progress: how many nodes the trace had when it failed.
         drew_numbers: the forward, or another thread, drew random numbers during the trace.
+        lacking: the forward asked what inputs would answer.
     """
 
     def __init__(
@@ -63,6 +70,7 @@ class Untraceable(FxrepError):
         lacks_tensor: bool = False,
         progress: int = 0,
         drew_numbers: bool = False,
+        lacking: bool = False,
     ) -> None:
         super().__init__(reason)
         self.reason = reason
@@ -70,10 +78,14 @@ class Untraceable(FxrepError):
         self.lacks_tensor = lacks_tensor
         self.progress = progress
         self.drew_numbers = drew_numbers
+        self.lacking = lacking
 
 
 def trace(
-    module: nn.Module, state: Snapshot, examples: Mapping[str, object] | None = None
+    module: nn.Module,
+    state: Snapshot,
+    examples: Mapping[str, object] | None = None,
+    given: Given | None = None,
 ) -> Traced:
     """Trace one module's forward as a root.
 
@@ -81,15 +93,40 @@ def trace(
         module: a module of the skeleton.
         state: all that forwards of the skeleton can write, as it was before.
         examples: example values of some of its arguments.
+        given: inputs whose answers may be assumed where the forward would not trace otherwise.
 
     Raises:
         Untraceable: the forward does not trace, whether numbers are inputs or constants.
     """
+    try:
+        best = _trace_best(module, state, examples or {})
+    except Untraceable as error:
+        if given is None or not error.lacking:
+            raise
+        try:
+            return _trace_best(module, state, examples or {}, given)
+        except Untraceable:
+            raise error from None
+    if best.opaque and best.lacking and given is not None:
+        with contextlib.suppress(Untraceable):
+            guarded = _trace_best(module, state, examples or {}, given)
+            if len(guarded.opaque) < len(best.opaque):
+                return guarded
+    return best
+
+
+def _trace_best(
+    module: nn.Module,
+    state: Snapshot,
+    examples: Mapping[str, object],
+    given: Given | None = None,
+) -> Traced:
+    """The trace with the fewest opaque modules, of those with numbers as inputs or constants."""
     best: Traced | None = None
     problem: Untraceable | None = None
-    for arguments in _choices_of_inputs(module, examples or {}):
+    for arguments in _choices_of_inputs(module, examples):
         try:
-            traced = _trace_with_tensors(module, arguments, state)
+            traced = _trace_with_tensors(module, arguments, state, given)
         except Untraceable as error:
             problem = problem or error
             continue
@@ -103,7 +140,9 @@ def trace(
     return best
 
 
-def _trace_with_tensors(module: nn.Module, arguments: Arguments, state: Snapshot) -> Traced:
+def _trace_with_tensors(
+    module: nn.Module, arguments: Arguments, state: Snapshot, given: Given | None
+) -> Traced:
     """Trace with a tensor for every argument without which the forward cannot run.
 
     ``forward(self, image=None, labels=None)`` cannot run without an image. The arguments that
@@ -113,7 +152,7 @@ def _trace_with_tensors(module: nn.Module, arguments: Arguments, state: Snapshot
     supplied: list[str] = []
     while True:
         try:
-            return _trace(module, arguments, state)
+            return _trace(module, arguments, state, given)
         except Untraceable as error:
             problem = error
         if not problem.lacks_tensor:
@@ -121,14 +160,14 @@ def _trace_with_tensors(module: nn.Module, arguments: Arguments, state: Snapshot
         for name in arguments.left_out:
             trial = arguments.with_input(name)
             try:
-                traced = _trace(module, trial, state)
+                traced = _trace(module, trial, state, given)
             except Untraceable as error:
                 if error.progress > problem.progress:
                     arguments = trial
                     supplied.append(name)
                     break
             else:
-                return _with_fewest_inputs(module, traced, trial, supplied, state)
+                return _with_fewest_inputs(module, traced, trial, supplied, state, given)
         else:
             raise problem
 
@@ -139,12 +178,13 @@ def _with_fewest_inputs(
     arguments: Arguments,
     supplied: list[str],
     state: Snapshot,
+    given: Given | None,
 ) -> Traced:
     """The trace that takes as few of the supplied arguments as possible."""
     for name in supplied:
         fewer = arguments.without_input(name)
         try:
-            traced, arguments = _trace(module, fewer, state), fewer
+            traced, arguments = _trace(module, fewer, state, given), fewer
         except Untraceable:
             continue
     return traced
@@ -202,12 +242,12 @@ def _has_tensor(value: object) -> bool:
 _MOST_TRIALS = 3
 
 
-def _trace(module: nn.Module, arguments: Arguments, state: Snapshot) -> Traced:
+def _trace(module: nn.Module, arguments: Arguments, state: Snapshot, given: Given | None) -> Traced:
     """Trace, again if another thread may have drawn random numbers meanwhile."""
     for trial in range(_MOST_TRIALS):
         last = trial == _MOST_TRIALS - 1
         try:
-            traced = _trace_once(module, arguments, state)
+            traced = _trace_once(module, arguments, state, given)
         except Untraceable as error:
             if last or not error.drew_numbers or is_only_thread():
                 raise
@@ -217,12 +257,14 @@ def _trace(module: nn.Module, arguments: Arguments, state: Snapshot) -> Traced:
     raise AssertionError("the last trial returns or raises")
 
 
-def _trace_once(module: nn.Module, arguments: Arguments, state: Snapshot) -> Traced:
+def _trace_once(
+    module: nn.Module, arguments: Arguments, state: Snapshot, given: Given | None
+) -> Traced:
     """Trace; again, with one more submodule opaque, until no submodule stands in the way."""
     known_opaque: dict[int, Opaque] = {}
     while True:
         _refuse_barred(module, state)
-        tracer = Tracer(module, arguments, known_opaque, state)
+        tracer = Tracer(module, arguments, known_opaque, state, given)
         try:
             # A context of its own: what the forward sets in it is gone with it.
             graph = contextvars.copy_context().run(tracer.run)
@@ -242,7 +284,16 @@ def _trace_once(module: nn.Module, arguments: Arguments, state: Snapshot) -> Tra
                 progress=len(graph.nodes),
             )
         arguments = dataclasses.replace(arguments, tensors=frozenset(tracer.tensor_arguments))
-        return Traced(copied, graph, arguments, tuple(tracer.opaque.values()), tracer.drew_numbers)
+        answers = tracer.answers
+        return Traced(
+            copied,
+            graph,
+            arguments,
+            tuple(tracer.opaque.values()),
+            tracer.drew_numbers,
+            tuple(answers.guarded),
+            answers.lacking,
+        )
 
 
 def _refuse_barred(module: nn.Module, state: Snapshot) -> None:
@@ -272,6 +323,7 @@ def _untraceable(tracer: Tracer, error: BaseException) -> Untraceable:
         lacks_tensor=isinstance(error, MissingTensor) or runs,
         progress=len(tracer.graph.nodes),
         drew_numbers=tracer.drew_numbers,
+        lacking=tracer.answers.lacking,
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxrep.capture.answers import Answers, Given
 from fxrep.capture.askers import is_users, place
 from fxrep.capture.hidden import expected_exceptions, may_return_none
 from fxrep.capture.hollow import Hollow
@@ -89,6 +90,7 @@ class _Checkpoint:
     opaque: dict[int, Opaque]
     inlined: set[int]
     violations: int
+    guarded: int
 
 
 class Tracer(fx.Tracer):
@@ -99,8 +101,10 @@ class Tracer(fx.Tracer):
         arguments: its forward's arguments; specialised ones are constants of the graph.
         known_opaque: by id, modules that earlier traces of the root found to be opaque.
         state: all that forwards of the tree can write, as it was before.
+        given: inputs whose answers may be assumed.
 
     Attributes:
+        answers: what was assumed.
         opaque: by id, the modules that the graph calls as they are.
         inlined: ids of the modules that were traced into.
         constants: by name, tensors that the forward makes itself, and their versions when read.
@@ -116,6 +120,7 @@ class Tracer(fx.Tracer):
         arguments: Arguments,
         known_opaque: dict[int, Opaque],
         state: Snapshot,
+        given: Given | None = None,
     ) -> None:
         super().__init__(param_shapes_constant=False)
         self.root = root
@@ -138,6 +143,7 @@ class Tracer(fx.Tracer):
         self.module_paths = {id(module): path for path, module in root.named_modules()}
         self.state = state
         self.hollow = Hollow(root, self)
+        self.answers = Answers(self, given)
         self.watch = Watch(self, state.tensors, self.tensor_names)
         self.listener = listener(self)
         self.generators = GeneratorStates()
@@ -349,10 +355,26 @@ class Tracer(fx.Tracer):
         return self.create_node("call_function", kind, (pairs,), {})
 
     def to_bool(self, obj: fx.Proxy) -> bool:  # noqa: D102
-        raise self.refuse(Unfaithful("forward decides on a traced value"))
+        answer = self._answered(self.answers.truth, obj)
+        if answer is None:
+            raise self.refuse(Unfaithful("forward decides on a traced value"))
+        return bool(answer)
+
+    def number(self, obj: fx.Proxy) -> Any:
+        """The number that a traced value is assumed to be, or None."""
+        return self._answered(self.answers.number, obj)
+
+    def count(self, obj: fx.Proxy) -> int | None:
+        """How many items a traced value has, or None."""
+        known = item_count(self.calls, obj.node)
+        return known if known is not None else self._answered(self.answers.count, obj)
+
+    def _answered(self, answer: Callable[..., Any], obj: fx.Proxy) -> Any:
+        asker = _innermost_of_users(sys._getframe(2))
+        return self.listener.without(answer, obj.node, asker)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:  # noqa: D102
-        count = item_count(self.calls, obj.node)
+        count = self.count(obj)
         if count is None:
             raise self.refuse(Unfaithful("forward iterates over a traced value"))
         items: Any = obj
@@ -479,11 +501,13 @@ class Tracer(fx.Tracer):
             dict(self.opaque),
             set(self.inlined),
             len(self.violations),
+            len(self.answers.guarded),
         )
 
     def _roll_back(self, checkpoint: _Checkpoint, m: nn.Module) -> None:
         """Undo all that the trace of a submodule has changed."""
         del self.violations[checkpoint.violations :]
+        del self.answers.guarded[checkpoint.guarded :]
         self.suspicion = None
         for node in reversed(self.graph.nodes):
             if node is checkpoint.last:

@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 from torch.utils.benchmark import Timer
 
 from fxrep.algebra.maps import Diagonal, Map, symmetric
-from fxrep.analysis.values import Values, opaque
+from fxrep.analysis.values import Values
+from fxrep.capture.shadows import opaque
 from fxrep.planning.cost import MacsCost
 from fxrep.planning.plan import Plan
 from fxrep.reading.view import View

@@ -69,7 +69,9 @@ def pickled(model: Any) -> Any:
     return pickle.loads(pickle.dumps(model))
 
 
-@pytest.mark.parametrize("way", [None, copied, pickled, saved], ids=str)
+@pytest.mark.parametrize(
+    "way", [None, copied, pickled, saved], ids=["itself", "copied", "pickled", "saved"]
+)
 @pytest.mark.parametrize("name", MEMBERS)
 def test_state_that_changes_between_calls(name: str, way: Any) -> None:
     model, x = randomize(Calling(MEMBERS[name]())).eval(), torch.randn(2, 4, 5, 5)

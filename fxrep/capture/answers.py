@@ -1,0 +1,160 @@
+"""Answers to what a forward asks traced values: assumed, and checked whenever the graph runs.
+
+Given: ``if x.shape[1] != self.channels: raise ...``, ``if height % self.stride == 0``,
+``for i in range(x.shape[0])``.
+
+Result: the graph asserts the answer (`torch._assert`) and goes on with it. An answer without which
+the forward only raises holds in every call that returns; any other is that of the inputs given, and
+makes the graph a guarded one: a call for which it does not hold runs the original forward.
+"""
+
+from __future__ import annotations
+
+import operator
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fxrep.capture.askers import place
+from fxrep.capture.branches import only_answer
+from fxrep.capture.shadows import UNKNOWN, Shadows, faked, opaque
+from fxrep.ops.effects import effect
+
+if TYPE_CHECKING:
+    from fxrep.capture.tracer import Tracer
+
+
+@dataclass(frozen=True)
+class Given:
+    """Inputs whose answers a trace may assume.
+
+    Attributes:
+        values: by argument.
+        typical: they are made up: sizes of images and sequences are not those of the user's.
+    """
+
+    values: Mapping[str, Any]
+    typical: bool = False
+
+
+class Answers:
+    """The answers in one trace.
+
+    Args:
+        tracer: the trace.
+        given: the inputs; None if there are none.
+
+    Attributes:
+        guarded: where the answers of the inputs were assumed.
+        lacking: a question had no answer for want of inputs.
+    """
+
+    def __init__(self, tracer: Tracer, given: Given | None) -> None:
+        self.tracer = tracer
+        self.given = given
+        self.guarded: list[str] = []
+        self.lacking = False
+        self._shadows: Shadows | None = None
+        self._settled: fx.Node | None = None
+
+    def truth(self, node: fx.Node, asker: types.FrameType | None) -> bool | None:
+        """Whether a value is true; None if that is not known."""
+        only = only_answer(asker.f_code, asker.f_lasti) if asker is not None else None
+        value = self._value(node)
+        known = value is not UNKNOWN and not isinstance(value, Tensor)
+        answer = bool(value) if known else only
+        if answer is None or (only is not None and answer is not only):
+            return None
+        if only is None and not self._guard(asker):
+            return None
+        self._assert(node if answer else self._call(operator.not_, node), asker)
+        return answer
+
+    def number(self, node: fx.Node, asker: types.FrameType | None) -> Any:
+        """The number that a value is; None if that is not known."""
+        value = self._value(node)
+        if type(value) not in (int, float) or self._is_typical:
+            return None
+        if not self._guard(asker):
+            return None
+        self._assert(self._call(operator.eq, node, value), asker)
+        return value
+
+    def count(self, node: fx.Node, asker: types.FrameType | None) -> int | None:
+        """How many items a value has; None if that is not known."""
+        value = self._value(node)
+        if isinstance(value, Tensor) and (not value.dim() or self._is_typical):
+            return None
+        if not isinstance(value, tuple | list | Tensor):
+            return None
+        if not self._guard(asker):
+            return None
+        self._assert(self._call(operator.eq, self._call(len, node), len(value)), asker)
+        return len(value)
+
+    @property
+    def _is_typical(self) -> bool:
+        return self.given is not None and self.given.typical
+
+    def _value(self, node: fx.Node) -> Any:
+        if self.given is None:
+            self.lacking = True
+            return UNKNOWN
+        # The trace's own modes would see, and refuse, what happens here.
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            if self._shadows is None:
+                mode = FakeTensorMode(allow_non_fake_inputs=True)
+                tracer = self.tracer
+                self._shadows = Shadows(
+                    tracer.hollow.plain(),
+                    tracer.graph,
+                    mode,
+                    faked(mode, dict(self.given.values)),
+                    self._constant,
+                )
+            return self._shadows.of(node)
+
+    def _constant(self, name: str) -> Tensor | None:
+        """A tensor that the forward makes itself."""
+        return self.tracer.constants[name][0] if name in self.tracer.constants else None
+
+    def _guard(self, asker: types.FrameType | None) -> bool:
+        """Note a guard; whether a call may begin again with the original forward at this point."""
+        node = next(iter(self.tracer.graph.nodes))
+        if self._settled is not None and not self._settled._erased:
+            node = self._settled.next
+        while node.op != "root":
+            if opaque(node) or not self._is_repeatable(node):
+                return False
+            self._settled = node
+            node = node.next
+        self.guarded.append(place(asker.f_code) if asker is not None else "")
+        return True
+
+    def _is_repeatable(self, node: fx.Node) -> bool:
+        """Whether a second run of a node finds what the first has found."""
+        does = effect(self.tracer.calls, node)
+        if does.own_state:
+            return False
+        stack, seen = list(does.writes), set(does.writes)
+        while stack:
+            written = stack.pop()
+            if written.op in ("placeholder", "get_attr"):
+                return False
+            ahead = set(effect(self.tracer.calls, written).aliases) - seen
+            seen |= ahead
+            stack.extend(ahead)
+        return True
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
+        return self.tracer.create_node("call_function", function, args, {})
+
+    def _assert(self, condition: fx.Node, asker: types.FrameType | None) -> None:
+        where = f" ({place(asker.f_code)})" if asker is not None else ""
+        self._call(torch._assert, condition, f"the model was optimized for other inputs{where}")
