@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import _symbolic_trace as fx_trace
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxrep
 from fxrep.capture.namespaces import _replaced as _names
@@ -67,10 +68,24 @@ def the_process() -> list[object]:
 def this_thread() -> tuple[object, ...]:
     nested = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
+    with Count() as modes:
+        torch.ones(1)
     return (
-        torch.is_grad_enabled(), torch.is_inference_mode_enabled(), nested,
+        torch.is_grad_enabled(), torch.is_inference_mode_enabled(), nested, modes.seen,
         torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack(),
     )  # fmt: skip
+
+
+class Count(TorchDispatchMode):
+    """Counts operations: none, where the modes of the thread are disabled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += 1
+        return func(*args, **(kwargs or {}))
 
 
 def batchnorms(model: nn.Module) -> int:
@@ -264,6 +279,7 @@ def contextlib_file() -> str:
 def interrupted(model: nn.Module, at: int) -> int:
     """Optimize with an interrupt at an instruction; the number of instructions it got to."""
     tracer, before = Interrupt(at), sys.gettrace()
+    gc.disable()  # CPython calls a callback of the collector with the error set, and loses the error
     sys.settrace(tracer)
     try:
         fxrep.optimize(model, passes=["batchnorm"], validate=False)
@@ -271,6 +287,7 @@ def interrupted(model: nn.Module, at: int) -> int:
         pass
     finally:
         sys.settrace(before)  # a debugger's, or that of coverage
+        gc.enable()
     return tracer.count
 
 
