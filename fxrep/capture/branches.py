@@ -26,12 +26,16 @@ def only_answer(code: types.CodeType, offset: int) -> bool | None:
         code: code of a function.
         offset: the instruction that asks whether a value is true.
     """
-    steps = [s for s in dis.get_instructions(code) if s.opname not in NO_OPERATION]
-    places = {step.offset: index for index, step in enumerate(steps)}
+    steps: list[dis.Instruction] = []
+    places: dict[int, int] = {}  # by offset, the step there or the next one
+    for step in dis.get_instructions(code):
+        places[step.offset] = len(steps)
+        if step.opname not in NO_OPERATION:
+            steps.append(step)
     at = places.get(offset)
     if at is not None and steps[at].opname in ("TO_BOOL", "COPY"):
         at += 1
-    if at is None or "POP_JUMP" not in steps[at].opname:
+    if at is None or at >= len(steps) or "POP_JUMP" not in steps[at].opname:
         return None
     jumped, went_on = places.get(steps[at].argval), at + 1
     if jumped is None or "NONE" in steps[at].opname:

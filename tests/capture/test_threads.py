@@ -279,7 +279,7 @@ def contextlib_file() -> str:
 def interrupted(model: nn.Module, at: int) -> int:
     """Optimize with an interrupt at an instruction; the number of instructions it got to."""
     tracer, before = Interrupt(at), sys.gettrace()
-    gc.disable()  # CPython calls a callback of the collector with the error set, and loses the error
+    gc.disable()  # CPython runs the callbacks of a collection with the error set, and loses it
     sys.settrace(tracer)
     try:
         fxrep.optimize(model, passes=["batchnorm"], validate=False)
