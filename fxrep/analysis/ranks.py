@@ -33,6 +33,7 @@ from fxrep.analysis.rank_rules import (
     Shifted,
     Suggested,
 )
+from fxrep.ops.assume import assume
 from fxrep.ops.calls import Called, Calls, is_function_of, is_item
 from fxrep.ops.op import Result, Shape
 from fxrep.ops.values import size_type
@@ -270,7 +271,7 @@ class Ranks:
     def _read(self, node: fx.Node) -> None:
         if node.op == "get_attr":
             self._read_attribute(node)
-        elif node.target is torch._assert:
+        elif node.target in (torch._assert, assume):
             self._read_assert(node)
         elif is_function_of(node, "_operator", "math") and self._only_numbers(node):
             self._numbers.add(node)

@@ -3,9 +3,9 @@
 Given: ``if x.shape[1] != self.channels: raise ...``, ``if height % self.stride == 0``,
 ``for i in range(x.shape[0])``.
 
-Result: the graph asserts the answer (`torch._assert`) and goes on with it. An answer without which
-the forward only raises holds in every call that returns; any other is that of the inputs given, and
-makes the graph a guarded one: a call for which it does not hold runs the original forward.
+Result: the graph asserts the answer and goes on with it. An answer without which the forward only
+raises holds in every call that returns (`torch._assert`). Any other is that of the inputs given and
+makes the graph a guarded one: where it does not hold, the original forward runs (`assume`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fxrep.capture.askers import place
 from fxrep.capture.branches import only_answer
 from fxrep.capture.shadows import UNKNOWN, Shadows, faked, opaque
+from fxrep.ops.assume import assume
 from fxrep.ops.effects import effect
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ class Answers:
             return None
         if only is None and not self._guard(asker):
             return None
-        self._assert(node if answer else self._call(operator.not_, node), asker)
+        condition = node if answer else self._call(operator.not_, node)
+        self._assert(condition, asker, always=only is not None)
         return answer
 
     def number(self, node: fx.Node, asker: types.FrameType | None) -> Any:
@@ -155,6 +157,12 @@ class Answers:
     def _call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         return self.tracer.create_node("call_function", function, args, {})
 
-    def _assert(self, condition: fx.Node, asker: types.FrameType | None) -> None:
+    def _assert(
+        self, condition: fx.Node, asker: types.FrameType | None, *, always: bool = False
+    ) -> None:
+        """Assert a condition; that the forward raises where it does not hold, if `always`."""
         where = f" ({place(asker.f_code)})" if asker is not None else ""
-        self._call(torch._assert, condition, f"the model was optimized for other inputs{where}")
+        message = f"the model was optimized for other inputs{where}"
+        if always:
+            message = f"the model does not take this input{where}"
+        self._call(torch._assert if always else assume, condition, message)

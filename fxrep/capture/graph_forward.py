@@ -11,7 +11,6 @@ modules that were changed since (`Unchanged`), and training.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +23,7 @@ from fxrep.capture.held import FUSED
 from fxrep.capture.records import decode, encode
 from fxrep.capture.rewritten import compiled
 from fxrep.capture.signature import Arguments, same_value
+from fxrep.ops.assume import Unmet
 
 
 class GraphForward:
@@ -90,8 +90,10 @@ class GraphForward:
         if self._fits(args, kwargs) and self._stands():
             if not self.guarded:
                 return self.run(self.module, *args, **kwargs)
-            with contextlib.suppress(AssertionError):
+            try:
                 return self.run(self.module, *args, **kwargs)
+            except Unmet:
+                pass
         if self.original is not None:
             return self.original(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)

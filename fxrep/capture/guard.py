@@ -22,10 +22,10 @@ from torch.jit import ScriptModule
 
 from fxrep.capture.held import Held
 from fxrep.capture.outside import Outside
+from fxrep.capture.same import Attributes
 from fxrep.capture.versions import Versions
 from fxrep.ops.owner import global_hooks, weight_hooks
 
-_attributes_of = attrgetter("__dict__")
 _requires_grad = attrgetter("requires_grad")
 
 # By classes, and the ids of functions that objects hold.
@@ -44,13 +44,19 @@ class Unchanged:
 
     def __init__(self, modules: Iterable[nn.Module], known: Known | None = None) -> None:
         self.modules = list(modules)
-        self._find(known if known is not None else {})
+        self._record(known if known is not None else {})
+
+    def _record(self, known: Known) -> None:
+        self._find(known)
         self.types = list(map(type, self.modules))
         # The hook of a weight_norm sets the weight at each call.
-        self.plain = [m for m in self.modules if not weight_hooks(m)]
-        self.attributes = [copy.copy(m.__dict__) for m in self.plain]
         self.hooked = [m for m in self.modules if weight_hooks(m)]
         self.hooked_attributes = [_without_weights(m) for m in self.hooked]
+        plain = [m for m in self.modules if not weight_hooks(m)]
+        # Whoever replaced the forward of the first, and calls the one before, may do so.
+        own = frozenset({"forward", "_compiled_call_impl"} if plain[:1] == self.modules[:1] else ())
+        self.attributes = Attributes(plain, self.outside.names, own)
+        self.held.watch(self.outside.names)
         tensors = [t for m in self.modules for t in _tensors(m)]
         self.versions = Versions([*tensors, *self.held.tensors])
         self._read()
@@ -73,11 +79,9 @@ class Unchanged:
 
     def _read(self) -> None:
         """Read what no copy or pickle holds."""
-        self.classes = list(dict.fromkeys(each for kind in self.types for each in _own_mro(kind)))
-        self.class_attributes = [dict(vars(each)) for each in self.classes]
+        kinds = dict.fromkeys(each for kind in self.types for each in _own_mro(kind))
+        self.classes = Attributes(kinds, self.outside.names)
         self.global_hooks = global_hooks()
-        tensors = self.versions.tensors
-        self.trainable = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
 
     def holds(self, *, exported: bool = False) -> bool:
         """Whether the modules, what they read and the content of their tensors are the same.
@@ -85,44 +89,58 @@ class Unchanged:
         Args:
             exported: torch.export runs the modules, with fake tensors in place of their own.
         """
-        # Lists and dicts compare their items by identity first, without a step of Python code.
         try:
-            return (
-                self.versions.same()
-                and list(map(type, self.modules)) == self.types
-                and list(map(vars, self.classes)) == self.class_attributes
-                # An export sets hooks of its own.
-                and (exported or global_hooks() == self.global_hooks)
-                and list(map(_attributes_of, self.plain)) == self.attributes
-                and list(map(_without_weights, self.hooked)) == self.hooked_attributes
-                and self.held.same(faked=exported)
-                and (exported or self.outside.same())
-            )
+            holds = self._is_same(exported)
+            if holds and (self.attributes.renewed or self.held.attributes.renewed):
+                self._record({})
         except Exception:  # a value that cannot be compared is another value than before
             return False
+        return holds
+
+    def _is_same(self, exported: bool) -> bool:
+        return (
+            self.versions.same()
+            and list(map(type, self.modules)) == self.types
+            and self.classes.same()
+            # An export sets hooks of its own.
+            and (exported or global_hooks() == self.global_hooks)
+            and self.attributes.same()
+            and list(map(_without_weights, self.hooked)) == self.hooked_attributes
+            and self.held.same(faked=exported)
+            and self.outside.same(exported=exported)
+        )
 
     def is_trained(self) -> bool:
-        """Whether a parameter takes gradients."""
-        return any(map(_requires_grad, self.trainable))
+        """Whether a tensor takes gradients."""
+        return any(map(_requires_grad, self.versions.tensors))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Unchanged:
         made = Unchanged.__new__(Unchanged)
         memo[id(self)] = made
-        state = self.__getstate__()
         try:
-            made.__setstate__(copy.deepcopy(state, memo))
+            made.__setstate__(copy.deepcopy(self._state(), memo))
         except Exception:  # the modules' own way to copy leaves out what cannot be copied
-            made.__setstate__({**Unchanged([]).__getstate__(), "types": [Unchanged]})
+            made.__setstate__(Unchanged([])._state(holds=False))
         return made
 
-    def __getstate__(self) -> dict[str, Any]:
-        read_again = ("trainable", "classes", "class_attributes", "global_hooks")
+    def _state(self, *, holds: bool | None = None) -> dict[str, Any]:
+        read_again = ("classes", "global_hooks")
         state = {name: v for name, v in self.__dict__.items() if name not in read_again}
-        return {**state, "types": self.types if self.holds() else []}
+        holds = self.holds() if holds is None else holds
+        return {**state, "types": self.types if holds else [Unchanged]}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A module's own way to pickle may leave out what cannot be pickled.
+        if any(type(module).__getstate__ is not _GETSTATE for module in self.modules):
+            return Unchanged([])._state(holds=False)
+        return self._state()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._read()
+
+
+_GETSTATE = nn.Module.__getstate__
 
 
 def _own_mro(kind: type) -> list[type]:
@@ -145,7 +163,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from (value for value in _without_weights(module).values() if isinstance(value, Tensor))
 
 
-def _with_children(modules: Iterable[nn.Module], names: Set[str]) -> list[nn.Module]:
+def _with_children(modules: Iterable[nn.Module], names: Set[str] | None) -> list[nn.Module]:
     """Modules and those of the modules below them to which names lead."""
     found: dict[int, nn.Module] = {}
     ahead = list(modules)
@@ -153,5 +171,9 @@ def _with_children(modules: Iterable[nn.Module], names: Set[str]) -> list[nn.Mod
         module = ahead.pop()
         if id(module) not in found:
             found[id(module)] = module
-            ahead += [c for n, c in module._modules.items() if n in names and c is not None]
+            ahead += [
+                c
+                for n, c in module._modules.items()
+                if c is not None and (names is None or n in names)
+            ]
     return list(found.values())

@@ -2,20 +2,19 @@
 
 Given: ``self.options = {"scale": 2.0}``, ``self.config.scale``, a NumPy array of anchors.
 
-Result: all of it, recorded and compared without a step of Python code for each item. A deepcopy of
-the record holds the copies that a deepcopy of the modules holds.
+Result: all of it, recorded and compared. A deepcopy of the record holds the copies that a deepcopy
+of the modules holds.
 """
 
 from __future__ import annotations
 
 import array
-import copy
 import functools
 import sys
 import types
+import weakref
 from collections import deque
-from collections.abc import Iterable
-from operator import attrgetter
+from collections.abc import Iterable, Set
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,14 +22,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fxrep.capture.kept import is_container, values_of
 from fxrep.capture.reach import is_atom, is_plain
+from fxrep.capture.same import Attributes, Items, Tables, all_alike
 from fxrep.ops.owner import EVERY_MODULE
 
 FUSED = "_fxrep_fused"
 """The attribute of an island that holds its fused layers: no part of what the user's module is."""
 
-_MOST = 2000  # objects; the nearest first
-
-_attributes_of = attrgetter("__dict__")
+_MOST = 20_000  # objects that are looked at
 
 
 class Held:
@@ -43,6 +41,8 @@ class Held:
         tensors: the tensors held by anything but the modules themselves.
         modules: the modules that are held without being children.
         code: the functions and classes that are held.
+        kinds: the classes of the objects that are held.
+        is_complete: whether all was looked at.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -52,17 +52,21 @@ class Held:
         self.things: list[Any] = []
         self.slotted: list[Any] = []
         self.arrays: list[Any] = []
-        self._containers: list[Any] = []
-        self._walk(modules)
-        self.kinds = list(map(type, (*self.things, *self.slotted)))
-        self.attributes = [copy.copy(vars(thing)) for thing in self.things]
-        self.slots = list(map(values_of, self.slotted))
+        self.containers: list[Any] = []
+        modules = list(modules)
+        self.is_complete = self._walk(modules)
+        self.objects = [*self.things, *self.slotted]
+        self.kinds = list(map(type, self.objects))
+        self.slots = [value for thing in self.slotted for value in values_of(thing)]
         self.bytes = list(map(_bytes, self.arrays))
-        self.empty = [each for each in self._containers if not each]
-        self.filled = [each for each in self._containers if each]
-        self.content = [copy.copy(each) for each in self.filled]
+        self.items = Items(self.containers)
+        self.tables = Tables(t for m in modules for t in (m._parameters, m._buffers))
 
-    def _walk(self, modules: Iterable[nn.Module]) -> None:
+    def watch(self, names: Set[str] | None) -> None:
+        """Compare the attributes of objects from now on: those of some names, or all."""
+        self.attributes = Attributes(self.things, names)
+
+    def _walk(self, modules: Iterable[nn.Module]) -> bool:
         seen: dict[int, Any] = {}
         ahead: deque[Any] = deque()
         for module in modules:
@@ -71,13 +75,15 @@ class Held:
                 if name not in EVERY_MODULE and name != FUSED:
                     if not (is_atom(value) or isinstance(value, Tensor)):
                         ahead.append(value)
-                elif isinstance(value, dict) and name != FUSED:
-                    self._containers.append(value)  # of tensors, children, hooks
-        while ahead and len(seen) < _MOST:
+                elif isinstance(value, dict) and name not in ("_parameters", "_buffers"):
+                    self.containers.append(value)  # of children and hooks
+        most = len(seen) + _MOST
+        while ahead and len(seen) < most:
             value = ahead.popleft()
             if id(value) not in seen:
                 seen[id(value)] = value
                 ahead.extend(each for each in self._visit(value) if not is_atom(each))
+        return not ahead
 
     def _visit(self, value: Any) -> Iterable[Any]:
         """Note a value; what it holds."""
@@ -88,54 +94,54 @@ class Held:
         elif isinstance(value, _CODE):
             self.code.append(value)
             return (value.__self__,) if isinstance(value, types.MethodType) else ()
-        elif is_container(value):
-            self._containers.append(value)
-            return list(value.values() if isinstance(value, dict) else value)
         elif isinstance(value, tuple | frozenset):
             return value
-        elif _is_array(value):
-            self.arrays.append(value)
         elif isinstance(value, functools.partial):
             return value.func, value.args, value.keywords
-        elif is_plain(value):
-            found = values_of(value)
-            if hasattr(value, "__dict__"):
-                self.things.append(value)
-            elif found:
-                self.slotted.append(value)
-            return found
+        elif isinstance(value, weakref.ref):
+            return (value(),)
+        elif _is_array(value):
+            self.arrays.append(value)
+        elif is_container(value) or is_plain(value):
+            return self._visit_object(value)
         return ()
+
+    def _visit_object(self, value: Any) -> Iterable[Any]:
+        found = values_of(value)
+        if is_container(value):
+            self.containers.append(value)
+            found = [*found, *(value.values() if isinstance(value, dict) else value)]
+        if hasattr(value, "__dict__"):
+            self.things.append(value)
+        if any("__slots__" in vars(kind) for kind in type(value).__mro__):
+            self.slotted.append(value)
+        return found
 
     def same(self, *, faked: bool = False) -> bool:
         """Whether everything is what it was.
 
         Args:
-            faked: fake tensors stand for the tensors in containers.
+            faked: fake tensors stand for parameters and buffers.
         """
-        # Lists and dicts compare their items by identity first.
         return (
-            not any(self.empty)
-            and (self.filled == self.content if not faked else self._same_but_for_fakes())
-            and list(map(_attributes_of, self.things)) == self.attributes
-            and list(map(type, (*self.things, *self.slotted))) == self.kinds
-            and list(map(values_of, self.slotted)) == self.slots
+            self.is_complete
+            and self.tables.same(_is_fake if faked else None)
+            and self.items.same()
+            and self.attributes.same()
+            and list(map(type, self.objects)) == self.kinds
+            and all_alike([v for thing in self.slotted for v in values_of(thing)], self.slots)
             and list(map(_bytes, self.arrays)) == self.bytes
         )
-
-    def _same_but_for_fakes(self) -> bool:
-        for container, saved in zip(self.filled, self.content, strict=True):
-            if isinstance(container, dict):
-                fakes = {k: saved.get(k) for k, v in container.items() if isinstance(v, FakeTensor)}
-                container = {**container, **fakes}
-            if container != saved:
-                return False
-        return True
 
 
 _CODE = (
     types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.MethodWrapperType, type,
     staticmethod, classmethod, property,
 )  # fmt: skip
+
+
+def _is_fake(value: Any) -> bool:
+    return isinstance(value, FakeTensor)
 
 
 def _is_array(value: Any) -> bool:

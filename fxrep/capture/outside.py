@@ -4,8 +4,9 @@ Given: a forward that reads a global flag, an attribute of a class, ``os.environ
 variable, a variable of an enclosing scope, a default argument. A graph has the values of the time
 when it was made.
 
-Result: the values, recorded and compared without a step of Python code for each. Copies of the
-modules read the same values, so that a deepcopy of the record is the record.
+Result: the values, recorded and compared. Copies of the modules read the same values, so that a
+deepcopy of the record is the record. A pickle holds the constants among the values: where it is
+loaded, they may be others.
 
 What the comparison does not see: changes inside libraries other than the one that the modules are
 written in, but for functions of torch that are replaced.
@@ -14,8 +15,8 @@ written in, but for functions of torch that are replaced.
 from __future__ import annotations
 
 import contextvars
-import copy
 import os
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Set
 from operator import attrgetter
@@ -28,25 +29,32 @@ from fxrep.capture import namespaces
 from fxrep.capture.code import mentioned, nested
 from fxrep.capture.kept import default_device, is_container
 from fxrep.capture.namespaces import MISSING
-from fxrep.capture.reach import AnyTree, Reach
+from fxrep.capture.reach import AnyTree, Reach, is_atom
+from fxrep.capture.same import Attributes, Items, all_alike
 from fxrep.capture.versions import Versions
+from fxrep.ops.owner import EVERY_MODULE
 
-_attributes_of = attrgetter("__dict__")
 _parts_of = attrgetter("__code__", "__defaults__", "__kwdefaults__", "__dict__")
 
 # Where functions that layers and forwards call are looked up at each call.
 _OF_TORCH: tuple[Mapping[str, Any], ...] = (vars(torch), vars(nn.functional), vars(Tensor))
+
+# By these, code reads attributes that it does not name.
+_BY_TEXT = frozenset({"getattr", "vars", "__dict__", "asdict", "attrgetter", "__getattribute__"})
+
+# Constants by their places: a Python module or class, and a name.
+_Constants = list[tuple[Any, str, Any]]
 
 
 class Outside:
     """The state that the code of some classes and functions reads, as it is now.
 
     Args:
-        kinds: classes of modules.
-        code: further functions and classes, and the objects whose methods are called.
+        kinds: classes of modules, and of objects that modules hold.
+        code: further functions and classes.
 
     Attributes:
-        names: the names that the code mentions.
+        names: of the attributes that the code reads; None if it may read any.
         modules: the modules that the code reaches.
     """
 
@@ -54,52 +62,51 @@ class Outside:
         kinds, code = list(dict.fromkeys(kinds)), list(code)
         self._origin = kinds, code
         reach = Reach([("", each) for each in code], kinds, AnyTree(kinds))
-        self.names = reach.names
+        self.is_complete = reach.is_complete
+        of_layers = {name for kind in kinds for name in _names_of_layer(kind)}
+        known = reach.names | of_layers | EVERY_MODULE
+        self.names = None if reach.names & _BY_TEXT else known
         self.modules = list(reach.modules.values())
         self.versions = Versions(reach.tensors.values())
-        self._record_names(reach, kinds)
+        self._record_names(reach, reach.names | of_layers)
         self._record_objects(reach)
         self.settings = _settings()
 
-    def _record_names(self, reach: Reach, kinds: list[type]) -> None:
-        spaces: list[tuple[Mapping[str, Any], Set[str]]]
-        spaces = [(space, names & space.keys()) for space, names in reach.namespaces.values()]
-        names = reach.names | {name for kind in kinds for name in _names_of_layer(kind)}
-        spaces += [(space, names & space.keys()) for space in _OF_TORCH]
-        self.spaces = [(space, tuple(names)) for space, names in spaces if names]
-        self.values = self._named()
+    def _record_names(self, reach: Reach, names: Set[str]) -> None:
+        self.spaces = [(s, tuple(n & s.keys())) for s, n in reach.namespaces.values()]
+        self.values = _named(self.spaces)
+        self.of_torch = [(space, tuple(names & space.keys())) for space in _OF_TORCH]
+        self.values_of_torch = _named(self.of_torch)
         self.functions = list(reach.functions.values())
-        self.parts = [_parts(function) for function in self.functions]
+        self.parts = _parts(self.functions)
         self.cells = list(reach.cells.values())
         self.variables = list(map(_content, self.cells))
 
-    def _named(self) -> list[Any]:
-        if not namespaces.is_idle():
-            return [namespaces.read(space, name) for space, names in self.spaces for name in names]
-        return [space.get(name, MISSING) for space, names in self.spaces for name in names]
-
     def _record_objects(self, reach: Reach) -> None:
         objects = list(reach.objects.values())
-        self.containers = [each for each in objects if is_container(each)]
-        self.content = list(map(copy.copy, self.containers))
-        self.owners = [
-            each for each in objects if hasattr(each, "__dict__") and not is_container(each)
-        ]
-        self.attributes = [dict(vars(each)) for each in self.owners]
+        tables = [each.__kwdefaults__ for each in self.functions if each.__kwdefaults__]
+        self.items = Items([*filter(is_container, objects), *tables])
+        holders = [*objects, *self.functions]
+        self.attributes = Attributes((o for o in holders if hasattr(o, "__dict__")), self.names)
         self.readers = [reader for each in objects for reader in _readers(each)]
         self.readings = [read() for read in self.readers]
 
-    def same(self) -> bool:
-        """Whether everything is what it was."""
-        # Lists and dicts compare their items by identity first.
+    def same(self, *, exported: bool = False) -> bool:
+        """Whether everything is what it was.
+
+        Args:
+            exported: torch.export runs, which replaces functions of torch.
+        """
         return (
-            _settings() == self.settings
+            self.is_complete
+            and _settings() == self.settings
             and self.versions.same()
-            and self._named() == self.values
-            and list(map(_parts_of, self.functions)) == self.parts
-            and list(map(_attributes_of, self.owners)) == self.attributes
-            and self.containers == self.content
-            and list(map(_content, self.cells)) == self.variables
+            and all_alike(_named(self.spaces), self.values)
+            and (exported or all_alike(_named(self.of_torch), self.values_of_torch))
+            and all_alike(_parts(self.functions), self.parts)
+            and self.attributes.same()
+            and self.items.same()
+            and all_alike(list(map(_content, self.cells)), self.variables)
             and [read() for read in self.readers] == self.readings
         )
 
@@ -107,7 +114,40 @@ class Outside:
         return self
 
     def __reduce__(self) -> Any:
-        return Outside, self._origin
+        return _loaded, (*self._origin, self._constants())
+
+    def _constants(self) -> _Constants:
+        """The values that a pickle can hold."""
+        found: _Constants = []
+        names = ((space, name) for space, names in self.spaces for name in names)
+        for (space, name), value in zip(names, self.values, strict=True):
+            home = str(space.get("__name__"))
+            if is_atom(value) and vars(sys.modules.get(home, types)) is space:
+                found.append((home, name, value))
+        for owner, attributes in zip(self.attributes.owners, self.attributes.saved, strict=True):
+            if isinstance(owner, type):
+                found += [(owner, n, v) for n, v in attributes.items() if _is_constant(n, v)]
+        return found
+
+    def _have(self, constants: _Constants) -> bool:
+        """Whether constants are what they were."""
+        for home, name, value in constants:
+            space = vars(home) if isinstance(home, type) else vars(sys.modules.get(home, types))
+            relevant = self.names is None or name in self.names or not isinstance(home, type)
+            if relevant and not all_alike([space.get(name, MISSING)], [value]):
+                return False
+        return True
+
+
+def _is_constant(name: str, value: Any) -> bool:
+    return is_atom(value) and not name.startswith("__")
+
+
+def _loaded(kinds: list[type], code: list[Any], constants: _Constants) -> Outside:
+    """The record of a pickle; pickles name this function."""
+    made = Outside(kinds, code)
+    made.is_complete = made.is_complete and made._have(constants)
+    return made
 
 
 def _settings() -> tuple[Any, ...]:
@@ -115,9 +155,14 @@ def _settings() -> tuple[Any, ...]:
     return torch.get_default_dtype(), default_device()
 
 
-def _parts(function: types.FunctionType) -> tuple[Any, ...]:
-    code, defaults, keywords, attributes = _parts_of(function)
-    return code, defaults, copy.copy(keywords), copy.copy(attributes)
+def _named(spaces: list[tuple[Any, tuple[str, ...]]]) -> list[Any]:
+    if not namespaces.is_idle():
+        return [namespaces.read(space, name) for space, names in spaces for name in names]
+    return [space.get(name, MISSING) for space, names in spaces for name in names]
+
+
+def _parts(functions: list[types.FunctionType]) -> list[Any]:
+    return [part for function in functions for part in _parts_of(function)]
 
 
 def _content(cell: types.CellType) -> Any:
@@ -128,16 +173,14 @@ def _content(cell: types.CellType) -> Any:
 
 
 def _names_of_layer(kind: type) -> set[str]:
-    """The names that the forward of a class of torch mentions; () for any other class."""
+    """The names that the methods of a class of torch mention; () for any other class."""
     found: set[str] = set()
     for each in kind.__mro__:
         if each.__module__.startswith("torch.nn.") and each is not nn.Module:
             for value in vars(each).values():
-                if isinstance(value, types.FunctionType) and "forward" in value.__name__:
-                    found.update(
-                        name for code in nested(value.__code__) for name in mentioned(code)
-                    )
-    return found
+                if isinstance(value, types.FunctionType):
+                    found.update(*map(mentioned, nested(value.__code__)))
+    return found - _BY_TEXT
 
 
 def _readers(value: Any) -> list[Callable[[], Any]]:

@@ -125,6 +125,7 @@ class Reach:
         modules: by id, the modules of the tree.
         tensors: by id, the tensors.
         names: the names that the code mentions.
+        is_complete: whether all was looked at.
         barred: why no code may run that reaches this: its effects could not be undone.
     """
 
@@ -139,6 +140,7 @@ class Reach:
         self.modules: dict[int, nn.Module] = {}
         self.tensors: dict[int, torch.Tensor] = {}
         self.names: set[str] = set()
+        self.is_complete = True
         self.barred: list[str] = []
         self._seen: dict[int, object] = {}
         self._open: dict[int, tuple[Any, set[str]]] = {}
@@ -159,6 +161,7 @@ class Reach:
         while True:
             while self._ahead:
                 if len(self._seen) > _MOST:
+                    self.is_complete = False
                     return
                 self._visit(*self._ahead.popleft())
             for thing, known in list(self._open.values()):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxrep.errors import OptionError
+from fxrep.ops.assume import assume
 from fxrep.ops.op import Memory, Op
 from fxrep.ops.table import TABLE
 
@@ -141,5 +142,6 @@ def _enter_operators() -> None:
 for _op in TABLE:
     for _name in _op.names.split():
         _enter_name(_op, _name)
+FUNCTIONS[assume] = FUNCTIONS[torch._assert]
 
 _enter_operators()

@@ -1,0 +1,22 @@
+"""A condition that a graph asserts because its nodes rely on it."""
+
+from __future__ import annotations
+
+from torch import fx
+
+
+class Unmet(AssertionError):
+    """A condition does not hold for the inputs of a call."""
+
+
+@fx.node.has_side_effect
+def assume(condition: object, message: str) -> None:
+    """Go on only where a condition holds.
+
+    `torch._assert` for conditions that are Python values: torch.compile sees a plain branch.
+
+    Raises:
+        Unmet: the condition is false.
+    """
+    if not condition:
+        raise Unmet(message)
