@@ -72,8 +72,13 @@ def optimize(
             "cost='measure' times rewrites on example_inputs, and there are none: pass inputs of "
             "the shapes the model will see, or cost='macs'"
         )
+    with torch.inference_mode(False):  # what is made there could be neither trained nor loaded
+        return _optimized(model, example_inputs, settings)
+
+
+def _optimized(model: nn.Module, example_inputs: object, settings: Settings) -> nn.Module:
     # The forward of a GraphModule is no other code than its graph's.
-    checks = validate and not isinstance(model, fx.GraphModule)
+    checks = settings.validate and not isinstance(model, fx.GraphModule)
     captured = faithful(model, example_inputs) if checks else capture(model, example_inputs)
     # The model may draw random numbers when it runs on the inputs; no result needs a gradient.
     with unchanged_random_state(despite_other_threads=example_inputs is not None), torch.no_grad():

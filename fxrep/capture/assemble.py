@@ -87,7 +87,7 @@ def _set_forward(program: Program, memo: dict[int, Any]) -> None:
     forward = GraphForward(
         module, program.graph, program.arguments, original, below, guarded=bool(program.guarded)
     )
-    module.__dict__.update(forward=forward, _apply=forward.apply)
+    module.__dict__.update(forward.attributes)
 
 
 def _fused(program: Program, source: nn.Module) -> nn.Module:

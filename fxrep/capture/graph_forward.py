@@ -155,11 +155,30 @@ class GraphForward:
         `nn.Module._apply` is this method, set on the module.
         """
         holds = self.unchanged is not None and self.unchanged.holds()
+        holds = holds and _keeps_values(function, self.module)
         type(self.module)._apply(self.module, function, recurse)  # type: ignore[no-untyped-call]
         self.module.__dict__[FUSED]._apply(function)
         if holds:
             self.arm()
         return self.module
+
+    def replicate(self) -> nn.Module:
+        """A replica for `nn.DataParallel`, which has other weights: it runs the original layers."""
+        replica: nn.Module = type(self.module)._replicate_for_data_parallel(self.module)  # type: ignore[no-untyped-call]
+        for name in self.attributes:
+            replica.__dict__.pop(name, None)
+        if self.original is not None:
+            replica.__dict__["forward"] = self.original
+        return replica
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What the module has in place of methods of its class."""
+        return {
+            "forward": self,
+            "_apply": self.apply,
+            "_replicate_for_data_parallel": self.replicate,
+        }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphForward:
         made = GraphForward.__new__(GraphForward)
@@ -187,3 +206,19 @@ class GraphForward:
         self.guarded = state.get("guarded", False)
         self.unchanged = state.get("unchanged")
         self._install(decode(state["nodes"]), state["arguments"])
+
+
+_PROBE = (1.0, -2.5, 0.5)
+
+
+def _keeps_values(function: Callable[..., Any], module: nn.Module) -> bool:
+    """Whether a function that is applied to all tensors moves or casts them, and no more."""
+    weights = (p for p in module.parameters() if p.is_floating_point())
+    like = next(weights, None)
+    if like is None:
+        return True
+    try:
+        probe = function(torch.tensor(_PROBE, dtype=like.dtype, device=like.device))
+        return tuple(probe.detach().to("cpu", torch.float64).tolist()) == _PROBE
+    except Exception:  # the meta device, a function of parameters only
+        return False

@@ -11,6 +11,7 @@ import collections
 import contextvars
 import ctypes
 import functools
+import gc
 import operator
 import os
 import random
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from fxrep.capture import namespaces
 
@@ -361,21 +363,39 @@ class Cached:
 
     def __post_init__(self) -> None:
         self.saved = self.function.cache_info()
+        self.table = _table(self.function)
+        self.results = None if self.table is None else dict(self.table)
         self.what = f"the cache of {getattr(self.function, '__name__', 'a function')}()"
-
-    @property
-    def is_unused(self) -> bool:
-        """Whether the cache is as new, and can therefore be restored."""
-        return not any((self.saved.hits, self.saved.misses, self.saved.currsize))
 
     def changed(self) -> bool:
         """Whether a result was stored or dropped."""
         now = self.function.cache_info()
         return bool((now.misses, now.currsize) != (self.saved.misses, self.saved.currsize))
 
+    def new_values(self) -> list[Any] | None:
+        """The new results and what they are results of; None if they are not certain."""
+        if self.table is None or self.results is None:
+            return None
+        added = [(key, value) for key, value in self.table.items() if key not in self.results]
+        return tree_leaves([(list(k) if isinstance(k, list) else k, v) for k, v in added])
+
     def restore(self) -> None:
-        """Forget all results: none of a traced forward may stay."""
-        self.function.cache_clear()
+        """Take out the results that were stored: none of a traced forward may stay."""
+        if self.table is None or self.results is None:
+            self.function.cache_clear()
+            self.saved = self.function.cache_info()
+            return
+        for key in [key for key in self.table if key not in self.results]:
+            del self.table[key]
+        self.saved = self.function.cache_info()
+
+
+def _table(function: Any) -> dict[Any, Any] | None:
+    """The results that a cache holds, by key; None if they are not certain."""
+    size = function.cache_info().currsize
+    tables = [each for each in gc.get_referents(function) if type(each) is dict]
+    found = [each for each in tables if each is not vars(function) and len(each) == size]
+    return found[0] if len(found) == 1 else None
 
 
 def drawing(generator: Any) -> Kept | None:

@@ -24,7 +24,7 @@ from torch import fx, nn
 
 from fxrep.capture import namespaces
 from fxrep.capture.code import global_names, mentioned, nested
-from fxrep.capture.kept import is_container, kept, values_of
+from fxrep.capture.kept import is_container, values_of
 from fxrep.words import words
 
 _ATOMS = frozenset(
@@ -316,9 +316,6 @@ class Reach:
             return
         self.objects[id(function)] = function
         self._ahead.append((where, function.__wrapped__))
-        found = kept(function)
-        if _package(function) in self.tree.packages and not found.is_unused:  # type: ignore[union-attr]
-            self.barred.append(f"forward can call {function.__name__}(), which keeps its results")
 
 
 _VISITS: dict[type, Any] = {

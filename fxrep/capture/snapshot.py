@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxrep.capture.kept import Cell, Items, Kept, Names, TensorContent, kept, process
+from fxrep.capture.kept import Cached, Cell, Items, Kept, Names, TensorContent, kept, process
 from fxrep.capture.reach import Reach, Tree, is_atom
 from fxrep.errors import ModelError
 from fxrep.ops.memory import Memory
@@ -226,8 +226,18 @@ def _described(changed: Iterable[tuple[int, Kept]]) -> Iterator[tuple[Key, str]]
     for key, each in changed:
         if isinstance(each, Names):
             yield from (((key, name), f"the global name '{name}'") for name in each.written())
+        elif isinstance(each, Cached) and _holds_constants(each):
+            continue
         elif not (isinstance(each, Items) and _is_cache(each)):
             yield key, each.what
+
+
+def _holds_constants(cache: Cached) -> bool:
+    """Whether all new results are results of constants, as they would be at any other call."""
+    values = cache.new_values()
+    return values is not None and not any(
+        isinstance(value, fx.Proxy | torch.Tensor) for value in values
+    )
 
 
 def _is_cache(items: Items) -> bool:

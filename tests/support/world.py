@@ -86,7 +86,7 @@ def _fact(value: Any) -> Any:
     if isinstance(value, ctypes._SimpleCData):
         return own, value.value
     if isinstance(value, functools._lru_cache_wrapper):
-        return own, tuple(value.cache_info())
+        return own, value.cache_info().currsize
     if isinstance(value, types.MethodType):
         return kind
     if hasattr(value, "__next__") and not isinstance(value, types.GeneratorType):
