@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from fxrep.capture.tracer import Tracer
 
 
+_WITH_TEXT = (bool, int, float, torch.Size, torch.dtype, torch.device)
+
+
 @dataclass(frozen=True)
 class Given:
     """Inputs whose answers a trace may assume.
@@ -87,6 +90,17 @@ class Answers:
             return None
         self._assert(self._call(operator.eq, node, value), asker)
         return value
+
+    def text(self, node: fx.Node, asker: types.FrameType | None) -> str | None:
+        """The text of a number, a dtype or a device; None if that is not known."""
+        value = self._value(node)
+        sized = isinstance(value, int | float | torch.Size) and not isinstance(value, bool)
+        if not isinstance(value, _WITH_TEXT) or (sized and self._is_typical):
+            return None
+        if not self._guard(asker):
+            return None
+        self._assert(self._call(operator.eq, node, value), asker)
+        return str(value)
 
     def count(self, node: fx.Node, asker: types.FrameType | None) -> int | None:
         """How many items a value has; None if that is not known."""

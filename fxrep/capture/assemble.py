@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxrep.capture.graph_forward import GraphForward
+from fxrep.capture.graph_forward import GraphForward, Moves
 from fxrep.capture.guard import Known
 from fxrep.capture.held import FUSED
 from fxrep.capture.islands import Capture, Program
@@ -65,10 +65,12 @@ def seal(module: nn.Module, report: Report) -> None:
     """
     module.__dict__[_REPORT] = report
     known: Known = {}
-    for each in module.modules():
-        forward = each.__dict__.get("forward")
-        if isinstance(forward, GraphForward):
-            forward.arm(known)
+    forwards = [each.__dict__.get("forward") for each in module.modules()]
+    islands = [forward for forward in forwards if isinstance(forward, GraphForward)]
+    if islands:
+        module.__dict__.setdefault("_apply", Moves(module).apply)
+    for island in islands:
+        island.arm(known)
 
 
 def attached(module: nn.Module) -> Report | None:

@@ -154,13 +154,7 @@ class GraphForward:
 
         `nn.Module._apply` is this method, set on the module.
         """
-        holds = self.unchanged is not None and self.unchanged.holds()
-        holds = holds and _keeps_values(function, self.module)
-        type(self.module)._apply(self.module, function, recurse)  # type: ignore[no-untyped-call]
-        self.module.__dict__[FUSED]._apply(function)
-        if holds:
-            self.arm()
-        return self.module
+        return apply(self.module, function, recurse)
 
     def replicate(self) -> nn.Module:
         """A replica for `nn.DataParallel`, which has other weights: it runs the original layers."""
@@ -206,6 +200,47 @@ class GraphForward:
         self.guarded = state.get("guarded", False)
         self.unchanged = state.get("unchanged")
         self._install(decode(state["nodes"]), state["arguments"])
+
+
+class Moves:
+    """What a model with islands has in place of `nn.Module._apply`.
+
+    Args:
+        module: the model.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def apply(self, function: Callable[..., Any], recurse: bool = True) -> nn.Module:
+        """Move or cast the model."""
+        return apply(self.module, function, recurse)
+
+
+def apply(module: nn.Module, function: Callable[..., Any], recurse: bool = True) -> nn.Module:
+    """Apply a function to all tensors of a module, and to the fused layers of its islands.
+
+    Islands may have layers in common: which of them stand is asked before any tensor is moved.
+    """
+    forwards = [each.__dict__.get("forward") for each in module.modules() if recurse]
+    islands = [each for each in forwards if isinstance(each, GraphForward) and each.unchanged]
+    standing = [each for each in islands if each.unchanged is not None and each.unchanged.holds()]
+    keeps = _keeps_values(function, module)
+    own = [each.module.__dict__.pop("_apply") for each in islands]
+    moves = module.__dict__.pop("_apply", None)
+    try:
+        module._apply(function, recurse)  # type: ignore[no-untyped-call]
+    finally:
+        for each, method in zip(islands, own, strict=True):
+            each.module.__dict__["_apply"] = method
+        if moves is not None:
+            module.__dict__["_apply"] = moves
+    for each in islands:
+        each.module.__dict__[FUSED]._apply(function)
+    known: Known = {}
+    for each in standing if keeps else []:
+        each.arm(known)
+    return module
 
 
 _PROBE = (1.0, -2.5, 0.5)

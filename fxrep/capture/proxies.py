@@ -76,6 +76,9 @@ class _TracedMixin:
     def __repr__(self) -> str:
         frame = sys._getframe(1)
         if not _is_harmless_text(self, frame):
+            text = self.tracer.text(self) if asks_for_users(frame) else None  # type: ignore[arg-type]
+            if text is not None:
+                return text
             self._refuse_users("makes a text of a traced value")
         return f"Proxy({_real(self, 'node').name})"
 

@@ -364,6 +364,11 @@ class Tracer(fx.Tracer):
         """The number that a traced value is assumed to be, or None."""
         return self._answered(self.answers.number, obj)
 
+    def text(self, obj: fx.Proxy) -> str | None:
+        """The text of a traced value that is no tensor, or None."""
+        answer: str | None = self._answered(self.answers.text, obj)
+        return answer
+
     def count(self, obj: fx.Proxy) -> int | None:
         """How many items a traced value has, or None."""
         known = item_count(self.calls, obj.node)

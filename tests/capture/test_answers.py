@@ -206,9 +206,14 @@ def intermediate(self: Any, x: Tensor) -> Tensor:
     return self.second(y) if y.shape[-1] == 3 else y
 
 
+def named(self: Any, x: Tensor) -> Tensor:
+    scales = {"cpu torch.float32": 2.0, "8": 3.0}
+    return self.first(x) * scales[f"{x.device} {x.dtype}"] * scales.get(str(x.shape[-1]), 1.0)
+
+
 GUARDED = [
-    padded, looped, iterated, ranks, resized, typed, counted, chosen, intermediate, both_go_on,
-    and_,
+    padded, looped, iterated, ranks, resized, typed, counted, chosen, intermediate, named,
+    both_go_on, and_,
 ]  # fmt: skip
 
 INPUTS = [
