@@ -41,10 +41,12 @@ class Given:
     Attributes:
         values: by argument.
         typical: they are made up: sizes of images and sequences are not those of the user's.
+        mode: made the fake tensors among the values, if there are any.
     """
 
     values: Mapping[str, Any]
     typical: bool = False
+    mode: FakeTensorMode | None = None
 
 
 class Answers:
@@ -125,7 +127,7 @@ class Answers:
         # The trace's own modes would see, and refuse, what happens here.
         with torch._C.DisableTorchFunction(), _disable_current_modes():
             if self._shadows is None:
-                mode = FakeTensorMode(allow_non_fake_inputs=True)
+                mode = self.given.mode or FakeTensorMode(allow_non_fake_inputs=True)
                 tracer = self.tracer
                 self._shadows = Shadows(
                     tracer.hollow.plain(),

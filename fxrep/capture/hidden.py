@@ -84,7 +84,7 @@ def _compares_identity(code: types.CodeType, is_method: bool) -> bool:
         left = _operand(steps, index - len(right)) if right else []
         if not right or not left:
             return True
-        if any(_is_none(side) for side in (left, right)):
+        if any(_is_none(side) or _is_of_class(side) for side in (left, right)):
             continue
         if not (_is_plain(left, plain) and _is_plain(right, plain)):
             return True
@@ -230,6 +230,16 @@ _LOADS = words("LOAD_CONST LOAD_GLOBAL LOAD_NAME LOAD_DEREF LOAD_CLOSURE LOAD_SM
 def _is_none(operand: Sequence[dis.Instruction]) -> bool:
     only = operand[0]
     return len(operand) == 1 and only.opname == "LOAD_CONST" and only.argval in (None, ...)
+
+
+def _is_of_class(operand: Sequence[dis.Instruction]) -> bool:
+    """Whether an operand is an attribute of a class (``type(self).forward``), and so no tensor."""
+    start = ["LOAD_GLOBAL", "LOAD_FAST", "CALL", "LOAD_ATTR"]
+    return (
+        [step.opname for step in operand[:4]] == start
+        and operand[0].argval == "type"
+        and all(step.opname == "LOAD_ATTR" for step in operand[3:])
+    )
 
 
 def _is_plain(operand: Sequence[dis.Instruction], plain: frozenset[str]) -> bool:

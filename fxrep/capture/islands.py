@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from fxrep.capture.answers import Given
 from fxrep.capture.aten import respelled
+from fxrep.capture.recorded import recorded
 from fxrep.capture.sharing import Reached, of_tree
 from fxrep.capture.signature import Arguments
 from fxrep.capture.skeleton import (
@@ -146,30 +147,51 @@ def capture(
     check(model)
     found = of_tree(model)
     tree = skeleton(model, found)
-    examples = named_inputs(tree, example_inputs)
-    captured = with_traceable_names(tree, lambda: _explored(model, tree, examples, refused or {}))
-    captured.reached = found
-    return captured
+    examples = _Examples(Capture(model, tree, reached=found), example_inputs)
+    return with_traceable_names(tree, lambda: _explored(examples, refused or {}))
 
 
-def _explored(
-    model: nn.Module,
-    tree: nn.Module,
-    examples: Mapping[str, object],
-    refused: Mapping[str, str],
-) -> Capture:
+class _Examples:
+    """The user's inputs.
+
+    Args:
+        capture: the model, not yet captured.
+        inputs: as given to `optimize`.
+    """
+
+    def __init__(self, capture: Capture, inputs: object) -> None:
+        self.capture = capture
+        self.inputs = inputs
+        self.named = named_inputs(capture.tree, inputs)
+
+    def given(self, path: str) -> Given | None:
+        """The arguments of a module, whose answers may be assumed."""
+        if not any(isinstance(value, torch.Tensor) for value in self.named.values()):
+            return None
+        return self._recorded.get(path) if path else Given(self.named)
+
+    @cached_property
+    def _recorded(self) -> Mapping[str, Given]:
+        capture = self.capture
+        return recorded(capture.model, list(capture.reached), capture.surroundings, self.inputs)
+
+
+def _explored(examples: _Examples, refused: Mapping[str, str]) -> Capture:
     """The graphs of a tree; none reads state that a forward was found to write."""
-    state = Snapshot(tree)
+    capture = examples.capture
+    state = Snapshot(capture.tree)
     for path, reason in refused.items():
-        state.bar(tree.get_submodule(path), reason)
+        state.bar(capture.tree.get_submodule(path), reason)
     while True:
-        explorer = _Explorer(Capture(model, tree), examples, state)
-        explorer.explore(tree, "", use="whole")
+        explorer = _Explorer(capture, examples, state)
+        explorer.explore(capture.tree, "", use="whole")
         if not state.bars_traced(state.traced):
             if state.refused:
-                check_shared_tensors(model, state.refused)
-            return explorer.capture
+                check_shared_tensors(capture.model, state.refused)
+            return capture
         state.traced.clear()
+        capture.programs.clear()
+        capture.skipped.clear()
 
 
 class _Explorer:
@@ -177,11 +199,11 @@ class _Explorer:
 
     Args:
         capture: takes the programs and the skipped modules.
-        examples: the example inputs of the whole model, by argument.
+        examples: the example inputs.
         state: all that forwards of the tree can write, as it was before.
     """
 
-    def __init__(self, capture: Capture, examples: Mapping[str, object], state: Snapshot) -> None:
+    def __init__(self, capture: Capture, examples: _Examples, state: Snapshot) -> None:
         self.capture = capture
         self.state = state
         self.examples = examples
@@ -230,11 +252,8 @@ class _Explorer:
             self._explore_children(module, path)
 
     def _traced(self, module: nn.Module, path: str) -> Traced:
-        if path:
-            return trace(module, self.state)
-        tensors = any(isinstance(value, torch.Tensor) for value in self.examples.values())
-        given = Given(self.examples) if tensors else None
-        return trace(module, self.state, self.examples, given)
+        named = self.examples.named if not path else None
+        return trace(module, self.state, named, lambda: self.examples.given(path))
 
     def _leave_as_it_is(self, module: nn.Module, path: str, error: Untraceable) -> None:
         """Explore the children of a module that does not trace, unless it writes parameters."""

@@ -7,7 +7,7 @@ import contextvars
 import copy
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +85,7 @@ def trace(
     module: nn.Module,
     state: Snapshot,
     examples: Mapping[str, object] | None = None,
-    given: Given | None = None,
+    given: Callable[[], Given | None] = lambda: None,
 ) -> Traced:
     """Trace one module's forward as a root.
 
@@ -98,20 +98,20 @@ def trace(
     Raises:
         Untraceable: the forward does not trace, whether numbers are inputs or constants.
     """
+    best: Traced | None = None
     try:
         best = _trace_best(module, state, examples or {})
+        lacks = best.lacking and bool(best.opaque)
     except Untraceable as error:
-        if given is None or not error.lacking:
-            raise
-        try:
-            return _trace_best(module, state, examples or {}, given)
-        except Untraceable:
-            raise error from None
-    if best.opaque and best.lacking and given is not None:
+        problem, lacks = error, error.lacking
+    inputs = given() if lacks else None
+    if inputs is not None:
         with contextlib.suppress(Untraceable):
-            guarded = _trace_best(module, state, examples or {}, given)
-            if len(guarded.opaque) < len(best.opaque):
+            guarded = _trace_best(module, state, examples or {}, inputs)
+            if best is None or len(guarded.opaque) < len(best.opaque):
                 return guarded
+    if best is None:
+        raise problem
     return best
 
 

@@ -257,6 +257,27 @@ def test_a_guarded_graph_gives_gradients(forward: Any) -> None:
         assert a.grad is None or b.grad is None or torch.allclose(a.grad, b.grad, atol=1e-5)
 
 
+class Deciding(nn.Module):
+    """Stays Python code, for it decides on values; the part below decides on sizes."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x) if x.mean() < 1e3 else x
+
+
+@pytest.mark.parametrize("forward", GUARDED)
+def test_a_part_has_the_answers_of_what_it_is_given(forward: Any) -> None:
+    model, x = Deciding(made(forward)).eval(), INPUTS[0]
+    fast = fxrep.optimize(model, x)
+    assert norms(fast, x) == 0 and norms(model, x) > 0
+    for each in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        agree(model, each)
+        assert norms(each, x) == 0
+
+
 def written(self: Any, x: Tensor) -> Tensor:
     x += 1
     return self.first(x) if x.shape[-1] == 8 else self.first(x) * 2

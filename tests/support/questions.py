@@ -285,6 +285,8 @@ y.nope if hasattr(y, "nope") else False
 """
 
 IDENTITY = """
+type(s).forward is y
+type(s).forward is type(s).forward
 y is None
 y is not None
 y is y
