@@ -130,4 +130,6 @@ def peer_cell(found: Row | None, keys: tuple[str, ...]) -> str:
     if "raises" in found:
         return "raises"
     wrong = "" if found["error"] < 1e-3 else f" (off by {found['error']:.0e})"
+    if found["error"] == float("inf"):
+        wrong = " (other outputs)"
     return ", ".join(str(found["counts"][key]) for key in keys) + wrong

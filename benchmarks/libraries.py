@@ -150,6 +150,8 @@ def measure(library: str, name: str) -> Row:
         example = case.inputs if way == "with_inputs" else None
         row[way] = optimized(case, model, exact, example, sizes)
     row["torch_fuse"] = peer(torch_fuse, case.run, model, case.inputs, reference)
+    if case.author is not None:
+        row["author"] = peer(case.author, case.run, model, case.inputs, reference)
     return row
 
 
@@ -277,7 +279,7 @@ def text(rows: list[Row]) -> str:
         return "no model: none of the libraries is installed"
     headers = (
         "model", "convs", "BNs", "ops", "GMACs", "captured", "float32", "float64", "s",
-        "torch.fx fuse",
+        "torch.fx fuse", "author: convs, BNs, ops",
     )  # fmt: skip
     found = totals(rows)
     parts = []
@@ -326,6 +328,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         _worst(row, "error64"),
         _pair(*seconds),
         peer_cell(row["torch_fuse"], ("batch_norms",)),
+        peer_cell(row.get("author"), ("convs", "batch_norms", "ops")),
     )
 
 

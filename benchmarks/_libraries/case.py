@@ -21,12 +21,14 @@ class Case:
         inputs: positional, or keywords.
         other: inputs of another size, None where the model takes one size only.
         run: how it runs, where a plain call would not do.
+        author: the library's own conversion for inference, if it has one; may change its argument.
     """
 
     model: nn.Module
     inputs: Inputs
     other: Inputs | None = None
     run: Run = plain_run
+    author: Callable[[nn.Module], nn.Module] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,8 @@ def _dense(model: nn.Module, images: torch.Tensor) -> Any:
 
 def _yolo(file: str, task: str = "Detection", run: Run = plain_run) -> Case:
     build = named(f"ultralytics.nn.tasks.{task}Model")
-    return of_images(build(f"{file}.yaml", verbose=False), 96, 128, run=run)
+    case = of_images(build(f"{file}.yaml", verbose=False), 96, 128, run=run)
+    return replace(case, author=lambda model: model.fuse(verbose=False))
 
 
 LIBRARY = Library(
