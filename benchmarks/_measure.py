@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from _comparison import short
 from _counting import Counts, bytes_of, count, relative_error
 from _modes import CONVERSIONS, EXECUTIONS, Absent, Call, Mode
 from _profiling import Profile, profiled
@@ -136,12 +137,6 @@ def measure(
 def steps(modes: Sequence[Mode], effort: Effort) -> int:
     """How many steps of progress `measure` reports."""
     return len(modes) * (1 + effort.rounds)
-
-
-def short(error: BaseException) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:140]}"
 
 
 def _fresh(device: torch.device) -> None:

@@ -47,7 +47,7 @@ def write(
         device: what it ran on.
         content: the rows and totals.
     """
-    chosen = (getattr(options, name, None) for name in ("models", "modes", "family"))
+    chosen = (getattr(options, name, None) for name in ("models", "modes", "family", "library"))
     part = options.quick or any(chosen)
     if path is None:
         if part:

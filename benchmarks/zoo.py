@@ -9,24 +9,35 @@ for, and is optimized without example inputs; the comparison is this script's ow
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import _results
 import _torchvision  # noqa: F401
 import torch
-from _counting import Counts, count, relative_error
+from _comparison import (
+    EXACT32,
+    EXACT64,
+    Row,
+    Run,
+    counts,
+    double,
+    peer,
+    peer_cell,
+    plain_run,
+    shapes,
+    short,
+    steady_reference,
+    values,
+)
+from _counting import relative_error
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse as torch_fuse
-from torch.utils._pytree import tree_map
 
 import fxrep
 from fxrep.cli.models import load
@@ -40,9 +51,6 @@ YARDSTICK = (
 )  # fmt: skip
 # None has a converter, all have something to fold.
 OTHERS = ("resnet18", "densenet121", "swiftformer_xs", "starnet_s050")
-EXACT32, EXACT64 = 1e-5, 1e-10
-
-Row = dict[str, Any]
 
 
 def main() -> int:
@@ -92,26 +100,18 @@ def measure(family: str, name: str) -> Row:
         example = load(name)
         model, inputs = example.model, example.inputs
         row["parameters"] = sum(p.numel() for p in model.parameters())
-        row["input"] = [list(x.shape) for x in _leaves(inputs)]
+        row["input"] = shapes(inputs)
         stage = "run"
         run = _runner(model)
-        reference, exact = _reference(model, run, inputs)
-        rounding = relative_error(_values(run, model, inputs), reference)
-        if not rounding < EXACT32 / 2:
-            # Attention logits in the hundreds (halonet): every comparison drowns in rounding.
-            _halve_scales(model)
-            row["scales"] = "halved"
-            reference, exact = _reference(model, run, inputs)
-            rounding = relative_error(_values(run, model, inputs), reference)
-        row["rounding"] = rounding
-        row["before"] = _counts(run, model, inputs)
+        reference, exact = steady_reference(model, run, inputs, row)
+        row["before"] = counts(run, model, inputs)
         stage = "optimize"
         start = time.perf_counter()
         optimized = fxrep.optimize(model)
         row["seconds"] = time.perf_counter() - start
         stage = "run optimized"
-        row["error"] = relative_error(_values(run, optimized, inputs), reference)
-        row["after"] = _counts(run, optimized, inputs)
+        row["error"] = relative_error(values(run, optimized, inputs), reference)
+        row["after"] = counts(run, optimized, inputs)
         report = fxrep.report(optimized)
         row["rewrites"], row["skipped"] = len(report.rewrites), len(report.skipped)
         named = sum(skip.pass_name in ("batchnorm", "branches") for skip in report.skipped)
@@ -120,24 +120,16 @@ def measure(family: str, name: str) -> Row:
         stage = "optimize in float64"
         if exact is not None:
             doubled = fxrep.optimize(exact)
-            row["error64"] = relative_error(_values(run, doubled, _double(inputs)), reference)
+            row["error64"] = relative_error(values(run, doubled, double(inputs)), reference)
             del doubled, exact
-        row["torch_fuse"] = _peer(torch_fuse, run, model, inputs, reference)
+        row["torch_fuse"] = peer(torch_fuse, run, model, inputs, reference)
         if name.startswith("timm:"):
-            author = _peer(_author, run, model, inputs, reference)
+            author = peer(_author, run, model, inputs, reference)
             changed = author.get("counts") != row["before"]
             row["author"] = author if changed else None
     except Exception as error:
-        row["failed"] = f"{stage}: {_short(error)}"
+        row["failed"] = f"{stage}: {short(error)}"
     return row
-
-
-def _halve_scales(model: nn.Module) -> None:
-    with torch.no_grad():
-        for module in model.modules():
-            weight = getattr(module, "weight", None)
-            if hasattr(module, "running_var") and isinstance(weight, Tensor):
-                weight.mul_(0.5)
 
 
 def _author(model: nn.Module) -> nn.Module:
@@ -147,28 +139,11 @@ def _author(model: nn.Module) -> nn.Module:
     return converted
 
 
-def _peer(
-    convert: Callable[[nn.Module], nn.Module],
-    run: Callable[..., Any],
-    model: nn.Module,
-    inputs: tuple[Any, ...],
-    reference: Any,
-) -> Row:
-    try:
-        converted = convert(copy.deepcopy(model)).eval()
-        return {
-            "error": relative_error(_values(run, converted, inputs), reference),
-            "counts": _counts(run, converted, inputs),
-        }
-    except Exception as error:
-        return {"raises": _short(error)}
-
-
-def _runner(model: nn.Module) -> Callable[..., Any]:
+def _runner(model: nn.Module) -> Run:
     """How to run a model: detectors by their dense parts, as boxes jump at the least rounding."""
     if type(model).__module__.startswith("torchvision.models.detection"):
         return _dense_parts
-    return lambda m, *inputs: m(*inputs)
+    return plain_run
 
 
 def _dense_parts(model: Any, images: list[Tensor]) -> list[Any]:
@@ -186,47 +161,6 @@ def _dense_parts(model: Any, images: list[Tensor]) -> list[Any]:
             head, predictor = getattr(heads, f"{part}_head"), getattr(heads, f"{part}_predictor")
             results.append(predictor(head(crops)))
     return results
-
-
-def _reference(
-    model: nn.Module, run: Callable[..., Any], inputs: tuple[Any, ...]
-) -> tuple[Any, nn.Module | None]:
-    """Results in float64 and the model that gave them; float32 where float64 does not run."""
-    exact = copy.deepcopy(model).double()
-    try:
-        return _values(run, exact, _double(inputs)), exact
-    except RuntimeError:
-        return _values(run, copy.deepcopy(model), inputs), None
-
-
-def _values(run: Callable[..., Any], model: nn.Module, inputs: tuple[Any, ...]) -> Any:
-    with torch.no_grad():
-        return run(model, *tree_map(_clone, inputs))
-
-
-def _counts(run: Callable[..., Any], model: nn.Module, inputs: tuple[Any, ...]) -> Row:
-    # Called once already: a first call may fill caches (LeViT, EfficientViT).
-    own = tree_map(_clone, inputs)
-    counts: Counts = count(lambda: run(model, *own))
-    return asdict(counts)
-
-
-def _clone(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def _double(inputs: tuple[Any, ...]) -> Any:
-    return tree_map(lambda x: x.double() if isinstance(x, Tensor) else x, inputs)
-
-
-def _leaves(inputs: tuple[Any, ...]) -> Iterator[Tensor]:
-    for value in inputs:
-        yield from value if isinstance(value, list) else [value]
-
-
-def _short(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:140]}"
 
 
 def totals(rows: list[Row]) -> dict[str, Any]:
@@ -289,8 +223,8 @@ def table(rows: list[Row]) -> str:
                 f"{row['error']:.0e}",
                 f"{row['error64']:.0e}" if "error64" in row else "-",
                 f"{row['seconds']:.1f}",
-                _peer_cell(row.get("torch_fuse"), ("batch_norms",)),
-                _peer_cell(row.get("author"), ("convs", "batch_norms", "ops")),
+                peer_cell(row.get("torch_fuse"), ("batch_norms",)),
+                peer_cell(row.get("author"), ("convs", "batch_norms", "ops")),
             )
         )
     return tabulate(cells, headers, tablefmt="simple", disable_numparse=True)
@@ -298,15 +232,6 @@ def table(rows: list[Row]) -> str:
 
 def _arrow(row: Row, key: str) -> str:
     return f"{row['before'][key]} -> {row['after'][key]}"
-
-
-def _peer_cell(peer: Row | None, keys: tuple[str, ...]) -> str:
-    if peer is None:
-        return "none"
-    if "raises" in peer:
-        return "raises"
-    wrong = "" if peer["error"] < 1e-3 else f" (off by {peer['error']:.0e})"
-    return ", ".join(str(peer["counts"][key]) for key in keys) + wrong
 
 
 if __name__ == "__main__":
