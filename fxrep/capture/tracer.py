@@ -7,8 +7,6 @@ that fails, the graph calls the submodule as it is (opaque), and the trace of th
 from __future__ import annotations
 
 import collections
-import contextlib
-import copy
 import os
 import sys
 import traceback
@@ -102,6 +100,8 @@ class Tracer(fx.Tracer):
 
     Attributes:
         opaque: by id, the modules that the graph calls as they are.
+        calling: the modules whose calls are being traced, as nodes keep them in
+            `meta["nn_module_stack"]`; each node of one call has the same object.
         inlined: ids of the modules that were traced into.
         constants: by name, tensors that the forward makes itself, and their versions when read.
         violations: why the graph would not do what the forward does.
@@ -124,6 +124,7 @@ class Tracer(fx.Tracer):
         self.arguments = arguments
         self.known_opaque = known_opaque
         self.opaque: dict[int, Opaque] = {}
+        self.calling: collections.OrderedDict[str, Any] = collections.OrderedDict()
         self.inlined: set[int] = set()
         self.constants: dict[str, tuple[torch.Tensor, int]] = {}
         self.violations: list[Unfaithful] = []
@@ -285,7 +286,7 @@ class Tracer(fx.Tracer):
             name = getattr(args[1], "__name__", args[1])
             raise self._missing_tensor(f"forward passes None to {name}() for a tensor")
         node = super().create_node(*args, **kwargs)
-        node.meta.setdefault("nn_module_stack", collections.OrderedDict())
+        node.meta["nn_module_stack"] = self.calling
         return node
 
     def attribute(self, value: Any) -> Any:
@@ -375,7 +376,8 @@ class Tracer(fx.Tracer):
         self._refuse_written_attributes(m)
         if not foreign_hooks(m):  # a hook may change the arguments
             check_arguments(m, args, kwargs)
-        with self._module_scope(m, path):
+        around, self.calling = self.calling, self._calling(m, path)
+        try:
             if self.is_leaf_module(m, path):
                 return self._call_leaf(m, path, args, kwargs)
             opaque = self._find_opaque(m, path)
@@ -384,6 +386,8 @@ class Tracer(fx.Tracer):
                 if opaque is None:
                     return result
             return self._call_opaque(opaque, args, kwargs)
+        finally:
+            self.calling = around
 
     def _refuse_written_attributes(self, m: nn.Module) -> None:
         """Refuse a forward that sets attributes or hooks of a module that it calls.
@@ -417,20 +421,13 @@ class Tracer(fx.Tracer):
         proxy.node.meta["owner"] = own
         return proxy
 
-    @contextlib.contextmanager
-    def _module_scope(self, m: nn.Module, path: str) -> Iterator[None]:
-        """Let nodes made meanwhile carry the module in `meta["nn_module_stack"]`, as fx does."""
-        stack, scope = dict(self.module_stack), copy.copy(self.scope)
+    def _calling(self, m: nn.Module, path: str) -> collections.OrderedDict[str, Any]:
+        """`calling` while `m` is called too; the key tells the calls of one module apart."""
         calls = self.num_calls.get(path, 0)
         self.num_calls[path] = calls + 1
-        self.module_stack[f"{path}@{calls}" if calls else path] = (path, type(m))
-        self.scope.module_path, self.scope.module_type = path, type(m)
-        try:
-            yield
-        finally:
-            self.module_stack.clear()
-            self.module_stack.update(stack)
-            self.scope.module_path, self.scope.module_type = scope.module_path, scope.module_type
+        found = self.calling.copy()
+        found[f"{path}@{calls}" if calls else path] = path, type(m)
+        return found
 
     def _find_opaque(self, m: nn.Module, path: str) -> Opaque | None:
         found = self.known_opaque.get(id(m)) or self.opaque.get(id(m))
