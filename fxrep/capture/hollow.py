@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
@@ -123,26 +123,23 @@ class Hollow:
 
     def written_attribute(self, root: nn.Module) -> str | None:
         """The name of an attribute that was set or deleted at a module or below, if any."""
-        return next((name for m in self.below(root) for name in self._changes(m)), None)
+        return next(chain.from_iterable(map(self._changes, self.below(root))), None)
 
     def restore(self, root: nn.Module) -> None:
         """Undo all that was set or deleted at a module and below."""
         for module in self.below(root):
-            if any(True for _ in self._changes(module)):
+            if self._changes(module):
                 _replace_attributes(module, self.installed[id(module)])
                 self.hooks[id(module)].restore()
 
-    def _changes(self, module: nn.Module) -> Iterator[str]:
+    def _changes(self, module: nn.Module) -> list[str]:
         """The names of the attributes of one module that were set or deleted."""
         now, before = module.__dict__, self.installed[id(module)]
-        same: Callable[..., bool] = operator.is_
-        if self.hooks[id(module)].changed():
-            yield "_forward_hooks"
-        if len(now) == len(before) and all(map(same, now.values(), before.values())):
-            return
-        for name in (*now, *before):
-            if name not in now or name not in before or now[name] is not before[name]:
-                yield name
+        found = ["_forward_hooks"] if self.hooks[id(module)].changed() else []
+        if len(now) != len(before) or not all(map(operator.is_, now.values(), before.values())):
+            names = dict.fromkeys((*now, *before))
+            found += [n for n in names if now.get(n, self) is not before.get(n, self)]
+        return found
 
 
 class _Hooks:

@@ -10,6 +10,7 @@ Python, and so is every other module that can read it: what it read would be a c
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
@@ -138,9 +139,8 @@ class Snapshot:
             if key not in self.written:
                 self.written[key] = f"forward can read what another one writes: {what}"
                 self._bar_users(key)
-        for module, kind in zip(self.modules, self.kinds, strict=True):
-            if type(module) is not kind:
-                reason = reason or "forward sets the class of a module"
+        if any(map(operator.is_not, map(type, self.modules), self.kinds)):
+            reason = reason or "forward sets the class of a module"
         return reason
 
     def _bar_users(self, key: Key) -> None:
