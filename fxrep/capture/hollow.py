@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import types
 from collections import OrderedDict
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 class _Registered(dict[str, Any]):
     """A module's `_parameters`, `_buffers` or `_modules` that refuses to be written."""
 
+    __slots__ = ("tracer",)
     error: type[Unfaithful] = Unfaithful
 
     def __init__(self, values: dict[str, Any], tracer: Tracer) -> None:
@@ -53,6 +55,8 @@ class _Registered(dict[str, Any]):
 class _Buffers(_Registered):
     """The buffers of a module, which are read as traced values."""
 
+    __slots__ = ()
+
     def __getitem__(self, name: str) -> Any:
         return self.tracer.attribute(super().__getitem__(name))
 
@@ -63,6 +67,7 @@ class _Buffers(_Registered):
 class _Parameters(_Buffers):
     """The parameters of a module, which are read as traced values."""
 
+    __slots__ = ()
     error = ParameterWrite
 
 
@@ -80,18 +85,23 @@ class Hollow:
         self.unregistered = _unregistered(self.modules)
         self.originals = [dict(module.__dict__) for module in self.modules]
         self.hooks = {id(module): _Hooks(module) for module in self.modules}
+        self.kinds = {id(module): type(module) for module in self.modules}
         self.installed: dict[int, dict[str, Any]] = {}
-        self._below: dict[int, list[nn.Module]] = {}
+        self._below: dict[int, _Below] = {}
 
     def install(self) -> None:
         """Put the tracer between the modules and their tensors and calls."""
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self.tracer.call(module, args, kwargs)
+
         for module in self.modules:
             own = module.__dict__
             own["_parameters"] = _Parameters(own["_parameters"], self.tracer)
             own["_buffers"] = _Buffers(own["_buffers"], self.tracer)
             own["_modules"] = _Registered(own["_modules"], self.tracer)
             # `nn.Module.__call__` hands the call to this attribute, which `Module.compile` sets.
-            own["_compiled_call_impl"] = functools.partial(self._call, module)
+            own["_compiled_call_impl"] = types.MethodType(call, module)
             self.installed[id(module)] = dict(own)
         for module in self.unregistered:
             module.__dict__["_compiled_call_impl"] = functools.partial(
@@ -112,22 +122,23 @@ class Hollow:
             raise self.tracer.refuse(Unfaithful(f"forward calls a {name} that no module registers"))
         return module.forward(*args, **kwargs)
 
-    def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.tracer.call(module, args, kwargs)
-
-    def below(self, root: nn.Module) -> list[nn.Module]:
+    def below(self, root: nn.Module) -> _Below:
         """A module and all modules below it."""
-        if id(root) not in self._below:
-            self._below[id(root)] = list(root.modules())
-        return self._below[id(root)]
+        found = self._below.get(id(root))
+        if found is None:
+            found = self._below[id(root)] = _Below(self, list(root.modules()))
+        return found
 
     def written_attribute(self, root: nn.Module) -> str | None:
         """The name of an attribute that was set or deleted at a module or below, if any."""
-        return next(chain.from_iterable(map(self._changes, self.below(root))), None)
+        below = self.below(root)
+        if not below.changed():
+            return None
+        return next(chain.from_iterable(map(self._changes, below.modules)), None)
 
     def restore(self, root: nn.Module) -> None:
         """Undo all that was set or deleted at a module and below."""
-        for module in self.below(root):
+        for module in self.below(root).modules:
             if self._changes(module):
                 _replace_attributes(module, self.installed[id(module)])
                 self.hooks[id(module)].restore()
@@ -136,10 +147,42 @@ class Hollow:
         """The names of the attributes of one module that were set or deleted."""
         now, before = module.__dict__, self.installed[id(module)]
         found = ["_forward_hooks"] if self.hooks[id(module)].changed() else []
+        if type(module) is not self.kinds[id(module)]:
+            found.append("__class__")
         if len(now) != len(before) or not all(map(operator.is_, now.values(), before.values())):
             names = dict.fromkeys((*now, *before))
             found += [n for n in names if now.get(n, self) is not before.get(n, self)]
         return found
+
+
+class _Below:
+    """A module and those below it, compared with what they were without a step of Python code each.
+
+    Args:
+        hollow: knows what they were.
+        modules: the modules.
+    """
+
+    def __init__(self, hollow: Hollow, modules: list[nn.Module]) -> None:
+        self.modules = modules
+        attributes = [hollow.installed[id(module)] for module in modules]
+        self.kinds = [hollow.kinds[id(module)] for module in modules]
+        self.values = list(chain.from_iterable(map(dict.values, attributes)))
+        self.sizes = list(map(len, attributes))
+        self.hooks = [value for value in self.values if type(value) is OrderedDict]
+        self.hooked = any(hollow.hooks[id(module)].count for module in modules)
+
+    def changed(self) -> bool:
+        """Whether an attribute or a class may have been set, or a hook registered or removed."""
+        now = list(map(vars, self.modules))
+        values = chain.from_iterable(map(dict.values, now))
+        return (
+            self.hooked
+            or any(self.hooks)
+            or list(map(len, now)) != self.sizes
+            or any(map(operator.is_not, values, self.values))
+            or any(map(operator.is_not, map(type, self.modules), self.kinds))
+        )
 
 
 class _Hooks:

@@ -37,6 +37,8 @@ class _Owned:
         code: what the code of its forward reaches besides.
     """
 
+    __slots__ = ("attributes", "barred", "names", "reaches")
+
     def __init__(self, module: nn.Module, held: Reach, code: Reach) -> None:
         self.reaches = (held, code)
         self.attributes = {n for n in vars(module) if n not in EVERY_MODULE}
@@ -51,6 +53,28 @@ class _Owned:
         return any(key in reach.objects or key in reach.cells for reach in self.reaches)
 
 
+class _OnTensors:
+    """The attributes of some tensors; hardly any tensor has one."""
+
+    what = "forward sets an attribute of a tensor"
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        found = [tensor.__dict__ for tensor in tensors]
+        self.empty = [each for each in found if not each]
+        self.filled = [Items(each) for each in found if each]
+
+    def changed(self) -> bool:
+        """Whether an attribute was set or deleted."""
+        return any(self.empty) or any(each.changed() for each in self.filled)
+
+    def restore(self) -> None:
+        """Set what was set or deleted, delete what was added."""
+        for each in self.empty:
+            each.clear()
+        for items in self.filled:
+            items.restore()
+
+
 class Snapshot:
     """The state that a tree of modules can reach.
 
@@ -62,6 +86,7 @@ class Snapshot:
         written: by key, the state that forwards were found to write, as reasons for the report.
         traced: ids of the modules whose forwards are parts of graphs.
         refused: ids of the tensors that a forward tried to write.
+        draws: some forward was found to draw random numbers, or another thread meanwhile.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -70,6 +95,7 @@ class Snapshot:
         self.written: dict[Key, str] = {}
         self.traced: set[int] = set()
         self.refused: set[int] = set()
+        self.draws = False
         self._tree = Tree(self.modules)
         self._code: dict[Any, Reach] = {}
         self._owned = {id(module): self._reached(module) for module in self.modules}
@@ -80,7 +106,7 @@ class Snapshot:
         self._kept = _kept(reaches)
         if any(reach.starts_threads for reach in reaches):  # whose writes no mode sees
             self._kept.update((id(t), TensorContent(t)) for t in self.tensors)
-        self._on_tensors = [Items(t.__dict__) for t in self.tensors]
+        self._on_tensors = _OnTensors(self.tensors)
         self._barred = self._all_barred()
 
     def _reached(self, module: nn.Module) -> _Owned:
@@ -139,8 +165,6 @@ class Snapshot:
             if key not in self.written:
                 self.written[key] = f"forward can read what another one writes: {what}"
                 self._bar_users(key)
-        if any(map(operator.is_not, map(type, self.modules), self.kinds)):
-            reason = reason or "forward sets the class of a module"
         return reason
 
     def _bar_users(self, key: Key) -> None:
@@ -164,14 +188,18 @@ class Snapshot:
 
     def tensor_attribute(self) -> str | None:
         """Why a graph cannot do what a forward did: set an attribute of a tensor. None if not."""
-        changed = any(each.changed() for each in self._on_tensors)
-        return "forward sets an attribute of a tensor" if changed else None
+        return self._on_tensors.what if self._on_tensors.changed() else None
+
+    def class_set(self) -> str | None:
+        """Why a graph cannot do what a forward did: set the class of a module. None if not."""
+        changed = any(map(operator.is_not, map(type, self.modules), self.kinds))
+        return "forward sets the class of a module" if changed else None
 
     def restore(self) -> None:
         """Note what was written, and put everything back. A second call changes nothing."""
         changed = self._changed()
         self._note(changed)
-        for each in (*dict(changed).values(), *self._on_tensors):
+        for each in (*dict(changed).values(), self._on_tensors):
             if each.changed():  # what was put back before may have been part of it
                 each.restore()
         for module, kind in zip(self.modules, self.kinds, strict=True):

@@ -32,9 +32,8 @@ from fxrep.capture.substitution import run_and_undo
 from fxrep.ops.absent import check_arguments, lacks_input, lacks_operand
 from fxrep.ops.calls import Calls
 from fxrep.ops.owner import (
-    called_class,
     foreign_hooks,
-    is_leaf,
+    leaf_class,
     own_call_impls,
     weight_hooks,
 )
@@ -129,7 +128,7 @@ class Tracer(fx.Tracer):
         self.constants: dict[str, tuple[torch.Tensor, int]] = {}
         self.violations: list[Unfaithful] = []
         self.attribute_proxies: dict[str, fx.Proxy] = {}
-        self.leaves: dict[int, bool] = {}
+        self.leaves: dict[int, tuple[bool, type[nn.Module] | None]] = {}
         self.tensor_arguments: set[str] = set()
         self.tensor_attrs: dict[Any, str] = {}  # names of `constants`, in fx's own attribute
         self.script_object_map: dict[Any, str] = {}
@@ -162,7 +161,7 @@ class Tracer(fx.Tracer):
         self._settle_suspicion(None)
         self._refuse_written_attributes(self.root)
         self._refuse_written_state()
-        reason = self.state.tensor_attribute()
+        reason = self.state.tensor_attribute() or self.state.class_set()
         if reason is not None:
             raise self.refuse(Unfaithful(reason))
         return self.graph
@@ -181,6 +180,20 @@ class Tracer(fx.Tracer):
                 generators.restore()
                 raise Unfaithful("forward draws random numbers")
             raise Unfaithful("forward, or another thread meanwhile, draws random numbers")
+
+    def _refuse_numbers_drawn_below(self, generators: GeneratorStates) -> None:
+        """The same for a submodule, whose forward `generators` may not tell from those above it.
+
+        Raises:
+            Restart: it does not.
+        """
+        if generators is not self.generators:
+            self.refuse_drawn_numbers(generators)
+        elif generators.changed():
+            self.state.draws = True
+            if is_only_thread():
+                generators.restore()
+            raise Restart("which forward draws random numbers?")
 
     def _restore(self) -> None:
         self.listener.stop()
@@ -362,9 +375,15 @@ class Tracer(fx.Tracer):
     # modules
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: D102
+        return self._leaf(m)[0]
+
+    def _leaf(self, m: nn.Module) -> tuple[bool, type[nn.Module] | None]:
+        """Whether a module is a leaf, and the class of torch.nn whose code it runs, hooks aside."""
         found = self.leaves.get(id(m))
         if found is None:
-            found = self.leaves[id(m)] = is_leaf(m)
+            kind = leaf_class(m)
+            leaf = kind is not None or isinstance(m, torch.jit.ScriptModule)
+            found = self.leaves[id(m)] = leaf, kind
         return found
 
     def call(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -410,7 +429,7 @@ class Tracer(fx.Tracer):
     def _call_leaf(
         self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        own = called_class(m)
+        own = None if foreign_hooks(m) else self._leaf(m)[1]
         if own is not None and lacks_input(m, args, kwargs):
             if own is nn.Identity:
                 return None
@@ -448,14 +467,16 @@ class Tracer(fx.Tracer):
         Raises:
             Restart: it does not trace now, but did at an earlier call.
         """
-        checkpoint, generators = self._checkpoint(), GeneratorStates()
+        # To read the generators costs as much as a layer: as long as nothing draws, once.
+        generators = GeneratorStates() if self.state.draws else self.generators
+        checkpoint = self._checkpoint()
         try:
             result = self._run_forward(m.forward, *args, **kwargs)
             if len(self.violations) > checkpoint.violations:
                 raise self.violations[checkpoint.violations]
             self._settle_suspicion(None)
             self._refuse_written_state()
-            self.refuse_drawn_numbers(generators)
+            self._refuse_numbers_drawn_below(generators)
             self._refuse_written_attributes(m)
         except Exception as error:
             reason, frozen = self.why_not(error, checkpoint.violations)
