@@ -188,10 +188,12 @@ class _Below:
 class _Hooks:
     """The hooks of a module: registering a hook writes a dict in place, not an attribute."""
 
+    __slots__ = ("count", "dicts", "saved")
+
     def __init__(self, module: nn.Module) -> None:
         self.dicts = [v for v in module.__dict__.values() if type(v) is OrderedDict]
-        self.saved = [(each, dict(each)) for each in self.dicts if each]
         self.count = sum(map(len, self.dicts))
+        self.saved = [dict(each) for each in self.dicts] if self.count else None
 
     def changed(self) -> bool:
         """Whether a hook was registered or removed."""
@@ -200,10 +202,9 @@ class _Hooks:
     def restore(self) -> None:
         """Remove the hooks that were registered, register those that were removed."""
         if self.changed():
-            for each in self.dicts:
+            for i, each in enumerate(self.dicts):
                 each.clear()
-            for each, saved in self.saved:
-                each.update(saved)
+                each.update(self.saved[i] if self.saved else {})
 
 
 def _unregistered(modules: list[nn.Module]) -> list[nn.Module]:

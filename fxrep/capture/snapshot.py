@@ -30,18 +30,17 @@ Key = int | tuple[int, str]
 
 
 class _Owned:
-    """What one module can reach.
+    """What a module can reach: what many modules of a class can, which keep nothing of their own.
 
     Args:
+        attributes: the names of its own attributes.
         held: what its attributes hold.
         code: what the code of its forward reaches besides.
     """
 
-    __slots__ = ("attributes", "barred", "names", "reaches")
-
-    def __init__(self, module: nn.Module, held: Reach, code: Reach) -> None:
+    def __init__(self, attributes: frozenset[str], held: Reach, code: Reach) -> None:
+        self.attributes = attributes
         self.reaches = (held, code)
-        self.attributes = {n for n in vars(module) if n not in EVERY_MODULE}
         self.names = code.names
         self.barred = next((why for reach in self.reaches for why in reach.barred), None)
 
@@ -98,6 +97,7 @@ class Snapshot:
         self.draws = False
         self._tree = Tree(self.modules)
         self._code: dict[Any, Reach] = {}
+        self._alike: dict[tuple[type, frozenset[str]], _Owned] = {}
         self._owned = {id(module): self._reached(module) for module in self.modules}
         reaches = {id(r): r for owned in self._owned.values() for r in owned.reaches}.values()
         registered = (*root.parameters(), *root.buffers())
@@ -110,17 +110,22 @@ class Snapshot:
         self._barred = self._all_barred()
 
     def _reached(self, module: nn.Module) -> _Owned:
+        kind, attributes = type(module), frozenset(vars(module)) - EVERY_MODULE
         values = [
             (f"self.{name}", value)
             for name, value in vars(module).items()
-            if name not in EVERY_MODULE and not is_atom(value)
+            if name in attributes and not is_atom(value)
         ]
+        if not values and (kind, attributes) in self._alike:
+            return self._alike[kind, attributes]
         held = Reach(values, (), self._tree) if values else _NOTHING
-        kind = type(module)
         key = (kind, *held.code)
         if key not in self._code:
             self._code[key] = Reach(values if held.code else (), (kind,), self._tree)
-        return _Owned(module, held, self._code[key])
+        owned = _Owned(attributes, held, self._code[key])
+        if not values:
+            self._alike[kind, attributes] = owned
+        return owned
 
     def _all_barred(self) -> dict[int, str]:
         found = {key: owned.barred for key, owned in self._owned.items() if owned.barred}
