@@ -11,6 +11,7 @@ import functools
 import operator
 import types
 from collections import OrderedDict
+from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -210,23 +211,21 @@ class _Hooks:
 def _unregistered(modules: list[nn.Module]) -> list[nn.Module]:
     """Modules that a tree keeps in plain attributes and containers, and all modules below them."""
     known = {id(module) for module in modules}
-    found: list[nn.Module] = []
-
-    def collect(value: object, depth: int) -> None:
-        if isinstance(value, nn.Module):
-            for module in value.modules():
-                if id(module) not in known:
-                    known.add(id(module))
-                    found.append(module)
-        elif depth < 4 and isinstance(value, dict | list | tuple | set):
-            for each in value.values() if isinstance(value, dict) else value:
-                collect(each, depth + 1)
-
+    found: dict[int, nn.Module] = {}
     for module in modules:
         for name, value in module.__dict__.items():
             if name not in EVERY_MODULE:
-                collect(value, 0)
-    return found
+                found.update((id(each), each) for each in _kept_modules(value, 0))
+    return [module for key, module in found.items() if key not in known]
+
+
+def _kept_modules(value: object, depth: int) -> Iterator[nn.Module]:
+    """The modules in an attribute, those below them included."""
+    if isinstance(value, nn.Module):
+        yield from value.modules()
+    elif depth < 4 and isinstance(value, dict | list | tuple | set):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _kept_modules(each, depth + 1)
 
 
 def _replace_attributes(module: nn.Module, values: dict[str, Any]) -> None:

@@ -289,18 +289,17 @@ def private(module: nn.Module, shared: Collection[int]) -> nn.Module:
         module: the module at the top; it is always copied.
         shared: ids of modules that the copy has in common with the module, whole.
     """
-    copies: dict[int, nn.Module] = {}
+    return _private(module, shared, {})
 
-    def copied(each: nn.Module) -> nn.Module:
-        if id(each) in shared or isinstance(each, torch.jit.ScriptModule):
-            return each
-        if id(each) not in copies:
-            copies[id(each)] = new = _shallow(each)
-            for name, child in each._modules.items():
-                new._modules[name] = None if child is None else copied(child)
-        return copies[id(each)]
 
-    return copied(module)
+def _private(module: nn.Module, shared: Collection[int], copies: dict[int, nn.Module]) -> nn.Module:
+    if id(module) in shared or isinstance(module, torch.jit.ScriptModule):
+        return module
+    if id(module) not in copies:
+        copies[id(module)] = new = _shallow(module)
+        for name, child in module._modules.items():
+            new._modules[name] = None if child is None else _private(child, shared, copies)
+    return copies[id(module)]
 
 
 def _shallow(module: nn.Module) -> nn.Module:

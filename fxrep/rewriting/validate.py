@@ -7,6 +7,7 @@ residues: a wrong stride, padding or border shows at one of them.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -333,20 +334,7 @@ def _original_results(
         exact: gives tensors of the model in float64.
         calls: the modules called so far, in float64, by path.
     """
-
-    def value(arg: fx.Node) -> Any:
-        if arg in values:
-            return values[arg]
-        if arg.op == "get_attr":
-            return exact(str(arg.target))
-        target: Any = arg.target
-        if target in (getattr, operator.getitem):  # a read of a size
-            return target(*fx.map_arg(arg.args, value))
-        if arg.op == "call_method" and view.reads_metadata(arg):
-            owner, *rest = fx.map_arg(arg.args, value)
-            return getattr(owner, str(arg.target))(*rest)
-        raise ValueError(f"{arg.name} is not part of the region")
-
+    value = functools.partial(_value, view, values, exact)
     for node in plan.expanded:
         args: Any = fx.map_arg(node.args, value)
         kwargs: Any = fx.map_arg(node.kwargs, value)
@@ -365,6 +353,20 @@ def _original_results(
             copies = [a.clone() if isinstance(a, Tensor) else a for a in args]
             values[node] = node.target(*copies, **kwargs)  # type: ignore[operator]
     return [values[root] for root in plan.roots]
+
+
+def _value(view: View, values: dict[fx.Node, Tensor], exact: Lookup, node: fx.Node) -> Any:
+    """The value of an operand: of a node that ran, of a tensor of the model, or a size."""
+    if node in values:
+        return values[node]
+    if node.op == "get_attr":
+        return exact(str(node.target))
+    target: Any = node.target
+    sized = target in (getattr, operator.getitem)
+    if not sized and not (node.op == "call_method" and view.reads_metadata(node)):
+        raise ValueError(f"{node.name} is not part of the region")
+    owner, *rest = fx.map_arg(node.args, functools.partial(_value, view, values, exact))
+    return target(owner, *rest) if sized else getattr(owner, str(target))(*rest)
 
 
 def _assigned(view: View, node: fx.Node, value: Any) -> Any:
