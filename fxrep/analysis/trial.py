@@ -31,6 +31,7 @@ from fxrep.analysis.inputs import possible_inputs
 from fxrep.capture.islands import Capture, Program
 from fxrep.capture.skeleton import call_arguments, duplicate
 from fxrep.ops.assume import Unmet
+from fxrep.ops.calls import Calls
 from fxrep.ops.effects import effect
 from fxrep.ops.owner import foreign_hooks
 
@@ -279,7 +280,7 @@ def _placeholder_values(program: Program, call: _Call) -> dict[str, Any] | None:
 def _run(graph: fx.Graph, module: nn.Module, given: Mapping[str, Any]) -> Any:
     """The result of a graph, node by node; values are dropped when nobody reads them any more."""
     values: dict[fx.Node, Any] = {}
-    submodule = functools.cache(module.get_submodule)
+    submodule = Calls(module).submodule
     readers = {node: len(node.users) for node in graph.nodes}
     for node in graph.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)

@@ -25,7 +25,7 @@ from fxrep.capture.records import _TorchName as _TorchName
 from fxrep.capture.rewritten import RewrittenModule
 from fxrep.capture.rewritten import _empty as _empty
 from fxrep.capture.sharing import of_tree
-from fxrep.capture.skeleton import duplicate, empty_dicts
+from fxrep.capture.skeleton import duplicate
 from fxrep.capture.trace import called
 from fxrep.report import Report
 
@@ -145,7 +145,7 @@ def _copy_memo(capture: Capture) -> dict[int, Any]:
     for tensor in _tensors(capture.model):
         users.add(id(tensor))
         storages.add(_storage(tensor))
-    memo = empty_dicts(capture.tree)
+    memo: dict[int, Any] = {}
     for root in (capture.tree, *(program.module for program in capture.programs)):
         for tensor in _tensors(root):
             if id(tensor) not in users and tensor.is_leaf and _storage(tensor) not in storages:

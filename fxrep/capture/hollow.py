@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import operator
+import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 class _Registered(dict[str, Any]):
     """A module's `_parameters`, `_buffers` or `_modules` that refuses to be written."""
 
+    __slots__ = ("tracer",)
     error: type[Unfaithful] = Unfaithful
 
     def __init__(self, values: dict[str, Any], tracer: Tracer) -> None:
@@ -53,6 +56,8 @@ class _Registered(dict[str, Any]):
 class _Buffers(_Registered):
     """The buffers of a module, which are read as traced values."""
 
+    __slots__ = ()
+
     def __getitem__(self, name: str) -> Any:
         return self.tracer.attribute(super().__getitem__(name))
 
@@ -63,6 +68,7 @@ class _Buffers(_Registered):
 class _Parameters(_Buffers):
     """The parameters of a module, which are read as traced values."""
 
+    __slots__ = ()
     error = ParameterWrite
 
 
@@ -80,18 +86,23 @@ class Hollow:
         self.unregistered = _unregistered(self.modules)
         self.originals = [dict(module.__dict__) for module in self.modules]
         self.hooks = {id(module): _Hooks(module) for module in self.modules}
+        self.kinds = {id(module): type(module) for module in self.modules}
         self.installed: dict[int, dict[str, Any]] = {}
-        self._below: dict[int, list[nn.Module]] = {}
+        self._below: dict[int, _Below] = {}
 
     def install(self) -> None:
         """Put the tracer between the modules and their tensors and calls."""
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self.tracer.call(module, args, kwargs)
+
         for module in self.modules:
             own = module.__dict__
             own["_parameters"] = _Parameters(own["_parameters"], self.tracer)
             own["_buffers"] = _Buffers(own["_buffers"], self.tracer)
             own["_modules"] = _Registered(own["_modules"], self.tracer)
             # `nn.Module.__call__` hands the call to this attribute, which `Module.compile` sets.
-            own["_compiled_call_impl"] = functools.partial(self._call, module)
+            own["_compiled_call_impl"] = types.MethodType(call, module)
             self.installed[id(module)] = dict(own)
         for module in self.unregistered:
             module.__dict__["_compiled_call_impl"] = functools.partial(
@@ -120,46 +131,78 @@ class Hollow:
             raise self.tracer.refuse(Unfaithful(f"forward calls a {name} that no module registers"))
         return module.forward(*args, **kwargs)
 
-    def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.tracer.call(module, args, kwargs)
-
-    def below(self, root: nn.Module) -> list[nn.Module]:
+    def below(self, root: nn.Module) -> _Below:
         """A module and all modules below it."""
-        if id(root) not in self._below:
-            self._below[id(root)] = list(root.modules())
-        return self._below[id(root)]
+        found = self._below.get(id(root))
+        if found is None:
+            found = self._below[id(root)] = _Below(self, list(root.modules()))
+        return found
 
     def written_attribute(self, root: nn.Module) -> str | None:
         """The name of an attribute that was set or deleted at a module or below, if any."""
-        return next((name for m in self.below(root) for name in self._changes(m)), None)
+        below = self.below(root)
+        if not below.changed():
+            return None
+        return next(chain.from_iterable(map(self._changes, below.modules)), None)
 
     def restore(self, root: nn.Module) -> None:
         """Undo all that was set or deleted at a module and below."""
-        for module in self.below(root):
-            if any(True for _ in self._changes(module)):
+        for module in self.below(root).modules:
+            if self._changes(module):
                 _replace_attributes(module, self.installed[id(module)])
                 self.hooks[id(module)].restore()
 
-    def _changes(self, module: nn.Module) -> Iterator[str]:
+    def _changes(self, module: nn.Module) -> list[str]:
         """The names of the attributes of one module that were set or deleted."""
         now, before = module.__dict__, self.installed[id(module)]
-        same: Callable[..., bool] = operator.is_
-        if self.hooks[id(module)].changed():
-            yield "_forward_hooks"
-        if len(now) == len(before) and all(map(same, now.values(), before.values())):
-            return
-        for name in (*now, *before):
-            if name not in now or name not in before or now[name] is not before[name]:
-                yield name
+        found = ["_forward_hooks"] if self.hooks[id(module)].changed() else []
+        if type(module) is not self.kinds[id(module)]:
+            found.append("__class__")
+        if len(now) != len(before) or not all(map(operator.is_, now.values(), before.values())):
+            names = dict.fromkeys((*now, *before))
+            found += [n for n in names if now.get(n, self) is not before.get(n, self)]
+        return found
+
+
+class _Below:
+    """A module and those below it, compared with what they were without a step of Python code each.
+
+    Args:
+        hollow: knows what they were.
+        modules: the modules.
+    """
+
+    def __init__(self, hollow: Hollow, modules: list[nn.Module]) -> None:
+        self.modules = modules
+        attributes = [hollow.installed[id(module)] for module in modules]
+        self.kinds = [hollow.kinds[id(module)] for module in modules]
+        self.values = list(chain.from_iterable(map(dict.values, attributes)))
+        self.sizes = list(map(len, attributes))
+        self.hooks = [value for value in self.values if type(value) is OrderedDict]
+        self.hooked = any(hollow.hooks[id(module)].count for module in modules)
+
+    def changed(self) -> bool:
+        """Whether an attribute or a class may have been set, or a hook registered or removed."""
+        now = list(map(vars, self.modules))
+        values = chain.from_iterable(map(dict.values, now))
+        return (
+            self.hooked
+            or any(self.hooks)
+            or list(map(len, now)) != self.sizes
+            or any(map(operator.is_not, values, self.values))
+            or any(map(operator.is_not, map(type, self.modules), self.kinds))
+        )
 
 
 class _Hooks:
     """The hooks of a module: registering a hook writes a dict in place, not an attribute."""
 
+    __slots__ = ("count", "dicts", "saved")
+
     def __init__(self, module: nn.Module) -> None:
         self.dicts = [v for v in module.__dict__.values() if type(v) is OrderedDict]
-        self.saved = [(each, dict(each)) for each in self.dicts if each]
         self.count = sum(map(len, self.dicts))
+        self.saved = [dict(each) for each in self.dicts] if self.count else None
 
     def changed(self) -> bool:
         """Whether a hook was registered or removed."""
@@ -168,32 +211,29 @@ class _Hooks:
     def restore(self) -> None:
         """Remove the hooks that were registered, register those that were removed."""
         if self.changed():
-            for each in self.dicts:
+            for i, each in enumerate(self.dicts):
                 each.clear()
-            for each, saved in self.saved:
-                each.update(saved)
+                each.update(self.saved[i] if self.saved else {})
 
 
 def _unregistered(modules: list[nn.Module]) -> list[nn.Module]:
     """Modules that a tree keeps in plain attributes and containers, and all modules below them."""
     known = {id(module) for module in modules}
-    found: list[nn.Module] = []
-
-    def collect(value: object, depth: int) -> None:
-        if isinstance(value, nn.Module):
-            for module in value.modules():
-                if id(module) not in known:
-                    known.add(id(module))
-                    found.append(module)
-        elif depth < 4 and isinstance(value, dict | list | tuple | set):
-            for each in value.values() if isinstance(value, dict) else value:
-                collect(each, depth + 1)
-
+    found: dict[int, nn.Module] = {}
     for module in modules:
         for name, value in module.__dict__.items():
             if name not in EVERY_MODULE:
-                collect(value, 0)
-    return found
+                found.update((id(each), each) for each in _kept_modules(value, 0))
+    return [module for key, module in found.items() if key not in known]
+
+
+def _kept_modules(value: object, depth: int) -> Iterator[nn.Module]:
+    """The modules in an attribute, those below them included."""
+    if isinstance(value, nn.Module):
+        yield from value.modules()
+    elif depth < 4 and isinstance(value, dict | list | tuple | set):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _kept_modules(each, depth + 1)
 
 
 def _replace_attributes(module: nn.Module, values: dict[str, Any]) -> None:

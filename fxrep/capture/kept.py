@@ -283,8 +283,8 @@ class Names:
 
     def written(self) -> list[str]:
         """The names that were set or deleted."""
-        now = ((name, namespaces.read(self.namespace, name)) for name in self.saved)
-        return [name for name, value in now if value is not self.saved[name]]
+        has, namespace = namespaces.has, self.namespace
+        return [name for name, value in self.saved.items() if not has(namespace, name, value)]
 
     def changed(self) -> bool:
         """Whether a name was set or deleted."""

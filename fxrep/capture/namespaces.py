@@ -44,6 +44,11 @@ def is_idle() -> bool:
     return not _replaced
 
 
+def has(namespace: dict[str, Any], name: str, value: object) -> bool:
+    """Whether `read` gives a value that it gave before."""
+    return namespace.get(name, MISSING) is value or read(namespace, name) is value
+
+
 def items(namespace: dict[str, Any]) -> list[tuple[str, Any]]:
     """The names and their values but for what captures do."""
     with _lock:

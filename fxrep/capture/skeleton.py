@@ -188,35 +188,47 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 def _copied(tree: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deepcopy; what is copied often, or cannot be deepcopied, is put into the memo before."""
-    memo |= empty_dicts(tree) | memo
-    for module in tree.modules():
-        for value in module.__dict__.values():
-            if isinstance(value, torch.Tensor) and id(value) not in memo and not value.is_leaf:
+    modules = list(tree.modules())
+    for module in modules:
+        for value in vars(module).values():
+            kind = type(value)
+            if kind in _ATOMS or id(value) in memo:
+                continue
+            if kind in _OFTEN_EMPTY and not value:
+                memo[id(value)] = kind()
+            elif isinstance(value, torch.Tensor) and not value.is_leaf:
                 # deepcopy refuses tensors that have an autograd history
                 memo[id(value)] = value.detach().clone()
-    plain = _plain_modules(tree, memo)
+    plain = _plain_modules(modules, memo)
     memo |= {id(module): object.__new__(type(module)) for module in plain}
     for module in plain:  # in a fraction of the time of deepcopy: most attributes are numbers
-        memo[id(module)].__dict__.update(
-            (name, _copied_value(value, memo)) for name, value in module.__dict__.items()
-        )
+        made = vars(memo[id(module)])
+        for name, value in vars(module).items():
+            made[name] = value if type(value) in _ATOMS else _copied_value(value, memo)
     return copy.deepcopy(tree, memo)
 
 
-def _plain_modules(tree: nn.Module, memo: Mapping[int, Any]) -> list[nn.Module]:
+def _plain_modules(modules: list[nn.Module], memo: Mapping[int, Any]) -> list[nn.Module]:
     """The modules of which, with all below them, a copy runs no code of the user's.
 
     Such code would meet the copies of other modules before they have their attributes.
+
+    Args:
+        modules: the modules of a tree, from its root.
+        memo: as for `copy.deepcopy`.
     """
     plain: dict[int, nn.Module] = {}
-    for module in reversed(list(tree.modules())):
+    for module in reversed(modules):
         children = (child for child in module._modules.values() if child is not None)
-        values = (value for name, value in vars(module).items() if name != "_modules")
         if (
             id(module) not in memo
             and _copies_like_any(module)
             and all(id(child) in plain or id(child) in memo for child in children)
-            and all(_is_plain(value, memo) for value in values)
+            and all(
+                type(value) in _ATOMS or id(value) in memo or _is_plain(value, memo)
+                for name, value in vars(module).items()
+                if name != "_modules"
+            )
         ):
             plain[id(module)] = module
     return list(plain.values())
@@ -259,21 +271,13 @@ def _copies_like_any(module: nn.Module) -> bool:
     )
 
 
+# The dicts of hooks, and the sets of names of buffers.
+_OFTEN_EMPTY = (OrderedDict, set)
 _PLAIN_STATES = (nn.Module.__setstate__, nn.modules.conv._ConvNd.__setstate__)
 _COPYING = ("__reduce__", "__reduce_ex__", "__getstate__", "__getattribute__")
 _ATOMS = frozenset(
     {int, float, bool, str, type(None), type, types.FunctionType, types.BuiltinFunctionType}
 )
-
-
-def empty_dicts(model: nn.Module) -> dict[int, Any]:
-    """A deepcopy memo for the dicts of hooks, which are mostly empty and slow to copy."""
-    return {
-        id(value): OrderedDict()
-        for module in model.modules()
-        for value in module.__dict__.values()
-        if type(value) is OrderedDict and not value
-    }
 
 
 def private(module: nn.Module, shared: Collection[int]) -> nn.Module:
@@ -285,18 +289,17 @@ def private(module: nn.Module, shared: Collection[int]) -> nn.Module:
         module: the module at the top; it is always copied.
         shared: ids of modules that the copy has in common with the module, whole.
     """
-    copies: dict[int, nn.Module] = {}
+    return _private(module, shared, {})
 
-    def copied(each: nn.Module) -> nn.Module:
-        if id(each) in shared or isinstance(each, torch.jit.ScriptModule):
-            return each
-        if id(each) not in copies:
-            copies[id(each)] = new = _shallow(each)
-            for name, child in each._modules.items():
-                new._modules[name] = None if child is None else copied(child)
-        return copies[id(each)]
 
-    return copied(module)
+def _private(module: nn.Module, shared: Collection[int], copies: dict[int, nn.Module]) -> nn.Module:
+    if id(module) in shared or isinstance(module, torch.jit.ScriptModule):
+        return module
+    if id(module) not in copies:
+        copies[id(module)] = new = _shallow(module)
+        for name, child in module._modules.items():
+            new._modules[name] = None if child is None else _private(child, shared, copies)
+    return copies[id(module)]
 
 
 def _shallow(module: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ Python, and so is every other module that can read it: what it read would be a c
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
@@ -29,16 +30,17 @@ Key = int | tuple[int, str]
 
 
 class _Owned:
-    """What one module can reach.
+    """What a module can reach: what many modules of a class can, which keep nothing of their own.
 
     Args:
+        attributes: the names of its own attributes.
         held: what its attributes hold.
         code: what the code of its forward reaches besides.
     """
 
-    def __init__(self, module: nn.Module, held: Reach, code: Reach) -> None:
+    def __init__(self, attributes: frozenset[str], held: Reach, code: Reach) -> None:
+        self.attributes = attributes
         self.reaches = (held, code)
-        self.attributes = {n for n in vars(module) if n not in EVERY_MODULE}
         self.names = code.names
         self.barred = next((why for reach in self.reaches for why in reach.barred), None)
 
@@ -48,6 +50,28 @@ class _Owned:
             spaces = (reach.namespaces.get(key[0]) for reach in self.reaches)
             return any(space is not None and key[1] in space[1] for space in spaces)
         return any(key in reach.objects or key in reach.cells for reach in self.reaches)
+
+
+class _OnTensors:
+    """The attributes of some tensors; hardly any tensor has one."""
+
+    what = "forward sets an attribute of a tensor"
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        found = [tensor.__dict__ for tensor in tensors]
+        self.empty = [each for each in found if not each]
+        self.filled = [Items(each) for each in found if each]
+
+    def changed(self) -> bool:
+        """Whether an attribute was set or deleted."""
+        return any(self.empty) or any(each.changed() for each in self.filled)
+
+    def restore(self) -> None:
+        """Set what was set or deleted, delete what was added."""
+        for each in self.empty:
+            each.clear()
+        for items in self.filled:
+            items.restore()
 
 
 class Snapshot:
@@ -61,6 +85,7 @@ class Snapshot:
         written: by key, the state that forwards were found to write, as reasons for the report.
         traced: ids of the modules whose forwards are parts of graphs.
         refused: ids of the tensors that a forward tried to write.
+        draws: some forward was found to draw random numbers, or another thread meanwhile.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -69,8 +94,10 @@ class Snapshot:
         self.written: dict[Key, str] = {}
         self.traced: set[int] = set()
         self.refused: set[int] = set()
+        self.draws = False
         self._tree = Tree(self.modules)
         self._code: dict[Any, Reach] = {}
+        self._alike: dict[tuple[type, frozenset[str]], _Owned] = {}
         self._owned = {id(module): self._reached(module) for module in self.modules}
         reaches = {id(r): r for owned in self._owned.values() for r in owned.reaches}.values()
         registered = (*root.parameters(), *root.buffers())
@@ -79,21 +106,26 @@ class Snapshot:
         self._kept = _kept(reaches)
         if any(reach.starts_threads for reach in reaches):  # whose writes no mode sees
             self._kept.update((id(t), TensorContent(t)) for t in self.tensors)
-        self._on_tensors = [Items(t.__dict__) for t in self.tensors]
+        self._on_tensors = _OnTensors(self.tensors)
         self._barred = self._all_barred()
 
     def _reached(self, module: nn.Module) -> _Owned:
+        kind, attributes = type(module), frozenset(vars(module)) - EVERY_MODULE
         values = [
             (f"self.{name}", value)
             for name, value in vars(module).items()
-            if name not in EVERY_MODULE and not is_atom(value)
+            if name in attributes and not is_atom(value)
         ]
+        if not values and (kind, attributes) in self._alike:
+            return self._alike[kind, attributes]
         held = Reach(values, (), self._tree) if values else _NOTHING
-        kind = type(module)
         key = (kind, *held.code)
         if key not in self._code:
             self._code[key] = Reach(values if held.code else (), (kind,), self._tree)
-        return _Owned(module, held, self._code[key])
+        owned = _Owned(attributes, held, self._code[key])
+        if not values:
+            self._alike[kind, attributes] = owned
+        return owned
 
     def _all_barred(self) -> dict[int, str]:
         found = {key: owned.barred for key, owned in self._owned.items() if owned.barred}
@@ -138,9 +170,6 @@ class Snapshot:
             if key not in self.written:
                 self.written[key] = f"forward can read what another one writes: {what}"
                 self._bar_users(key)
-        for module, kind in zip(self.modules, self.kinds, strict=True):
-            if type(module) is not kind:
-                reason = reason or "forward sets the class of a module"
         return reason
 
     def _bar_users(self, key: Key) -> None:
@@ -164,14 +193,18 @@ class Snapshot:
 
     def tensor_attribute(self) -> str | None:
         """Why a graph cannot do what a forward did: set an attribute of a tensor. None if not."""
-        changed = any(each.changed() for each in self._on_tensors)
-        return "forward sets an attribute of a tensor" if changed else None
+        return self._on_tensors.what if self._on_tensors.changed() else None
+
+    def class_set(self) -> str | None:
+        """Why a graph cannot do what a forward did: set the class of a module. None if not."""
+        changed = any(map(operator.is_not, map(type, self.modules), self.kinds))
+        return "forward sets the class of a module" if changed else None
 
     def restore(self) -> None:
         """Note what was written, and put everything back. A second call changes nothing."""
         changed = self._changed()
         self._note(changed)
-        for each in (*dict(changed).values(), *self._on_tensors):
+        for each in (*dict(changed).values(), self._on_tensors):
             if each.changed():  # what was put back before may have been part of it
                 each.restore()
         for module, kind in zip(self.modules, self.kinds, strict=True):

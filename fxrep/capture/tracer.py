@@ -7,8 +7,6 @@ that fails, the graph calls the submodule as it is (opaque), and the trace of th
 from __future__ import annotations
 
 import collections
-import contextlib
-import copy
 import os
 import sys
 import traceback
@@ -35,9 +33,8 @@ from fxrep.capture.substitution import run_and_undo
 from fxrep.ops.absent import check_arguments, lacks_input, lacks_operand
 from fxrep.ops.calls import Calls
 from fxrep.ops.owner import (
-    called_class,
     foreign_hooks,
-    is_leaf,
+    leaf_class,
     own_call_impls,
     weight_hooks,
 )
@@ -106,6 +103,8 @@ class Tracer(fx.Tracer):
     Attributes:
         answers: what was assumed.
         opaque: by id, the modules that the graph calls as they are.
+        calling: the modules whose calls are being traced, as nodes keep them in
+            `meta["nn_module_stack"]`; each node of one call has the same object.
         inlined: ids of the modules that were traced into.
         constants: by name, tensors that the forward makes itself, and their versions when read.
         violations: why the graph would not do what the forward does.
@@ -129,11 +128,12 @@ class Tracer(fx.Tracer):
         self.arguments = arguments
         self.known_opaque = known_opaque
         self.opaque: dict[int, Opaque] = {}
+        self.calling: collections.OrderedDict[str, Any] = collections.OrderedDict()
         self.inlined: set[int] = set()
         self.constants: dict[str, tuple[torch.Tensor, int]] = {}
         self.violations: list[Unfaithful] = []
         self.attribute_proxies: dict[str, fx.Proxy] = {}
-        self.leaves: dict[int, bool] = {}
+        self.leaves: dict[int, tuple[bool, type[nn.Module] | None]] = {}
         self.tensor_arguments: set[str] = set()
         self.tensor_attrs: dict[Any, str] = {}  # names of `constants`, in fx's own attribute
         self.script_object_map: dict[Any, str] = {}
@@ -167,7 +167,7 @@ class Tracer(fx.Tracer):
         self._settle_suspicion(None)
         self._refuse_written_attributes(self.root)
         self._refuse_written_state()
-        reason = self.state.tensor_attribute()
+        reason = self.state.tensor_attribute() or self.state.class_set()
         if reason is not None:
             raise self.refuse(Unfaithful(reason))
         return self.graph
@@ -186,6 +186,20 @@ class Tracer(fx.Tracer):
                 generators.restore()
                 raise Unfaithful("forward draws random numbers")
             raise Unfaithful("forward, or another thread meanwhile, draws random numbers")
+
+    def _refuse_numbers_drawn_below(self, generators: GeneratorStates) -> None:
+        """The same for a submodule, whose forward `generators` may not tell from those above it.
+
+        Raises:
+            Restart: it does not.
+        """
+        if generators is not self.generators:
+            self.refuse_drawn_numbers(generators)
+        elif generators.changed():
+            self.state.draws = True
+            if is_only_thread():
+                generators.restore()
+            raise Restart("which forward draws random numbers?")
 
     def _restore(self) -> None:
         self.listener.stop()
@@ -291,7 +305,7 @@ class Tracer(fx.Tracer):
             name = getattr(args[1], "__name__", args[1])
             raise self._missing_tensor(f"forward passes None to {name}() for a tensor")
         node = super().create_node(*args, **kwargs)
-        node.meta.setdefault("nn_module_stack", collections.OrderedDict())
+        node.meta["nn_module_stack"] = self.calling
         return node
 
     def attribute(self, value: Any) -> Any:
@@ -388,9 +402,15 @@ class Tracer(fx.Tracer):
     # modules
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: D102
+        return self._leaf(m)[0]
+
+    def _leaf(self, m: nn.Module) -> tuple[bool, type[nn.Module] | None]:
+        """Whether a module is a leaf, and the class of torch.nn whose code it runs, hooks aside."""
         found = self.leaves.get(id(m))
         if found is None:
-            found = self.leaves[id(m)] = is_leaf(m)
+            kind = leaf_class(m)
+            leaf = kind is not None or isinstance(m, torch.jit.ScriptModule)
+            found = self.leaves[id(m)] = leaf, kind
         return found
 
     def call(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -402,7 +422,8 @@ class Tracer(fx.Tracer):
         self._refuse_written_attributes(m)
         if not foreign_hooks(m):  # a hook may change the arguments
             check_arguments(m, args, kwargs)
-        with self._module_scope(m, path):
+        around, self.calling = self.calling, self._calling(m, path)
+        try:
             if self.is_leaf_module(m, path):
                 return self._call_leaf(m, path, args, kwargs)
             opaque = self._find_opaque(m, path)
@@ -411,6 +432,8 @@ class Tracer(fx.Tracer):
                 if opaque is None:
                     return result
             return self._call_opaque(opaque, args, kwargs)
+        finally:
+            self.calling = around
 
     def _refuse_written_attributes(self, m: nn.Module) -> None:
         """Refuse a forward that sets attributes or hooks of a module that it calls.
@@ -433,7 +456,7 @@ class Tracer(fx.Tracer):
     def _call_leaf(
         self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        own = called_class(m)
+        own = None if foreign_hooks(m) else self._leaf(m)[1]
         if own is not None and lacks_input(m, args, kwargs):
             if own is nn.Identity:
                 return None
@@ -444,20 +467,13 @@ class Tracer(fx.Tracer):
         proxy.node.meta["owner"] = own
         return proxy
 
-    @contextlib.contextmanager
-    def _module_scope(self, m: nn.Module, path: str) -> Iterator[None]:
-        """Let nodes made meanwhile carry the module in `meta["nn_module_stack"]`, as fx does."""
-        stack, scope = dict(self.module_stack), copy.copy(self.scope)
+    def _calling(self, m: nn.Module, path: str) -> collections.OrderedDict[str, Any]:
+        """`calling` while `m` is called too; the key tells the calls of one module apart."""
         calls = self.num_calls.get(path, 0)
         self.num_calls[path] = calls + 1
-        self.module_stack[f"{path}@{calls}" if calls else path] = (path, type(m))
-        self.scope.module_path, self.scope.module_type = path, type(m)
-        try:
-            yield
-        finally:
-            self.module_stack.clear()
-            self.module_stack.update(stack)
-            self.scope.module_path, self.scope.module_type = scope.module_path, scope.module_type
+        found = self.calling.copy()
+        found[f"{path}@{calls}" if calls else path] = path, type(m)
+        return found
 
     def _find_opaque(self, m: nn.Module, path: str) -> Opaque | None:
         found = self.known_opaque.get(id(m)) or self.opaque.get(id(m))
@@ -478,14 +494,16 @@ class Tracer(fx.Tracer):
         Raises:
             Restart: it does not trace now, but did at an earlier call.
         """
-        checkpoint, generators = self._checkpoint(), GeneratorStates()
+        # To read the generators costs as much as a layer: as long as nothing draws, once.
+        generators = GeneratorStates() if self.state.draws else self.generators
+        checkpoint = self._checkpoint()
         try:
             result = self._run_forward(m.forward, *args, **kwargs)
             if len(self.violations) > checkpoint.violations:
                 raise self.violations[checkpoint.violations]
             self._settle_suspicion(None)
             self._refuse_written_state()
-            self.refuse_drawn_numbers(generators)
+            self._refuse_numbers_drawn_below(generators)
             self._refuse_written_attributes(m)
         except Exception as error:
             reason, frozen = self.why_not(error, checkpoint.violations)

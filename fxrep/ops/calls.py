@@ -171,10 +171,11 @@ class Calls:
         return None if spelling is None else Called(spelling.op, node, in_place=spelling.in_place)
 
     def submodule(self, path: str) -> nn.Module:
-        """The module at a path; AttributeError if there is none."""
-        found = self._modules.get(path)
+        """The module at a path, '' for the module itself; AttributeError if there is none."""
+        found = self._modules.get(path) if path else self.module
         if found is None:
-            found = self._modules[path] = self.module.get_submodule(path)
+            owner, _, name = path.rpartition(".")
+            found = self._modules[path] = self.submodule(owner).get_submodule(name)
         return found
 
     def invalidate(self, path: str) -> None:
@@ -185,7 +186,7 @@ class Calls:
         """The attribute at a path that a `get_attr` node reads; None if there is none."""
         owner, _, name = path.rpartition(".")
         try:
-            return getattr(self.submodule(owner) if owner else self.module, name, None)
+            return getattr(self.submodule(owner), name, None)
         except AttributeError:
             return None
 

@@ -121,10 +121,13 @@ def is_leaf(module: nn.Module) -> bool:
     True for modules of torch.nn that run torch's own code and are no containers, and for
     ScriptModules, which cannot be traced.
     """
-    if isinstance(module, torch.jit.ScriptModule):
-        return True
+    return isinstance(module, torch.jit.ScriptModule) or leaf_class(module) is not None
+
+
+def leaf_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class of torch.nn whose code a module runs, hooks aside; None also for a container."""
     base = torch_class(module)
-    return base is not None and not issubclass(base, _CONTAINERS)
+    return None if base is None or issubclass(base, _CONTAINERS) else base
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -132,8 +135,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 def called_class(module: nn.Module) -> type[nn.Module] | None:
     """The class of torch.nn whose code a call of the module runs and nothing else, or None."""
-    base = torch_class(module) if is_leaf(module) else None
-    return None if foreign_hooks(module) else base
+    return None if foreign_hooks(module) else leaf_class(module)
 
 
 def owner(node: fx.Node, module: nn.Module) -> type[nn.Module] | None:

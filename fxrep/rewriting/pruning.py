@@ -77,13 +77,13 @@ class _Pruning:
     results: dict[int, nn.Module | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        root = self.program.module
+        submodule = self.program.calls.submodule
         for node in self.program.graph.nodes:
             if node.op == "call_module":
-                self.called.add(id(root.get_submodule(str(node.target))))
+                self.called.add(id(submodule(str(node.target))))
             elif node.op == "get_attr":
                 owner, _, name = str(node.target).rpartition(".")
-                self.read.setdefault(id(root.get_submodule(owner)), set()).add(name)
+                self.read.setdefault(id(submodule(owner)), set()).add(name)
 
     def run(self) -> None:
         root = self.program.module

@@ -7,6 +7,7 @@ residues: a wrong stride, padding or border shows at one of them.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxrep.algebra.maps import Diagonal, Map, channel_map, pointwise_axes, with_channels
@@ -24,7 +24,6 @@ from fxrep.capture.skeleton import call_arguments, does_not_run, duplicate
 from fxrep.capture.state import unchanged_random_state
 from fxrep.capture.surroundings import Surroundings
 from fxrep.errors import EquivalenceError
-from fxrep.ops.calls import ModuleTensor
 from fxrep.planning.pieces import Piece
 from fxrep.planning.plan import Plan
 from fxrep.reading.commuting import Commuter
@@ -33,6 +32,7 @@ from fxrep.refusal import Refusal
 from fxrep.report import Report, Skip
 from fxrep.rewriting.layers import Layer, Lookup
 from fxrep.rewriting.replacement import replacement
+from fxrep.rewriting.twins import in_float64, twin
 
 # Both sides are float64, and only the order of summation differs.
 TOLERANCE = 1e-10
@@ -334,27 +334,14 @@ def _original_results(
         exact: gives tensors of the model in float64.
         calls: the modules called so far, in float64, by path.
     """
-
-    def value(arg: fx.Node) -> Any:
-        if arg in values:
-            return values[arg]
-        if arg.op == "get_attr":
-            return exact(str(arg.target))
-        target: Any = arg.target
-        if target in (getattr, operator.getitem):  # a read of a size
-            return target(*fx.map_arg(arg.args, value))
-        if arg.op == "call_method" and view.reads_metadata(arg):
-            owner, *rest = fx.map_arg(arg.args, value)
-            return getattr(owner, str(arg.target))(*rest)
-        raise ValueError(f"{arg.name} is not part of the region")
-
+    value = functools.partial(_value, view, values, exact)
     for node in plan.expanded:
         args: Any = fx.map_arg(node.args, value)
         kwargs: Any = fx.map_arg(node.kwargs, value)
         if node.op == "call_module":
             path = str(node.target)
             if path not in calls:
-                calls[path] = _in_float64(view, node, exact)
+                calls[path] = in_float64(view, node, exact)
             values[node] = calls[path](*args, **kwargs)
         elif node.op == "call_method":
             owner, *rest = args
@@ -368,37 +355,24 @@ def _original_results(
     return [values[root] for root in plan.roots]
 
 
+def _value(view: View, values: dict[fx.Node, Tensor], exact: Lookup, node: fx.Node) -> Any:
+    """The value of an operand: of a node that ran, of a tensor of the model, or a size."""
+    if node in values:
+        return values[node]
+    if node.op == "get_attr":
+        return exact(str(node.target))
+    target: Any = node.target
+    sized = target in (getattr, operator.getitem)
+    if not sized and not (node.op == "call_method" and view.reads_metadata(node)):
+        raise ValueError(f"{node.name} is not part of the region")
+    owner, *rest = fx.map_arg(node.args, functools.partial(_value, view, values, exact))
+    return target(owner, *rest) if sized else getattr(owner, str(target))(*rest)
+
+
 def _assigned(view: View, node: fx.Node, value: Any) -> Any:
     """The value that an assignment gives a border: a constant as in real arithmetic, as planned."""
     path = str(getattr(node.args[2], "target", None))
     return view.unrounded(Load(path)) if path in view.computed else value
-
-
-def _in_float64(view: View, node: fx.Node, exact: Lookup) -> Callable[..., Any]:
-    """The call of a module with all its tensors in float64.
-
-    A weight that torch computes from others is computed in the dtype of the model, and widened.
-    """
-    path = str(node.target)
-    module, called = view.submodule(path), view.calls.of(node)
-    held = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-    tensors = {name: exact(f"{path}.{name}") for name in held}
-    arguments = called.arguments if called is not None else None
-    names = [a.name for a in (arguments or {}).values() if isinstance(a, ModuleTensor)]
-    computed = {name: exact(f"{path}.{name}") for name in names if name not in tensors}
-    if module._modules and not parametrize.is_parametrized(module):
-        return lambda *args, **kwargs: torch.func.functional_call(module, tensors, args, kwargs)
-    kind: type[nn.Module] = type(module)
-    if parametrize.is_parametrized(module):
-        kind = parametrize.type_before_parametrizations(module)
-    twin = kind.__new__(kind)
-    twin.__dict__.update({key: v for key, v in vars(module).items() if key not in computed})
-    twin.__dict__["_modules"] = {}
-    for registered in ("_parameters", "_buffers"):
-        own: dict[str, Tensor | None] = vars(module)[registered]
-        twin.__dict__[registered] = {name: tensors.get(name, value) for name, value in own.items()}
-    twin.__dict__["_buffers"] |= computed
-    return twin.forward
 
 
 def _new_results(
@@ -419,6 +393,6 @@ def _new_results(
         tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         if rounded:
             tensors = {name: p.detach().double() for name, p in module.named_parameters()}
-        return torch.func.functional_call(module, tensors, args)
+        return twin(module, tensors).forward(*args)
 
     return replacement(plan, targets, values.__getitem__, make)[1]
