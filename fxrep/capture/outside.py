@@ -42,6 +42,8 @@ _OF_TORCH: tuple[Mapping[str, Any], ...] = (vars(torch), vars(nn.functional), va
 # By these, code reads attributes that it does not name.
 _BY_TEXT = frozenset({"getattr", "vars", "__dict__", "asdict", "attrgetter", "__getattribute__"})
 
+_MOST = 20_000  # objects that are looked at
+
 # Constants by their places: a Python module or class, and a name.
 _Constants = list[tuple[Any, str, Any]]
 
@@ -61,7 +63,7 @@ class Outside:
     def __init__(self, kinds: Iterable[type], code: Iterable[Any] = ()) -> None:
         kinds, code = list(dict.fromkeys(kinds)), list(code)
         self._origin = kinds, code
-        reach = Reach([("", each) for each in code], kinds, AnyTree(kinds))
+        reach = Reach([("", each) for each in code], kinds, AnyTree(kinds), _MOST)
         self.is_complete = reach.is_complete
         of_layers = {name for kind in kinds for name in _names_of_layer(kind)}
         known = reach.names | of_layers | EVERY_MODULE

@@ -116,6 +116,7 @@ class Reach:
         values: to start from, each with the words that describe where it is.
         kinds: classes whose methods are called `forward` and `__call__`.
         tree: the modules around: none is walked into, for each has a reach of its own.
+        most: how many objects are visited.
 
     Attributes:
         objects: by id, the objects whose state may be written.
@@ -130,7 +131,11 @@ class Reach:
     """
 
     def __init__(
-        self, values: Iterable[tuple[str, object]], kinds: Iterable[type], tree: Tree
+        self,
+        values: Iterable[tuple[str, object]],
+        kinds: Iterable[type],
+        tree: Tree,
+        most: int = _MOST,
     ) -> None:
         self.tree = tree
         self.objects: dict[int, object] = {}
@@ -141,6 +146,7 @@ class Reach:
         self.tensors: dict[int, torch.Tensor] = {}
         self.names: set[str] = set()
         self.is_complete = True
+        self._most = most
         self.barred: list[str] = []
         self._seen: dict[int, object] = {}
         self._open: dict[int, tuple[Any, set[str]]] = {}
@@ -160,7 +166,7 @@ class Reach:
     def _walk(self) -> None:
         while True:
             while self._ahead:
-                if len(self._seen) > _MOST:
+                if len(self._seen) > self._most:
                     self.is_complete = False
                     return
                 self._visit(*self._ahead.popleft())
