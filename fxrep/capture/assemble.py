@@ -87,7 +87,13 @@ def _set_forward(program: Program, memo: dict[int, Any]) -> None:
     below = _below(module, {id(memo.get(id(each))) for each in program.opaque})
     original = module.__dict__.get("forward")
     forward = GraphForward(
-        module, program.graph, program.arguments, original, below, guarded=bool(program.guarded)
+        module,
+        program.graph,
+        program.arguments,
+        original,
+        below,
+        guarded=bool(program.guarded),
+        ran=program.ran,
     )
     module.__dict__.update(forward.attributes)
 

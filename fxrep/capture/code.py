@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import dis
 import functools
+import os
 import types
 from collections.abc import Iterator
+
+# What tells the code of a function from other code, and can be pickled.
+Key = tuple[str, str, int]
+
+
+def key(code: types.CodeType) -> Key:
+    """The file, the name and the line of some code."""
+    return os.path.basename(code.co_filename), code.co_name, code.co_firstlineno
 
 
 def nested(code: types.CodeType) -> Iterator[types.CodeType]:

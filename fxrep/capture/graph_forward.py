@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxrep.capture.code import Key
 from fxrep.capture.guard import Known, Unchanged
 from fxrep.capture.held import FUSED
 from fxrep.capture.records import decode, encode
@@ -36,6 +37,7 @@ class GraphForward:
         original: the forward that was set on the module itself, if any.
         modules: the modules that the graph was made from.
         guarded: the graph stands for the forward only while its assertions hold.
+        ran: the code that the graph was made from, by `fxrep.capture.code.key`; None for any.
 
     Attributes:
         unchanged: the state of the modules; None until `arm`, and the graph always runs.
@@ -50,11 +52,13 @@ class GraphForward:
         modules: list[nn.Module],
         *,
         guarded: bool = False,
+        ran: frozenset[Key] | None = None,
     ) -> None:
         self.module = module
         self.original = original
         self.modules = modules
         self.guarded = guarded
+        self.ran = ran
         self.unchanged: Unchanged | None = None
         self._install(graph, arguments)
 
@@ -83,7 +87,7 @@ class GraphForward:
         Args:
             known: what classes of modules read outside of them; takes what is found.
         """
-        self.unchanged = Unchanged(self.modules, known)
+        self.unchanged = Unchanged(self.modules, known, self.ran)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph or, where it does not stand for it, the original forward."""
@@ -179,6 +183,7 @@ class GraphForward:
         memo[id(self)] = made
         for name in ("module", "original", "modules", "guarded", "unchanged"):
             setattr(made, name, copy.deepcopy(getattr(self, name), memo))
+        made.ran = self.ran
         made._install(copy.deepcopy(self.graph, memo), self.arguments)
         return made
 
@@ -188,6 +193,7 @@ class GraphForward:
             "original": self.original,
             "modules": self.modules,
             "guarded": self.guarded,
+            "ran": self.ran,
             "unchanged": self.unchanged,
             "nodes": encode(self.graph),
             "arguments": self.arguments,
@@ -198,6 +204,7 @@ class GraphForward:
         self.original = state["original"]
         self.modules = state.get("modules", [])
         self.guarded = state.get("guarded", False)
+        self.ran = state.get("ran")
         self.unchanged = state.get("unchanged")
         self._install(decode(state["nodes"]), state["arguments"])
 

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
+from fxrep.capture.code import Key
 from fxrep.capture.held import Held
 from fxrep.capture.outside import Outside
 from fxrep.capture.same import Attributes
@@ -28,8 +29,8 @@ from fxrep.ops.owner import global_hooks, weight_hooks
 
 _requires_grad = attrgetter("requires_grad")
 
-# By classes, and the ids of functions that objects hold.
-Known = dict[tuple[frozenset[type], frozenset[int]], Outside]
+# By classes, the ids of functions that objects hold, and the code that ran.
+Known = dict[tuple[frozenset[type], frozenset[int], frozenset[Key] | None], Outside]
 
 
 class Unchanged:
@@ -40,10 +41,17 @@ class Unchanged:
     Args:
         modules: the modules, each once.
         known: what classes of modules read outside of them, if another record has found it.
+        ran: the code that ran, by `fxrep.capture.code.key`; None if any may have run.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], known: Known | None = None) -> None:
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        known: Known | None = None,
+        ran: frozenset[Key] | None = None,
+    ) -> None:
         self.modules = list(modules)
+        self.ran = ran
         self._record(known if known is not None else {})
 
     def _record(self, known: Known) -> None:
@@ -66,9 +74,9 @@ class Unchanged:
         while True:
             self.held = Held(self.modules)
             kinds = [*map(type, self.modules), *self.held.kinds]
-            key = frozenset(kinds), frozenset(map(id, self.held.code))
+            key = frozenset(kinds), frozenset(map(id, self.held.code)), self.ran
             if key not in known:
-                known[key] = Outside(kinds, self.held.code)
+                known[key] = Outside(kinds, self.held.code, self.ran)
             self.outside = known[key]
             found = _with_children([*self.held.modules, *self.outside.modules], self.outside.names)
             own = set(map(id, self.modules))

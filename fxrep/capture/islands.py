@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from fxrep.capture.answers import Given
 from fxrep.capture.aten import respelled
+from fxrep.capture.code import Key
 from fxrep.capture.recorded import recorded
 from fxrep.capture.sharing import Reached, of_tree
 from fxrep.capture.signature import Arguments
@@ -67,6 +68,7 @@ class Program:
         opaque: the modules below `source` that the graph calls as they are.
         guarded: places where the graph goes on with answers that hold for some inputs only. It
             asserts them; for other inputs the original forward runs.
+        ran: the code that was traced, by `fxrep.capture.code.key`; None for any.
         ranks: ranks of values that the caller guarantees.
         dtypes: dtypes of values that the caller guarantees.
     """
@@ -78,6 +80,7 @@ class Program:
     source: nn.Module | None = None
     opaque: tuple[nn.Module, ...] = ()
     guarded: tuple[str, ...] = ()
+    ran: frozenset[Key] | None = None
     ranks: Mapping[fx.Node, int] = field(default_factory=dict)
     dtypes: Mapping[fx.Node, torch.dtype] = field(default_factory=dict)
 
@@ -241,7 +244,14 @@ class _Explorer:
         opaque = tuple(each.module for each in traced.opaque)
         self.capture.programs.append(
             Program(
-                path, traced.module, traced.graph, traced.arguments, module, opaque, traced.guarded
+                path,
+                traced.module,
+                traced.graph,
+                traced.arguments,
+                module,
+                opaque,
+                traced.guarded,
+                traced.ran,
             )
         )
         if traced.guarded:

@@ -39,10 +39,14 @@ class Listener:
 
     Args:
         tracer: is told of violations.
+
+    Attributes:
+        ran: the code of the user's functions that started.
     """
 
     def __init__(self, tracer: Tracer) -> None:
         self.tracer = tracer
+        self.ran: set[types.CodeType] = set()
 
     def start(self) -> None:
         """Begin."""
@@ -70,6 +74,7 @@ class Listener:
         if isinstance(first, FunctionCtx):
             self._refuse("forward calls an autograd.Function")
         elif kind is _Kind.USERS:
+            self.ran.add(code)
             reason = hidden_question(code, isinstance(first, nn.Module))
             if reason is not None and not _is_imported(frame):
                 self._refuse(f"{reason} ({place(code)})")

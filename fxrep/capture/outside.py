@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fxrep.capture import namespaces
-from fxrep.capture.code import mentioned, nested
+from fxrep.capture.code import Key, mentioned, nested
 from fxrep.capture.kept import default_device, is_container
 from fxrep.capture.namespaces import MISSING
 from fxrep.capture.reach import AnyTree, Reach, is_atom
@@ -54,16 +54,22 @@ class Outside:
     Args:
         kinds: classes of modules, and of objects that modules hold.
         code: further functions and classes.
+        ran: the code that ran, by `fxrep.capture.code.key`; None if any may have run.
 
     Attributes:
         names: of the attributes that the code reads; None if it may read any.
         modules: the modules that the code reaches.
     """
 
-    def __init__(self, kinds: Iterable[type], code: Iterable[Any] = ()) -> None:
+    def __init__(
+        self,
+        kinds: Iterable[type],
+        code: Iterable[Any] = (),
+        ran: frozenset[Key] | None = None,
+    ) -> None:
         kinds, code = list(dict.fromkeys(kinds)), list(code)
-        self._origin = kinds, code
-        reach = Reach([("", each) for each in code], kinds, AnyTree(kinds), _MOST)
+        self._origin = kinds, code, ran
+        reach = Reach([("", each) for each in code], kinds, AnyTree(kinds), _MOST, ran)
         self.is_complete = reach.is_complete
         of_layers = {name for kind in kinds for name in _names_of_layer(kind)}
         known = reach.names | of_layers | EVERY_MODULE
@@ -145,9 +151,11 @@ def _is_constant(name: str, value: Any) -> bool:
     return is_atom(value) and not name.startswith("__")
 
 
-def _loaded(kinds: list[type], code: list[Any], constants: _Constants) -> Outside:
+def _loaded(
+    kinds: list[type], code: list[Any], ran: frozenset[Key] | None, constants: _Constants
+) -> Outside:
     """The record of a pickle; pickles name this function."""
-    made = Outside(kinds, code)
+    made = Outside(kinds, code, ran)
     made.is_complete = made.is_complete and made._have(constants)
     return made
 

@@ -16,14 +16,14 @@ import random
 import sys
 import types
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxrep.capture import namespaces
-from fxrep.capture.code import global_names, mentioned, nested
+from fxrep.capture.code import Key, global_names, key, mentioned, nested
 from fxrep.capture.kept import is_container, values_of
 from fxrep.words import words
 
@@ -117,6 +117,7 @@ class Reach:
         kinds: classes whose methods are called `forward` and `__call__`.
         tree: the modules around: none is walked into, for each has a reach of its own.
         most: how many objects are visited.
+        ran: the code of the functions that are walked into; None for all.
 
     Attributes:
         objects: by id, the objects whose state may be written.
@@ -136,6 +137,7 @@ class Reach:
         kinds: Iterable[type],
         tree: Tree,
         most: int = _MOST,
+        ran: Container[Key] | None = None,
     ) -> None:
         self.tree = tree
         self.objects: dict[int, object] = {}
@@ -147,6 +149,7 @@ class Reach:
         self.names: set[str] = set()
         self.is_complete = True
         self._most = most
+        self._ran = ran
         self.barred: list[str] = []
         self._seen: dict[int, object] = {}
         self._open: dict[int, tuple[Any, set[str]]] = {}
@@ -265,6 +268,8 @@ class Reach:
             inner = getattr(function, "__wrapped__", None)
             if inner is not None and function.__code__.co_filename != fx._symbolic_trace.__file__:
                 self._ahead.append((where, inner))
+            return
+        if self._ran is not None and key(function.__code__) not in self._ran:
             return
         self.functions[id(function)] = function
         namespace = function.__globals__

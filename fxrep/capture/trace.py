@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from fxrep.capture.answers import Given
+from fxrep.capture.code import Key, key
 from fxrep.capture.proxies import Unfaithful
 from fxrep.capture.signature import Arguments, is_variadic
 from fxrep.capture.skeleton import private
@@ -39,6 +40,7 @@ class Traced:
         drew_numbers: an opaque module, or another thread, drew random numbers during the trace.
         guarded: where the forward was given answers that hold for some inputs only.
         lacking: the forward asked what inputs would answer.
+        ran: the code that ran, by `fxrep.capture.code.key`.
     """
 
     module: nn.Module
@@ -48,6 +50,7 @@ class Traced:
     drew_numbers: bool = False
     guarded: tuple[str, ...] = ()
     lacking: bool = False
+    ran: frozenset[Key] = frozenset()
 
 
 class Untraceable(FxrepError):
@@ -293,6 +296,7 @@ def _trace_once(
             tracer.drew_numbers,
             tuple(answers.guarded),
             answers.lacking,
+            frozenset(map(key, tracer.listener.ran)),
         )
 
 
