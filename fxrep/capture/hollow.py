@@ -84,23 +84,28 @@ class Hollow:
         self.tracer = tracer
         self.modules = list(root.modules())
         self.unregistered = _unregistered(self.modules)
-        self.originals = [dict(module.__dict__) for module in self.modules]
-        self.hooks = {id(module): _Hooks(module) for module in self.modules}
+        self.originals = {id(module): dict(module.__dict__) for module in self.modules}
+        hooks = {key: _hooks(own) for key, own in self.originals.items()}
+        self.hooks = {key: list(map(dict, each)) for key, each in hooks.items() if any(each)}
         self.kinds = {id(module): type(module) for module in self.modules}
         self.installed: dict[int, dict[str, Any]] = {}
         self._below: dict[int, _Below] = {}
 
     def install(self) -> None:
         """Put the tracer between the modules and their tensors and calls."""
+        empty = {kind: kind({}, self.tracer) for kind in (_Parameters, _Buffers, _Registered)}
+
+        def registered(kind: type[_Registered], values: dict[str, Any]) -> _Registered:
+            return kind(values, self.tracer) if values else empty[kind]
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return self.tracer.call(module, args, kwargs)
 
         for module in self.modules:
             own = module.__dict__
-            own["_parameters"] = _Parameters(own["_parameters"], self.tracer)
-            own["_buffers"] = _Buffers(own["_buffers"], self.tracer)
-            own["_modules"] = _Registered(own["_modules"], self.tracer)
+            own["_parameters"] = registered(_Parameters, own["_parameters"])
+            own["_buffers"] = registered(_Buffers, own["_buffers"])
+            own["_modules"] = registered(_Registered, own["_modules"])
             # `nn.Module.__call__` hands the call to this attribute, which `Module.compile` sets.
             own["_compiled_call_impl"] = types.MethodType(call, module)
             self.installed[id(module)] = dict(own)
@@ -111,9 +116,9 @@ class Hollow:
 
     def uninstall(self) -> None:
         """Give every module its own attributes back. A second call changes nothing."""
-        for module, original in zip(self.modules, self.originals, strict=True):
-            _replace_attributes(module, original)
-            self.hooks[id(module)].restore()
+        for module in self.modules:
+            _replace_attributes(module, self.originals[id(module)])
+            self._restore_hooks(module)
         for module in self.unregistered:
             module.__dict__.pop("_compiled_call_impl", None)
 
@@ -140,6 +145,8 @@ class Hollow:
 
     def written_attribute(self, root: nn.Module) -> str | None:
         """The name of an attribute that was set or deleted at a module or below, if any."""
+        if not root._modules:
+            return next(iter(self._changes(root)), None)
         below = self.below(root)
         if not below.changed():
             return None
@@ -150,12 +157,26 @@ class Hollow:
         for module in self.below(root).modules:
             if self._changes(module):
                 _replace_attributes(module, self.installed[id(module)])
-                self.hooks[id(module)].restore()
+                self._restore_hooks(module)
+
+    def _hooks_changed(self, module: nn.Module) -> bool:
+        """Whether a hook was registered or removed."""
+        now, before = _hooks(self.originals[id(module)]), self.hooks.get(id(module), ())
+        return sum(map(len, now)) != sum(map(len, before))
+
+    def _restore_hooks(self, module: nn.Module) -> None:
+        """Remove the hooks that were registered, register those that were removed."""
+        if self._hooks_changed(module):
+            dicts = _hooks(self.originals[id(module)])
+            saved: list[dict[Any, Any]] = self.hooks.get(id(module)) or [{} for _ in dicts]
+            for each, before in zip(dicts, saved, strict=True):
+                each.clear()
+                each.update(before)
 
     def _changes(self, module: nn.Module) -> list[str]:
         """The names of the attributes of one module that were set or deleted."""
         now, before = module.__dict__, self.installed[id(module)]
-        found = ["_forward_hooks"] if self.hooks[id(module)].changed() else []
+        found = ["_forward_hooks"] if self._hooks_changed(module) else []
         if type(module) is not self.kinds[id(module)]:
             found.append("__class__")
         if len(now) != len(before) or not all(map(operator.is_, now.values(), before.values())):
@@ -179,7 +200,7 @@ class _Below:
         self.values = list(chain.from_iterable(map(dict.values, attributes)))
         self.sizes = list(map(len, attributes))
         self.hooks = [value for value in self.values if type(value) is OrderedDict]
-        self.hooked = any(hollow.hooks[id(module)].count for module in modules)
+        self.hooked = any(id(module) in hollow.hooks for module in modules)
 
     def changed(self) -> bool:
         """Whether an attribute or a class may have been set, or a hook registered or removed."""
@@ -194,26 +215,9 @@ class _Below:
         )
 
 
-class _Hooks:
-    """The hooks of a module: registering a hook writes a dict in place, not an attribute."""
-
-    __slots__ = ("count", "dicts", "saved")
-
-    def __init__(self, module: nn.Module) -> None:
-        self.dicts = [v for v in module.__dict__.values() if type(v) is OrderedDict]
-        self.count = sum(map(len, self.dicts))
-        self.saved = [dict(each) for each in self.dicts] if self.count else None
-
-    def changed(self) -> bool:
-        """Whether a hook was registered or removed."""
-        return sum(map(len, self.dicts)) != self.count
-
-    def restore(self) -> None:
-        """Remove the hooks that were registered, register those that were removed."""
-        if self.changed():
-            for i, each in enumerate(self.dicts):
-                each.clear()
-                each.update(self.saved[i] if self.saved else {})
+def _hooks(attributes: dict[str, Any]) -> list[dict[Any, Any]]:
+    """The dicts of hooks of a module: registering a hook writes one in place."""
+    return [value for value in attributes.values() if type(value) is OrderedDict]
 
 
 def _unregistered(modules: list[nn.Module]) -> list[nn.Module]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import types
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -144,12 +144,11 @@ def duplicate(
     memo = {} if memo is None else memo
     found = of_tree(tree) if found is None else found
     fixed = Memory(each.tensor for each in found if not each.copied)
-    users: dict[tuple[int, int], set[int]] = {}
-    for each in found:
-        users.setdefault(addresses(each.tensor), set()).add(id(each.holder))
+    holders = {(addresses(each.tensor), id(each.holder)) for each in found}
+    users = Counter(address for address, _ in holders)
     for each in found:
         if id(each.holder) not in memo:
-            alone = len(users[addresses(each.tensor)]) == 1
+            alone = users[addresses(each.tensor)] == 1
             _remember(each.holder, memo, stays=each.tensor in fixed, alone=alone)
     return _copied(tree, memo)
 

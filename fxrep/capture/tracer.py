@@ -13,6 +13,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -133,12 +134,11 @@ class Tracer(fx.Tracer):
         self.constants: dict[str, tuple[torch.Tensor, int]] = {}
         self.violations: list[Unfaithful] = []
         self.attribute_proxies: dict[str, fx.Proxy] = {}
-        self.leaves: dict[int, tuple[bool, type[nn.Module] | None]] = {}
+        self.leaves: dict[int, type[nn.Module] | None] = {}
         self.tensor_arguments: set[str] = set()
         self.tensor_attrs: dict[Any, str] = {}  # names of `constants`, in fx's own attribute
         self.script_object_map: dict[Any, str] = {}
-        registered = list(named_tensors(root))
-        self.named_tensors = dict([*_plain_tensors(root), *registered])
+        self.named_tensors = dict(chain(_plain_tensors(root), named_tensors(root)))
         self.tensor_names = {id(t): name for name, t in reversed(self.named_tensors.items())}
         self.module_paths = {id(module): path for path, module in root.named_modules()}
         self.state = state
@@ -402,16 +402,13 @@ class Tracer(fx.Tracer):
     # modules
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: D102
-        return self._leaf(m)[0]
+        return isinstance(m, torch.jit.ScriptModule) or self._leaf_class(m) is not None
 
-    def _leaf(self, m: nn.Module) -> tuple[bool, type[nn.Module] | None]:
-        """Whether a module is a leaf, and the class of torch.nn whose code it runs, hooks aside."""
-        found = self.leaves.get(id(m))
-        if found is None:
-            kind = leaf_class(m)
-            leaf = kind is not None or isinstance(m, torch.jit.ScriptModule)
-            found = self.leaves[id(m)] = leaf, kind
-        return found
+    def _leaf_class(self, m: nn.Module) -> type[nn.Module] | None:
+        """`leaf_class`, remembered."""
+        if id(m) not in self.leaves:
+            self.leaves[id(m)] = leaf_class(m)
+        return self.leaves[id(m)]
 
     def call(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The traced result of a call of a module of the tree."""
@@ -456,7 +453,7 @@ class Tracer(fx.Tracer):
     def _call_leaf(
         self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        own = None if foreign_hooks(m) else self._leaf(m)[1]
+        own = None if foreign_hooks(m) else self._leaf_class(m)
         if own is not None and lacks_input(m, args, kwargs):
             if own is nn.Identity:
                 return None
