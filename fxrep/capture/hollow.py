@@ -125,9 +125,9 @@ class Hollow:
     def plain(self) -> nn.Module:
         """The tree as it was before `install`, as other modules with the same tensors."""
         copies = {id(module): object.__new__(type(module)) for module in self.modules}
-        for module, original in zip(self.modules, self.originals, strict=True):
+        for key, original in self.originals.items():
             children = {n: copies.get(id(c), c) for n, c in original["_modules"].items()}
-            copies[id(module)].__dict__.update(original | {"_modules": children})
+            copies[key].__dict__.update(original | {"_modules": children})
         return copies[id(self.modules[0])]
 
     def _call_unregistered(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
