@@ -36,7 +36,7 @@ _WEIGHTS = words(
 
 _UNSEEN = words(
     "data numpy __array__ storage untyped_storage typed_storage to_dlpack from_dlpack __dlpack__ "
-    "from_numpy data_ptr swap_tensors vector_to_parameters"
+    "asarray frombuffer memoryview data_ptr swap_tensors vector_to_parameters"
 )
 
 

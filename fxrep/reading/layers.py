@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -552,11 +553,11 @@ READERS: dict[str, Reader] = {
 
 
 def as_tuple(value: Any, length: int) -> tuple[int, ...] | None:
-    """An int or a sequence of ints as a tuple of `length` ints; None for any other value."""
-    if isinstance(value, int):
-        return (value,) * length
-    if isinstance(value, Sequence) and all(isinstance(v, int) for v in value):
+    """An integer, NumPy's too, or a sequence of them as a tuple of ints; None for other values."""
+    if isinstance(value, Integral):
+        return (int(value),) * length
+    if isinstance(value, Sequence) and all(isinstance(v, Integral) for v in value):
         if len(value) == 1:
-            return tuple(value) * length
-        return tuple(value) if len(value) == length else None
+            return (int(value[0]),) * length
+        return tuple(map(int, value)) if len(value) == length else None
     return None
