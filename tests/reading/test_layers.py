@@ -12,21 +12,21 @@ from torch import nn
 import fxrep
 from support.check import randomize
 
-I: Callable[[int], int] = np.int64  # type: ignore[assignment]
+N: Callable[[int], int] = np.int64  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(
     "conv",
     [
-        nn.Conv1d(4, 8, I(3), padding=I(1)),
-        nn.Conv2d(4, 8, (I(3), I(3)), (I(2), I(1)), (I(1), I(0)), (I(1), I(1)), I(2)),
-        nn.Conv3d(4, 4, 3, np.array([1, 2, 2]).tolist(), (I(1), I(1), I(1))),
-        nn.ConvTranspose2d(4, 8, I(3), I(2), I(1), I(1), I(2)),
+        nn.Conv1d(4, 8, N(3), padding=N(1)),
+        nn.Conv2d(4, 8, (N(3), N(3)), (N(2), N(1)), (N(1), N(0)), (N(1), N(1)), N(2)),
+        nn.Conv3d(4, 4, 3, np.array([1, 2, 2]).tolist(), (N(1), N(1), N(1))),
+        nn.ConvTranspose2d(4, 8, N(3), N(2), N(1), N(1), N(2)),
     ],
     ids=lambda conv: type(conv).__name__,
 )
 def test_integers_of_numpy(conv: nn.Module) -> None:
-    rank = conv.weight.dim() - 2  # type: ignore[operator, union-attr]
+    rank = conv.weight.dim() - 2
     norm = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[rank]
     model = randomize(nn.Sequential(conv, norm(conv.out_channels))).eval()  # type: ignore[arg-type]
     x = torch.randn(2, 4, *[8] * rank)
