@@ -24,6 +24,7 @@ from fxrep.capture.held import FUSED
 from fxrep.capture.records import decode, encode
 from fxrep.capture.rewritten import compiled
 from fxrep.capture.signature import Arguments, same_value
+from fxrep.capture.skeleton import private
 from fxrep.ops.assume import Unmet
 
 
@@ -207,6 +208,27 @@ class GraphForward:
         self.ran = state.get("ran")
         self.unchanged = state.get("unchanged")
         self._install(decode(state["nodes"]), state["arguments"])
+
+
+def unfused(model: nn.Module) -> nn.Module:
+    """A model as it was before it was optimized, if it has islands; otherwise the model itself.
+
+    Its modules are other ones, and have all tensors in common with the model.
+    """
+    if not any(isinstance(each.__dict__.get("forward"), GraphForward) for each in model.modules()):
+        return model
+    found = private(model, set())
+    for module in found.modules():
+        own = module.__dict__
+        forward = own.get("forward")
+        if isinstance(getattr(own.get("_apply"), "__self__", None), Moves):
+            del own["_apply"]
+        if isinstance(forward, GraphForward):
+            for name in (*forward.attributes, FUSED):
+                own.pop(name, None)
+            if forward.original is not None:
+                own["forward"] = forward.original
+    return found
 
 
 class Moves:

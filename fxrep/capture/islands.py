@@ -19,6 +19,7 @@ from torch import fx, nn
 from fxrep.capture.answers import Given
 from fxrep.capture.aten import respelled
 from fxrep.capture.code import Key
+from fxrep.capture.graph_forward import unfused
 from fxrep.capture.recorded import recorded
 from fxrep.capture.sharing import Reached, of_tree
 from fxrep.capture.signature import Arguments
@@ -146,7 +147,7 @@ def capture(
         ModelError: no module, in training mode, or weights that are no plain tensors.
         InputError: example_inputs do not fit the forward's signature.
     """
-    model = respelled(unwrap(model))
+    model = unfused(respelled(unwrap(model)))
     check(model)
     found = of_tree(model)
     tree = skeleton(model, found)

@@ -32,6 +32,7 @@ from fxrep.capture.snapshot import Snapshot
 from fxrep.capture.state import GeneratorStates, is_only_thread
 from fxrep.capture.substitution import run_and_undo
 from fxrep.ops.absent import check_arguments, lacks_input, lacks_operand
+from fxrep.ops.assume import assume
 from fxrep.ops.calls import Calls
 from fxrep.ops.owner import (
     foreign_hooks,
@@ -304,6 +305,8 @@ class Tracer(fx.Tracer):
         if args[0] in ("call_function", "call_method") and lacks_operand(*args[1:4]):
             name = getattr(args[1], "__name__", args[1])
             raise self._missing_tensor(f"forward passes None to {name}() for a tensor")
+        if args[1] is assume and not self.answers.guarded:  # of a graph that was made before
+            self.answers.guarded.append(str(args[2][1]))
         node = super().create_node(*args, **kwargs)
         node.meta["nn_module_stack"] = self.calling
         return node

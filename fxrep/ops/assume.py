@@ -18,5 +18,7 @@ def assume(condition: object, message: str) -> None:
     Raises:
         Unmet: the condition is false.
     """
-    if not condition:
+    if isinstance(condition, fx.Proxy):  # a later symbolic trace keeps the condition
+        condition.tracer.create_proxy("call_function", assume, (condition, message), {})
+    elif not condition:
         raise Unmet(message)

@@ -246,6 +246,17 @@ def test_answers_of_example_inputs_are_guarded(forward: Any) -> None:
     agree(copy.deepcopy(model).double(), copy.deepcopy(fast).double())
 
 
+def test_an_optimized_model_is_optimized_again() -> None:
+    """From the layers that it has kept."""
+    model, x = made(padded), INPUTS[0]
+    fast = fxrep.optimize(fxrep.optimize(model, x), x)
+    assert norms(fast, x) == 0
+    agree(model, fast)
+    again = fxrep.optimize(fast)
+    assert norms(again, x) > 0 and norms(fast, x) == 0
+    agree(model, again)
+
+
 @pytest.mark.parametrize("forward", GUARDED)
 def test_a_guarded_graph_gives_gradients(forward: Any) -> None:
     model, x = made(forward), INPUTS[0]

@@ -40,6 +40,8 @@ Member = Callable[[], Made]
 MEMBERS: dict[str, Member] = {}
 # Members that `optimize` refuses by name.
 REFUSED: set[str] = set()
+# Members without an effect: a call of a cached function with constants.
+HARMLESS = {"cached_function", "cached_function_used_before"}
 
 
 def member(make: Member) -> Member:
