@@ -49,8 +49,9 @@ import fxrep
 from fxrep.cli.demo import randomize_batchnorm
 
 QUICK = (
-    "segmentation-models-pytorch:Linknet-resnet18", "segmentation-models-pytorch:FPN-mobilenet_v2",
-    "monai:BasicUNet", "monai:UNet",
+    "transformers:efficientnet", "transformers:cvt", "transformers:upernet_convnext",
+    "segmentation-models-pytorch:Linknet-resnet18", "monai:BasicUNet", "monai:UNETR",
+    "spandrel:DnCNN",
 )  # fmt: skip
 SECONDS = 600  # a model that takes longer is given up
 KEEPING = ("capture", "batchnorm", "branches")  # the passes that say why a BatchNorm stays

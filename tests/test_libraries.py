@@ -113,6 +113,7 @@ def test_how_a_model_was_captured() -> None:
     asks = fxrep.optimize(Asks().eval())
     assert captured(asks) == "1 island"
     assert captured(fxrep.optimize(nn.Sequential(nn.Conv2d(3, 4, 1)).eval())) == "whole graph"
+    assert captured(fxrep.optimize(nn.Sequential(Asks(), Asks()).eval())) == "graph around 2"
     assert captured(Asks()) == "nothing"
 
 
