@@ -147,8 +147,9 @@ def capture(
         ModelError: no module, in training mode, or weights that are no plain tensors.
         InputError: example_inputs do not fit the forward's signature.
     """
-    model = unfused(respelled(unwrap(model)))
+    model = respelled(unwrap(model))
     check(model)
+    model = unfused(model)
     found = of_tree(model)
     tree = skeleton(model, found)
     examples = _Examples(Capture(model, tree, reached=found), example_inputs)
