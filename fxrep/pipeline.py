@@ -12,6 +12,7 @@ from fxrep.analysis.trial import Trial, run_beside
 from fxrep.capture.assemble import assemble, attached, seal
 from fxrep.capture.islands import Capture, capture
 from fxrep.capture.state import unchanged_random_state
+from fxrep.capture.substitution import run_and_undo
 from fxrep.errors import OptionError, ReportError
 from fxrep.passes import default_passes
 from fxrep.planning.cost import CostModel, cost_models
@@ -72,8 +73,13 @@ def optimize(
             "cost='measure' times rewrites on example_inputs, and there are none: pass inputs of "
             "the shapes the model will see, or cost='macs'"
         )
+    state = torch._C._get_torch_function_state()  # type: ignore[attr-defined]
     with torch.inference_mode(False):  # what is made there could be neither trained nor loaded
-        return _optimized(model, example_inputs, settings)
+        return run_and_undo(
+            lambda: _optimized(model, example_inputs, settings),
+            # An interrupt at the end of a `with` leaves the context on.
+            lambda: torch._C._set_torch_function_state(state),  # type: ignore[attr-defined]
+        )
 
 
 def _optimized(model: nn.Module, example_inputs: object, settings: Settings) -> nn.Module:

@@ -213,6 +213,7 @@ class _Explorer:
         self.state = state
         self.examples = examples
         self.seen: set[int] = set()
+        self.below_guarded = False
 
     def explore(self, module: nn.Module, path: str, *, use: Use) -> None:
         """Capture the module, or the modules below it.
@@ -260,12 +261,17 @@ class _Explorer:
             places = ", ".join(dict.fromkeys(traced.guarded))
             self._skip(path, f"guarded: other inputs may run the original forward ({places})")
         self._explore_opaque(path, traced)
-        if use != "whole":
+        if traced.guarded:  # the original forward runs what traces below without guards
+            outside, self.below_guarded = self.below_guarded, True
+            self._explore_children(module, path)
+            self.below_guarded = outside
+        elif use != "whole":
             self._explore_children(module, path)
 
     def _traced(self, module: nn.Module, path: str) -> Traced:
         named = self.examples.named if not path else None
-        return trace(module, self.state, named, lambda: self.examples.given(path))
+        given = None if self.below_guarded else self.examples
+        return trace(module, self.state, named, lambda: given.given(path) if given else None)
 
     def _leave_as_it_is(self, module: nn.Module, path: str, error: Untraceable) -> None:
         """Explore the children of a module that does not trace, unless it writes parameters."""

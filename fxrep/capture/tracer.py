@@ -90,6 +90,7 @@ class _Checkpoint:
     inlined: set[int]
     violations: int
     guarded: int
+    tensor_arguments: frozenset[str]
 
 
 class Tracer(fx.Tracer):
@@ -525,12 +526,14 @@ class Tracer(fx.Tracer):
             set(self.inlined),
             len(self.violations),
             len(self.answers.guarded),
+            frozenset(self.tensor_arguments),
         )
 
     def _roll_back(self, checkpoint: _Checkpoint, m: nn.Module) -> None:
         """Undo all that the trace of a submodule has changed."""
         del self.violations[checkpoint.violations :]
         del self.answers.guarded[checkpoint.guarded :]
+        self.tensor_arguments &= checkpoint.tensor_arguments
         self.suspicion = None
         for node in reversed(self.graph.nodes):
             if node is checkpoint.last:

@@ -72,6 +72,7 @@ def this_thread() -> tuple[object, ...]:
         torch.ones(1)
     return (
         torch.is_grad_enabled(), torch.is_inference_mode_enabled(), nested, modes.seen,
+        torch._C._is_torch_function_enabled(),
         torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack(),
     )  # fmt: skip
 
@@ -306,6 +307,19 @@ def everywhere(positions: Iterator[int]) -> None:
         assert all(now[k].data_ptr() == v.data_ptr() for k, v in weights.items())
     assert torch.equal(model(x), expected)
     assert batchnorms(fxrep.optimize(model)) == 0
+
+
+class Interrupted(Asking):
+    def forward(self, x: Tensor) -> Tensor:
+        torch._C.DisableTorchFunction().__enter__()  # as an interrupt at the end of a `with` does
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_in_a_context_leaves_nothing_behind() -> None:
+    before = this_thread()
+    with pytest.raises(KeyboardInterrupt):
+        fxrep.optimize(Interrupted().eval())
+    assert this_thread() == before
 
 
 def test_an_interrupt_leaves_nothing_behind() -> None:
