@@ -47,21 +47,28 @@ def only_answer(code: types.CodeType, offset: int) -> bool | None:
     return jumps_if if raises[1] else not jumps_if
 
 
-def _raises(steps: Sequence[dis.Instruction], places: dict[int, int], at: int) -> bool:
-    """Whether the code from here on raises, without a condition in between."""
-    for _ in range(_MOST):
-        if at >= len(steps):
-            return False
-        step = steps[at]
-        if step.opname == "RAISE_VARARGS":
-            return True
-        if step.opname == "JUMP_FORWARD":
-            at = places[step.argval]
-        elif step.opname in _ENDS or step.opcode in dis.hasjrel or step.opcode in dis.hasjabs:
-            return False
-        else:
+def _raises(steps: Sequence[dis.Instruction], places: dict[int, int], start: int) -> bool:
+    """Whether the code from here on raises, whichever way its own conditions go."""
+    ahead, seen = [start], set()
+    while ahead:
+        at = ahead.pop()
+        while at not in seen:
+            seen.add(at)
+            if at >= len(steps) or len(seen) > _MOST:
+                return False
+            step = steps[at]
+            if step.opname == "RAISE_VARARGS":
+                break
+            jumps = step.opcode in dis.hasjrel or step.opcode in dis.hasjabs
+            if step.opname in _ENDS or (jumps and places[step.argval] <= at):
+                return False  # a loop may return at another turn
+            if step.opname == "JUMP_FORWARD":
+                at = places[step.argval]
+                continue
+            if jumps:
+                ahead.append(places[step.argval])
             at += 1
-    return False
+    return True
 
 
 _ENDS = words("RETURN_VALUE RETURN_CONST RERAISE YIELD_VALUE")

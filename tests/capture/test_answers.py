@@ -96,6 +96,15 @@ def otherwise(self: Any, x: Tensor) -> Tensor:
     return self.second(y)
 
 
+def explained(self: Any, x: Tensor) -> Tensor:
+    height, width = x.shape[-2:]
+    if height % 2 != 0 or width % 2 != 0:
+        more = (height // 2 + 1) * 2 if height % 2 != 0 else height
+        message = f"{more}" if more > 8 and self.channels else "odd"
+        raise RuntimeError(message)
+    return self.first(x)
+
+
 def values(self: Any, x: Tensor) -> Tensor:
     if torch.isnan(x).any():
         raise ValueError("nan")
@@ -103,7 +112,8 @@ def values(self: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "forward", [channels_compared, globals()["asserted"], either, helper, otherwise, values]
+    "forward",
+    [channels_compared, globals()["asserted"], either, helper, otherwise, explained, values],
 )
 def test_a_condition_that_only_raises_stays_in_the_graph(forward: Any) -> None:
     model, x = made(forward), torch.randn(2, 3, 8, 8)
@@ -139,7 +149,15 @@ def and_(self: Any, x: Tensor) -> Tensor:
     return self.first(x[:, :3])
 
 
-@pytest.mark.parametrize("forward", [caught, both_go_on, and_])
+def sometimes(self: Any, x: Tensor) -> Tensor:
+    if x.shape[1] != 3:
+        if self.training or x.shape[1] > 8:
+            raise ValueError("training")
+        x = x[:, :3]
+    return self.first(x)
+
+
+@pytest.mark.parametrize("forward", [caught, both_go_on, and_, sometimes])
 def test_a_condition_that_may_go_either_way_stays_python(forward: Any) -> None:
     model = made(forward)
     fast = fxrep.optimize(model)
