@@ -10,10 +10,11 @@ import operator
 import types
 from collections.abc import Callable, Iterable, Mapping, Set
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from fxrep.capture.reach import is_atom
+from fxrep.ops.owner import EVERY_MODULE
 
 MISSING = object()
 
@@ -74,14 +75,30 @@ class Attributes:
 
     def _record(self) -> None:
         self.saved = [dict(vars(owner)) for owner in self.owners]
-        self.keys = list(chain.from_iterable(self.saved))
-        self.values = list(chain.from_iterable(map(_values_of, self.saved)))
+        own = [(owner, vars(owner).keys() - EVERY_MODULE) for owner in self.owners]
+        # Of one name a getter gives no tuple.
+        self.getters = [
+            itemgetter(*names, *(names if len(names) == 1 else ())) for _, names in own if names
+        ]
+        self.holders = [owner for owner, names in own if names]
+        self.values = self._own_values()
+
+    def _own_values(self) -> list[Any]:
+        """The values that not every module has."""
+        attributes = map(_attributes_of, self.holders)
+        return list(chain.from_iterable(map(operator.call, self.getters, attributes)))
+
+    def _are_identical(self, now: list[Mapping[str, Any]]) -> bool:
+        # Dicts compare their values by identity first, but then by equality.
+        try:
+            return now == self.saved and identical(self._own_values(), self.values)
+        except Exception:  # values that cannot be compared, or a missing one
+            return False
 
     def same(self) -> bool:
         """Whether all that code reads is what it was."""
         now = list(map(_attributes_of, self.owners))
-        values = list(chain.from_iterable(map(_values_of, now)))
-        if identical(values, self.values) and list(chain.from_iterable(now)) == self.keys:
+        if self._are_identical(now):
             return True
         first = self.but
         for attributes, saved in zip(now, self.saved, strict=True):
@@ -111,7 +128,9 @@ class Items:
     """
 
     def __init__(self, containers: Iterable[Any]) -> None:
-        self.containers = list(containers)
+        found = list(containers)
+        self.empty = [each for each in found if not each]
+        self.containers = [each for each in found if each]
         self.mappings = [each for each in self.containers if isinstance(each, dict)]
         self.sizes = list(map(len, self.containers))
         self.items = list(chain.from_iterable(self.containers))
@@ -119,7 +138,7 @@ class Items:
 
     def same(self) -> bool:
         """Whether all items are what they were."""
-        if list(map(len, self.containers)) != self.sizes:
+        if any(self.empty) or list(map(len, self.containers)) != self.sizes:
             return False
         if not all_alike(list(chain.from_iterable(self.containers)), self.items):
             return False
@@ -135,7 +154,9 @@ class Tables:
     """
 
     def __init__(self, tables: Iterable[dict[str, Any]]) -> None:
-        self.tables = list(tables)
+        found = list(tables)
+        self.empty = [each for each in found if not each]
+        self.tables = [each for each in found if each]
         self._record()
 
     def _record(self) -> None:
@@ -149,6 +170,8 @@ class Tables:
         Args:
             allowed: whether a value may be another now.
         """
+        if any(self.empty):
+            return False
         values = list(chain.from_iterable(map(_values_of, self.tables)))
         if identical(values, self.values) and list(chain.from_iterable(self.tables)) == self.keys:
             return True
