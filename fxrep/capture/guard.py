@@ -23,7 +23,7 @@ from torch.jit import ScriptModule
 from fxrep.capture.code import Key
 from fxrep.capture.held import Held
 from fxrep.capture.outside import Outside
-from fxrep.capture.same import Attributes
+from fxrep.capture.same import Attributes, all_alike
 from fxrep.capture.versions import Versions
 from fxrep.ops.owner import global_hooks, weight_hooks
 
@@ -59,7 +59,7 @@ class Unchanged:
         self.types = list(map(type, self.modules))
         # The hook of a weight_norm sets the weight at each call.
         self.hooked = [m for m in self.modules if weight_hooks(m)]
-        self.hooked_attributes = [_without_weights(m) for m in self.hooked]
+        self.hooked_attributes = self._hooked_attributes()
         plain = [m for m in self.modules if not weight_hooks(m)]
         # Whoever replaced the forward of the first, and calls the one before, may do so.
         own = frozenset({"forward", "_compiled_call_impl"} if plain[:1] == self.modules[:1] else ())
@@ -68,6 +68,9 @@ class Unchanged:
         tensors = [t for m in self.modules for t in _tensors(m)]
         self.versions = Versions([*tensors, *self.held.tensors])
         self._read()
+
+    def _hooked_attributes(self) -> list[Any]:
+        return [each for m in self.hooked for item in _without_weights(m).items() for each in item]
 
     def _find(self, known: Known) -> None:
         """Find what the modules hold and read, and the modules among that, in turn."""
@@ -113,7 +116,7 @@ class Unchanged:
             # An export sets hooks of its own.
             and (exported or global_hooks() == self.global_hooks)
             and self.attributes.same()
-            and list(map(_without_weights, self.hooked)) == self.hooked_attributes
+            and all_alike(self._hooked_attributes(), self.hooked_attributes)
             and self.held.same(faked=exported)
             and self.outside.same(exported=exported)
         )

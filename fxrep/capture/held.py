@@ -58,7 +58,7 @@ class Held:
         self.objects = [*self.things, *self.slotted]
         self.kinds = list(map(type, self.objects))
         self.slots = [value for thing in self.slotted for value in values_of(thing)]
-        self.bytes = list(map(_bytes, self.arrays))
+        self.bytes = list(map(bytes_of, self.arrays))
         self.items = Items(self.containers)
         self.tables = Tables(t for m in modules for t in (m._parameters, m._buffers))
 
@@ -100,7 +100,7 @@ class Held:
             return value.func, value.args, value.keywords
         elif isinstance(value, weakref.ref):
             return (value(),)
-        elif _is_array(value):
+        elif is_array(value):
             self.arrays.append(value)
         elif is_container(value) or is_plain(value):
             return self._visit_object(value)
@@ -130,7 +130,7 @@ class Held:
             and self.attributes.same()
             and list(map(type, self.objects)) == self.kinds
             and all_alike([v for thing in self.slotted for v in values_of(thing)], self.slots)
-            and list(map(_bytes, self.arrays)) == self.bytes
+            and list(map(bytes_of, self.arrays)) == self.bytes
         )
 
 
@@ -144,11 +144,13 @@ def _is_fake(value: Any) -> bool:
     return isinstance(value, FakeTensor)
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> bool:
+    """Whether a value holds plain elements: those of NumPy, a bytearray, an `array.array`."""
     numpy = sys.modules.get("numpy")
     is_numpy = numpy is not None and isinstance(value, numpy.ndarray) and not value.dtype.hasobject
     return is_numpy or isinstance(value, bytearray | array.array)
 
 
-def _bytes(value: Any) -> bytes:
+def bytes_of(value: Any) -> bytes:
+    """The elements of such a value."""
     return bytes(value) if isinstance(value, bytearray) else value.tobytes()

@@ -26,8 +26,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from fxrep.capture import namespaces
-
-_MISSING = object()
+from fxrep.capture.namespaces import MISSING
 
 
 class Kept(Protocol):
@@ -102,7 +101,7 @@ class Items:
             return None
         now = dict(zip(*self._content(), strict=True))
         for key, value in zip(self.keys, self.values, strict=True):
-            if now.pop(key, _MISSING) is not value:
+            if now.pop(key, MISSING) is not value:
                 return None
         return list(now.values())
 
@@ -226,7 +225,7 @@ def _slots(thing: Any) -> list[tuple[type, str]]:
         for kind in type(thing).__mro__
         if "__slots__" in kind.__dict__
         for name, slot in kind.__dict__.items()
-        if isinstance(slot, types.MemberDescriptorType) and _slot(slot, thing) is not _MISSING
+        if isinstance(slot, types.MemberDescriptorType) and _slot(slot, thing) is not MISSING
     ]
 
 
@@ -234,7 +233,7 @@ def _slot(slot: Any, thing: Any) -> Any:
     try:
         return slot.__get__(thing, type(thing))
     except AttributeError:
-        return _MISSING
+        return MISSING
 
 
 def values_of(thing: Any) -> list[Any]:
@@ -268,7 +267,7 @@ class ClassAttributes:
         for name in now.keys() - self.saved.keys():
             type.__delattr__(self.kind, name)
         for name, value in self.saved.items():
-            if now.get(name, _MISSING) is not value:
+            if now.get(name, MISSING) is not value:
                 type.__setattr__(self.kind, name, value)
 
 
@@ -296,28 +295,29 @@ class Names:
             namespaces.write(self.namespace, name, self.saved[name])
 
 
+def cell_content(cell: types.CellType) -> Any:
+    """The value of a variable of an enclosing scope; MISSING if it has none."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return MISSING
+
+
 class Cell:
     """A variable that functions share with the scope in which they were made."""
 
     what = "a variable of an enclosing scope"
 
     def __init__(self, cell: types.CellType) -> None:
-        self.cell, self.saved = cell, self._content(cell)
-
-    @staticmethod
-    def _content(cell: types.CellType) -> Any:
-        try:
-            return cell.cell_contents
-        except ValueError:
-            return _MISSING
+        self.cell, self.saved = cell, cell_content(cell)
 
     def changed(self) -> bool:
         """Whether the variable was set."""
-        return self._content(self.cell) is not self.saved
+        return cell_content(self.cell) is not self.saved
 
     def restore(self) -> None:
         """Set the variable to what it was."""
-        if self.saved is not _MISSING:
+        if self.saved is not MISSING:
             self.cell.cell_contents = self.saved
         elif self.changed():
             del self.cell.cell_contents
@@ -429,8 +429,8 @@ def in_context(variable: contextvars.ContextVar[Any]) -> Kept:
     what = f"the context variable '{variable.name}'"
     return Setting(
         what,
-        lambda: (variable.get(_MISSING),),
-        lambda saved: None if saved[0] is _MISSING else variable.set(saved[0]),
+        lambda: (variable.get(MISSING),),
+        lambda saved: None if saved[0] is MISSING else variable.set(saved[0]),
     )
 
 

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from fxrep.capture import namespaces
 from fxrep.capture.code import Key, mentioned, nested
-from fxrep.capture.kept import default_device, is_container
+from fxrep.capture.held import bytes_of, is_array
+from fxrep.capture.kept import cell_content, default_device, is_container
 from fxrep.capture.namespaces import MISSING
 from fxrep.capture.reach import AnyTree, Reach, is_atom
 from fxrep.capture.same import Attributes, Items, all_alike
@@ -88,7 +89,6 @@ class Outside:
         self.functions = list(reach.functions.values())
         self.parts = _parts(self.functions)
         self.cells = list(reach.cells.values())
-        self.variables = list(map(_content, self.cells))
 
     def _record_objects(self, reach: Reach) -> None:
         objects = list(reach.objects.values())
@@ -96,8 +96,14 @@ class Outside:
         self.items = Items([*filter(is_container, objects), *tables])
         holders = [*objects, *self.functions]
         self.attributes = Attributes((o for o in holders if hasattr(o, "__dict__")), self.names)
+        self.contexts = [o for o in objects if isinstance(o, contextvars.ContextVar)]
+        self.variables = self._variables()
         self.readers = [reader for each in objects for reader in _readers(each)]
         self.readings = [read() for read in self.readers]
+
+    def _variables(self) -> list[Any]:
+        """The values of variables of enclosing scopes and of contexts."""
+        return [*map(cell_content, self.cells), *(each.get(MISSING) for each in self.contexts)]
 
     def same(self, *, exported: bool = False) -> bool:
         """Whether everything is what it was.
@@ -114,7 +120,7 @@ class Outside:
             and all_alike(_parts(self.functions), self.parts)
             and self.attributes.same()
             and self.items.same()
-            and all_alike(list(map(_content, self.cells)), self.variables)
+            and all_alike(self._variables(), self.variables)
             and [read() for read in self.readers] == self.readings
         )
 
@@ -175,13 +181,6 @@ def _parts(functions: list[types.FunctionType]) -> list[Any]:
     return [part for function in functions for part in _parts_of(function)]
 
 
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return MISSING
-
-
 def _names_of_layer(kind: type) -> set[str]:
     """The names that the methods of a class of torch mention; () for any other class."""
     found: set[str] = set()
@@ -195,10 +194,8 @@ def _names_of_layer(kind: type) -> set[str]:
 
 def _readers(value: Any) -> list[Callable[[], Any]]:
     """Functions that read the state of an object that is neither its attributes nor its items."""
-    if isinstance(value, contextvars.ContextVar):
-        return [lambda: value.get(MISSING)]
     if value is os.environ:
         return [lambda: value.copy()]
-    if isinstance(value, bytearray) or hasattr(value, "tobytes"):
-        return [lambda: bytes(value) if isinstance(value, bytearray) else value.tobytes()]
+    if is_array(value):
+        return [lambda: bytes_of(value)]
     return []

@@ -13,10 +13,9 @@ from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any
 
+from fxrep.capture.namespaces import MISSING
 from fxrep.capture.reach import is_atom
 from fxrep.ops.owner import EVERY_MODULE
-
-MISSING = object()
 
 _attributes_of = attrgetter("__dict__")
 _values_of: Callable[[Any], Iterable[Any]] = operator.methodcaller("values")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import functools
 import pickle
@@ -143,6 +144,78 @@ def test_equal_values_of_two_types_are_two(before: Any, after: Any) -> None:
     fast.block.scale = model.block.scale = after
     same(model, fast)
     assert norms(fast, X) > FUSED
+
+
+NUMBER = 1
+VARIABLE = contextvars.ContextVar("VARIABLE", default=1)
+
+
+def default(value: int = 1) -> int:
+    return value
+
+
+class Slotted:
+    __slots__ = ("number",)
+
+    def __init__(self) -> None:
+        self.number = 1
+
+
+class Filled(nn.Module):
+    """Its result has the dtype of a number."""
+
+    number = 1
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.normed = nn.utils.weight_norm(nn.Conv2d(4, 4, 1))
+        self.normed.number = 1  # type: ignore[assignment]
+        self.nested, self.slotted = [[1]], Slotted()
+
+    def read(self) -> Any:
+        return {
+            "name": lambda: NUMBER, "class": lambda: type(self).number, "default": default,
+            "context": VARIABLE.get, "nested": lambda: self.nested[0][0],
+            "slot": lambda: self.slotted.number, "weight_norm": lambda: self.normed.number,
+        }[self.where]()  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.normed(self.bn(self.conv(x)))
+        return torch.full((2,), self.read()).to(y.device) + 0 * y.sum().long()
+
+    def write(self, value: Any) -> None:
+        if self.where == "name":
+            globals()["NUMBER"] = value
+        elif self.where == "class":
+            type(self).number = value
+        elif self.where == "default":
+            default.__defaults__ = (value,)
+        elif self.where == "context":
+            VARIABLE.set(value)
+        elif self.where == "nested":
+            self.nested[0][0] = value
+        else:
+            (self.slotted if self.where == "slot" else self.normed).number = value
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "where", ["name", "class", "default", "context", "nested", "slot", "weight_norm"]
+)
+def test_equal_numbers_of_two_types_are_two_wherever_they_are(where: str) -> None:
+    model = Above()
+    model.block = Filled(where)  # type: ignore[assignment]
+    fast: Any = fxrep.optimize(randomize(model).eval())
+    try:
+        for value in (1, 1.0, 1):
+            for each in (model, fast):
+                each.block.write(value)
+            with torch.no_grad():
+                assert fast(X).dtype == model(X).dtype, value
+    finally:
+        model.block.write(1)
 
 
 def test_an_equal_parameter_is_another_one() -> None:

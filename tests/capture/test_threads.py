@@ -247,6 +247,7 @@ def test_drawn_numbers_are_not_baked_in(
 
 _WATCHED = (
     "islands", "trace", "tracer", "hollow", "modes", "substitution", "state", "snapshot", "kept",
+    "namespaces", "answers",
 )  # fmt: skip
 
 
