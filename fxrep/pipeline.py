@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from fxrep.analysis.trial import Trial, run_beside
+from fxrep.capture import locks
 from fxrep.capture.assemble import assemble, attached, seal
 from fxrep.capture.islands import Capture, capture
 from fxrep.capture.state import unchanged_random_state
@@ -74,12 +75,13 @@ def optimize(
             "the shapes the model will see, or cost='macs'"
         )
     state = torch._C._get_torch_function_state()  # type: ignore[attr-defined]
+
+    def undo() -> None:  # an interrupt at the end of a `with` leaves the context on
+        torch._C._set_torch_function_state(state)  # type: ignore[attr-defined]
+        locks.release_all()
+
     with torch.inference_mode(False):  # what is made there could be neither trained nor loaded
-        return run_and_undo(
-            lambda: _optimized(model, example_inputs, settings),
-            # An interrupt at the end of a `with` leaves the context on.
-            lambda: torch._C._set_torch_function_state(state),  # type: ignore[attr-defined]
-        )
+        return run_and_undo(lambda: _optimized(model, example_inputs, settings), undo)
 
 
 def _optimized(model: nn.Module, example_inputs: object, settings: Settings) -> nn.Module:

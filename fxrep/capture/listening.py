@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx
 
+from fxrep.capture import locks
 from fxrep.capture.askers import asks_for_users, is_library, is_own, is_users, place
 from fxrep.capture.hidden import hidden_question
 from fxrep.capture.proxies import Unfaithful
@@ -178,7 +179,7 @@ class _Monitor(Listener):
 
 _monitoring: Any = getattr(sys, "monitoring", None)
 _NAME, _TOOL = "fxrep", 4  # a number that is kept for no kind of tool
-_lock = threading.RLock()
+_lock = locks.made()
 _monitors: dict[int, Listener] = {}
 
 

@@ -8,10 +8,11 @@ traces.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from fxrep.capture import locks
 
 MISSING = object()
 
@@ -28,7 +29,7 @@ class _Replaced:
 
 
 _replaced: dict[tuple[int, str], _Replaced] = {}
-_lock = threading.RLock()
+_lock = locks.made()
 
 
 def read(namespace: Mapping[str, Any], name: str) -> Any:

@@ -23,6 +23,7 @@ from torch.fx import _symbolic_trace as fx_trace
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxrep
+from fxrep.capture.locks import _locks
 from fxrep.capture.namespaces import _replaced as _names
 from fxrep.errors import FxrepError
 from support.check import randomize
@@ -91,6 +92,15 @@ class Count(TorchDispatchMode):
 
 def batchnorms(model: nn.Module) -> int:
     return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
+def all_are_free() -> bool:
+    """Whether the calling thread could take every lock."""
+    for lock in _locks:
+        if not lock.acquire(blocking=False):
+            return False
+        lock.release()
+    return True
 
 
 def in_a_thread(run: Callable[[], object]) -> object:
@@ -303,6 +313,7 @@ def everywhere(positions: Iterator[int]) -> None:
         interrupted(model, at)
         assert the_process() == before and this_thread() == modes, f"instruction {at}"
         assert not _names and "isinstance" not in globals(), f"instruction {at}"
+        assert in_a_thread(all_are_free), f"instruction {at}"
         assert globals()["math"] is math and globals()["sqrt"] is math.sqrt
         now = model.state_dict()
         assert all(now[k].data_ptr() == v.data_ptr() for k, v in weights.items())
@@ -311,8 +322,12 @@ def everywhere(positions: Iterator[int]) -> None:
 
 
 class Interrupted(Asking):
+    """Leaves what an interrupt at the end of a `with` leaves."""
+
     def forward(self, x: Tensor) -> Tensor:
-        torch._C.DisableTorchFunction().__enter__()  # as an interrupt at the end of a `with` does
+        torch._C.DisableTorchFunction().__enter__()
+        for lock in _locks:
+            lock.acquire()
         raise KeyboardInterrupt
 
 
@@ -320,7 +335,7 @@ def test_an_interrupt_in_a_context_leaves_nothing_behind() -> None:
     before = this_thread()
     with pytest.raises(KeyboardInterrupt):
         fxrep.optimize(Interrupted().eval())
-    assert this_thread() == before
+    assert this_thread() == before and in_a_thread(all_are_free)
 
 
 def test_an_interrupt_leaves_nothing_behind() -> None:
@@ -355,7 +370,7 @@ def test_optimizing_serving_and_training_at_once() -> None:
                 failures.append(error)
                 stop.set()
 
-        thread = threading.Thread(target=run)
+        thread = threading.Thread(target=run, daemon=True)
         thread.start()
         return thread
 
@@ -389,11 +404,12 @@ def test_optimizing_serving_and_training_at_once() -> None:
         optimizers = [guarded(optimize), guarded(optimize)]
         others = [guarded(serve), guarded(train)]
         for thread in optimizers:
-            thread.join()
+            thread.join(300)
         stop.set()
         for thread in others:
-            thread.join()
+            thread.join(60)
     finally:
         sys.setswitchinterval(interval)
+    assert not any(thread.is_alive() for thread in optimizers + others), "waits for another"
     assert not failures, failures
     assert the_process() == before and not _names
