@@ -163,7 +163,7 @@ def compare(
         raise EquivalenceError("the optimized model returns other outputs than the original")
     baseline, largest = _apart(original, wide), _apart(got, wide)
     eps = max((torch.finfo(t.dtype).eps for t in got if t.is_floating_point()), default=0.0)
-    limit = 1000 * eps
+    limit = max(1000 * eps, 16 * _lowered(got))
     if baseline > limit and not _apart(got, original) <= limit:
         # Rounding errors may grow in the model; or float64 takes another step at a floor, and is
         # no measure. Inputs that differ by a few roundings tell the two apart.
@@ -180,6 +180,21 @@ def compare(
             f"float64, the original {baseline:.1e}: please report it; passes= finds which one"
         )
     return replace(report, error=largest, baseline_error=baseline)
+
+
+# The settings by which products of float32 are computed in a shorter format, of a type of device.
+_PRECISIONS: dict[str, tuple[Any, ...]] = {
+    "cuda": (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul),
+    "cpu": (torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn, torch.backends.mkldnn.matmul),
+}
+_SHORTER = {"tf32": 2.0**-10, "bf16": 2.0**-7}
+
+
+def _lowered(outputs: Sequence[Tensor]) -> float:
+    """The epsilon of the shortest format that float32 is multiplied in; 0 if that is float32."""
+    devices = {t.device.type for t in outputs if t.dtype is torch.float32}
+    settings = [each for device in devices for each in _PRECISIONS.get(device, ())]
+    return max((_SHORTER.get(each.fp32_precision, 0.0) for each in settings), default=0.0)
 
 
 def _double(model: nn.Module) -> nn.Module:

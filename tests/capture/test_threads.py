@@ -291,6 +291,7 @@ def contextlib_file() -> str:
 def interrupted(model: nn.Module, at: int) -> int:
     """Optimize with an interrupt at an instruction; the number of instructions it got to."""
     tracer, before = Interrupt(at), sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 asks whether any frame has it, here only
     gc.disable()  # CPython runs the callbacks of a collection with the error set, and loses it
     sys.settrace(tracer)
     try:

@@ -53,7 +53,7 @@ DECLARED = sorted(name for name in OPS if overloads(name))
 UNTAGGED = words(
     "absolute arccos arccosh arcsin arcsinh arctan arctanh divide fix floor_divide greater "
     "greater_equal hardswish less less_equal multiply negative not_equal subtract "
-    "isclose isreal"
+    "isclose isreal leaky_relu"  # the last in torch 2.11
 )
 # Copies, of which nothing is to be gained; random numbers; `max(x, y)`, but not `max(x)`.
 NOT_ONLY_POINTWISE = {"clone", "positive", "rrelu", "max", "min", "conj", "masked_scatter"}

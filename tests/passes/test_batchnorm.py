@@ -579,7 +579,7 @@ def test_the_fold_is_rounded_once() -> None:
     model: Any = nn.Sequential(conv(bias=False), norm()).eval()
     randomize(model)
     model[1].running_var.mul_(1e-12)
-    model[1].eps = 0.0
+    model[1].eps = 1e-30  # lost beside a variance; torch 2.11 refuses 0
     (layer,) = [m for m in fxrep.optimize(model).modules() if isinstance(m, nn.Conv2d)]
     scale = model[1].weight.double() * model[1].running_var.double().rsqrt()
     exact = model[0].weight.double() * scale[:, None, None, None]

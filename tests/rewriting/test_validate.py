@@ -131,3 +131,15 @@ def test_large_inputs_are_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_reflected_padding_wider_than_the_smallest_input(kernel, padding):
     conv = nn.Conv2d(4, 4, kernel, padding=padding, padding_mode="reflect")
     assert assert_equal(nn.Sequential(conv, nn.BatchNorm2d(4)), IMAGE).rewrites
+
+
+@pytest.mark.parametrize("name, eps", [("highest", 0.0), ("medium", 2.0**-7)])
+def test_products_may_be_of_a_shorter_format(name: str, eps: float) -> None:
+    """Float32 is no more exact than what it is multiplied in: TF32 is what a GPU does by default."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        assert validate._lowered([torch.ones(1)]) == eps
+        assert validate._lowered([torch.ones(1, dtype=torch.float64)]) == 0
+    finally:
+        torch.set_float32_matmul_precision(before)
