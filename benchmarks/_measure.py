@@ -49,7 +49,8 @@ class Row:
         parameters: elements of their weights.
         convs: convolutions run, as profiled; None for engines.
         kernels: kernels run, likewise.
-        peak: bytes held at the peak of a forward, weights included; None for engines.
+        peak: bytes held at the peak of a forward, weights included; None for engines and for CUDA
+            graphs, whose memory is a pool of their own.
         convert_seconds: the conversion took.
         build_seconds: compilation and warm-up took.
     """
@@ -239,7 +240,8 @@ def _build(
         return replace(row, reason=str(absent)), None
     except Exception as error:
         return replace(row, reason=short(error)), None
-    peak = None if seen is None else _peak(seen, module, device, held)
+    pooled = "cudagraphs" in mode.execution
+    peak = None if seen is None or pooled else _peak(seen, module, device, held)
     row = replace(
         row,
         equal=error <= allowed,

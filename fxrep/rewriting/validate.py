@@ -183,9 +183,10 @@ def compare(
 
 
 # The settings by which products of float32 are computed in a shorter format, of a type of device.
-_PRECISIONS: dict[str, tuple[Any, ...]] = {
-    "cuda": (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul),
-    "cpu": (torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn, torch.backends.mkldnn.matmul),
+_backends: Any = torch.backends
+_PRECISIONS = {
+    "cuda": (_backends.cudnn.conv, _backends.cudnn.rnn, _backends.cuda.matmul),
+    "cpu": (_backends.mkldnn.conv, _backends.mkldnn.rnn, _backends.mkldnn.matmul),
 }
 _SHORTER = {"tf32": 2.0**-10, "bf16": 2.0**-7}
 

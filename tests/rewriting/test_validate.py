@@ -135,7 +135,7 @@ def test_reflected_padding_wider_than_the_smallest_input(kernel, padding):
 
 @pytest.mark.parametrize("name, eps", [("highest", 0.0), ("medium", 2.0**-7)])
 def test_products_may_be_of_a_shorter_format(name: str, eps: float) -> None:
-    """Float32 is no more exact than what it is multiplied in: TF32 is what a GPU does by default."""
+    """Float32 is no more exact than what it is multiplied in: on a GPU TF32, by default."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(name)
     try:
