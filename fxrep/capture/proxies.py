@@ -396,6 +396,20 @@ def is_tensor(value: Any) -> bool:
     return is_instance(value, Tensor)
 
 
+def as_tensor(*args: Any, **kwargs: Any) -> Any:
+    """`torch.as_tensor`, which gives a traced tensor itself, or converted by its method `to`."""
+    data: Any = args[0] if args else kwargs.get("data")
+    if not is_traced(data):
+        return _as_tensor(*args, **kwargs)
+    if not is_tensor(data):
+        raise data.tracer.refuse(Unfaithful("forward makes a tensor of a traced value"))
+    given = {k: v for k, v in kwargs.items() if k != "data" and v is not None}
+    return data.to(**given) if given else data
+
+
+_as_tensor = torch.as_tensor  # the original
+
+
 def is_callable(value: Any) -> bool:
     """`callable`, for which a traced tensor cannot be called."""
     if not is_traced(value):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import _symbolic_trace as fx_trace
 
-from fxrep.capture.proxies import is_other, is_same, is_tensor
+from fxrep.capture.proxies import as_tensor, is_other, is_same, is_tensor
 
 
 class _MathFunction:
@@ -66,6 +66,7 @@ STAND_INS: dict[int, Any] = {
         (math, _stand_in(math, _MATH)),
         (operator, _stand_in(operator, _IDENTITY)),
         (torch.is_tensor, is_tensor),
+        (torch.as_tensor, as_tensor),
         *((getattr(operator, name), function) for name, function in _IDENTITY.items()),
         *((function.function, function) for function in _MATH.values()),
     )

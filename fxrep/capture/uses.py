@@ -49,17 +49,20 @@ def use_of(module: nn.Module, child: str) -> Use:
     """
     if type(module).forward is nn.Sequential.forward:
         return "whole"
-    called = otherwise = False
+    called = items = otherwise = False
     for code in _code(type(module)):
-        previous: dis.Instruction | None = None
-        for step in dis.get_instructions(code):
-            if step.opname in _LOADS and step.argval == child and _loads_self(previous, code):
-                is_call = _is_call(step)
-                called, otherwise = called or is_call, otherwise or not is_call
-            previous = step
+        steps = list(dis.get_instructions(code))
+        for i, step in enumerate(steps[1:], 1):
+            if step.opname in _LOADS and step.argval == child and _loads_self(steps[i - 1], code):
+                if _is_call(step):
+                    called = True
+                elif _is_for_items(steps, i):
+                    items = True
+                else:
+                    otherwise = True
     if called:
-        return "both" if otherwise else "whole"
-    return "items" if otherwise else "unknown"
+        return "both" if items or otherwise else "whole"
+    return "items" if items and not otherwise else "unknown"
 
 
 def names_weights(callables: Iterable[Any]) -> bool:
@@ -135,13 +138,31 @@ def _code(kind: type) -> Iterator[types.CodeType]:
             ahead += code.co_names
 
 
-def _loads_self(step: dis.Instruction | None, code: types.CodeType) -> bool:
+def _loads_self(step: dis.Instruction, code: types.CodeType) -> bool:
     own = code.co_varnames[0] if code.co_argcount else "self"
-    loads = step is not None and step.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
-    return loads and step is not None and step.argval in (own, "self")
+    return step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and step.argval in (own, "self")
 
 
 def _is_call(step: dis.Instruction) -> bool:
     if step.opname == "LOAD_METHOD":
         return True
     return sys.version_info >= (3, 12) and step.opname == "LOAD_ATTR" and bool((step.arg or 0) & 1)
+
+
+# What reads items, or an attribute, of the value that was loaded just before, and builtins that do.
+_OF_ITEMS = words("GET_ITER LOAD_ATTR LOAD_METHOD")
+_SUBSCRIPTS = words("BINARY_SUBSCR BINARY_SLICE")
+_ITERATING = words("enumerate zip len list tuple reversed iter range map")
+
+
+def _is_for_items(steps: list[dis.Instruction], index: int) -> bool:
+    """Whether the value that a step loads is iterated, subscribed or asked for an attribute."""
+    ahead = steps[index + 1 : index + 5]  # a slice has a start, an end and a construction
+    if any(step.opname in _OF_ITEMS for step in ahead[:1]):
+        return True
+    calls = [i for i, step in enumerate(ahead) if "CALL" in step.opname]
+    ahead = ahead[: calls[0]] if calls else ahead
+    if any(step.opname in _SUBSCRIPTS for step in ahead):
+        return True
+    before = steps[index - 2] if index > 1 else None
+    return before is not None and before.opname == "LOAD_GLOBAL" and before.argval in _ITERATING

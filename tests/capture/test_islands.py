@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fxrep
 from support.check import assert_equal, settled
@@ -53,6 +54,20 @@ class Indexed(Items):
         return self.blocks[2](self.blocks[0](x)) + len(self.blocks)
 
 
+class Forwarded(Items):
+    def forward(self, *args, **kwargs):
+        return self.blocks(*args, **kwargs)
+
+
+class Handed(Items):
+    """Hands the Sequential to code that calls it."""
+
+    def forward(self, x):
+        if x.sum() > 0:
+            x = x + 1
+        return checkpoint(self.blocks, x, use_reentrant=True)
+
+
 class Masked(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +89,7 @@ class CallsMasked(nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.parametrize("kind", [Items, Whole, Indexed, CallsMasked])
+@pytest.mark.parametrize("kind", [Items, Whole, Indexed, CallsMasked, Forwarded, Handed])
 def test_parts_are_rewritten_and_every_way_to_call_them_stays_right(kind):
     model = settled(kind())
     optimized = fxrep.optimize(model)

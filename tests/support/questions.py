@@ -171,6 +171,16 @@ torch.jit.isinstance(y, typing.List[Tensor])
 torch.jit.isinstance([y], typing.List[Tensor])
 torch.is_tensor(y)
 torch.is_tensor(y.shape)
+torch.as_tensor(y) is y
+torch.as_tensor(data=y).sum() > 0
+torch.as_tensor(y, dtype=torch.float64).dtype == torch.float64
+torch.as_tensor(y, dtype=None, device=y.device).numel() > 3
+torch.as_tensor(y.shape).sum() > 9
+torch.as_tensor(y.shape[1]) > 2
+torch.as_tensor([y.shape[1], 2])[0] > 2
+torch.as_tensor([y.mean(), 2.0])[0] > 2
+torch.as_tensor(2.0) > 1
+torch.asarray(y).sum() > 0
 torch.is_storage(y)
 torch.is_floating_point(y)
 torch.is_complex(y)
