@@ -18,7 +18,6 @@ from fxrep.capture.sharing import Reached
 from fxrep.capture.skeleton import call_arguments, duplicate
 from fxrep.capture.state import unchanged_random_state
 from fxrep.capture.surroundings import Surroundings
-from fxrep.ops.owner import foreign_hooks
 
 
 def recorded(
@@ -36,7 +35,7 @@ def recorded(
         None of the arguments, where a copy must not be run or does not run.
     """
     scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
-    if surroundings.unrunnable is not None or scripted or any(map(foreign_hooks, model.modules())):
+    if surroundings.unrunnable is not None or scripted:
         return {}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     found: dict[str, Given] = {}

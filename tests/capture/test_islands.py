@@ -204,3 +204,39 @@ def test_code_that_walks_all_modules_finds_the_layers_that_it_had():
 
 def test_reading_an_item_does_not_hinder_folding():
     assert assert_equal(ReadsOneItem(), IMAGE).rewrites
+
+
+class Head(nn.Module):
+    """Takes a list, and asks for a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, levels):
+        y = levels[0] if levels[0].shape[-1] > 4 else levels[1]
+        return self.bn(self.conv(sum(levels, y)))
+
+
+class Levels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.other = Head(), nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+
+    def forward(self, x):
+        y = self.other(x)
+        return self.head([y, y + 1]) if x.sum() < 1e9 else y
+
+
+def test_a_hook_elsewhere_does_not_hide_what_a_part_is_given():
+    """Libraries leave hooks in a model that has run, to hand out what its layers give."""
+    model = settled(Levels())
+    seen = []
+    model.other.register_forward_hook(lambda *call: seen.append(None) if seen else None)
+    x = torch.rand(2, 4, 5, 6, dtype=torch.float64)
+    optimized = fxrep.optimize(model, x)
+    assert [each.where for each in fxrep.report(optimized).rewrites] == ["head.conv"]
+    for size in (5, 3):
+        x = torch.rand(2, 4, size, size, dtype=torch.float64)
+        torch.testing.assert_close(optimized(x), model(x), rtol=1e-10, atol=1e-10)
+    assert not seen
