@@ -5,10 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
-from _libraries.case import Case, Library, image, named, noise, of_images
+from _libraries.case import Case, Library, named, noise, of_images
 
 
 def _built(kind: str, task: str, **options: Any) -> nn.Module:
@@ -67,11 +66,7 @@ def _detr(kind: str, levels: tuple[str, ...] = ("stage4",), **options: Any) -> C
     given = _DETR | {"backbone_config": _resnet(out_features=list(levels))} | options
     model = _built(kind, "ForObjectDetection", **given)
 
-    def inputs(side: int, batch: int) -> dict[str, Any]:
-        mask = torch.ones(batch, side, side, dtype=torch.long)
-        return {"pixel_values": image(side, batch), "pixel_mask": mask}
-
-    return Case(model, inputs(128, 1), inputs(160, 2))
+    return of_images(model, 128, 160)
 
 
 def _audio(kind: str, task: str = "Model", **options: Any) -> Case:
