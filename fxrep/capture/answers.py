@@ -40,12 +40,10 @@ class Given:
 
     Attributes:
         values: by argument.
-        typical: they are made up: sizes of images and sequences are not those of the user's.
         mode: made the fake tensors among the values, if there are any.
     """
 
     values: Mapping[str, Any]
-    typical: bool = False
     mode: FakeTensorMode | None = None
 
 
@@ -86,7 +84,7 @@ class Answers:
     def number(self, node: fx.Node, asker: types.FrameType | None) -> Any:
         """The number that a value is; None if that is not known."""
         value = self._value(node)
-        if type(value) not in (int, float) or self._is_typical:
+        if type(value) not in (int, float):
             return None
         if not self._guard(asker):
             return None
@@ -96,8 +94,7 @@ class Answers:
     def text(self, node: fx.Node, asker: types.FrameType | None) -> str | None:
         """The text of a number, a dtype or a device; None if that is not known."""
         value = self._value(node)
-        sized = isinstance(value, int | float | torch.Size) and not isinstance(value, bool)
-        if not isinstance(value, _WITH_TEXT) or (sized and self._is_typical):
+        if not isinstance(value, _WITH_TEXT):
             return None
         if not self._guard(asker):
             return None
@@ -107,7 +104,7 @@ class Answers:
     def count(self, node: fx.Node, asker: types.FrameType | None) -> int | None:
         """How many items a value has; None if that is not known."""
         value = self._value(node)
-        if isinstance(value, Tensor) and (not value.dim() or self._is_typical):
+        if isinstance(value, Tensor) and not value.dim():
             return None
         if not isinstance(value, tuple | list | Tensor):
             return None
@@ -115,10 +112,6 @@ class Answers:
             return None
         self._assert(self._call(operator.eq, self._call(len, node), len(value)), asker)
         return len(value)
-
-    @property
-    def _is_typical(self) -> bool:
-        return self.given is not None and self.given.typical
 
     def _value(self, node: fx.Node) -> Any:
         if self.given is None:

@@ -231,7 +231,7 @@ class Levels(nn.Module):
 def test_a_hook_elsewhere_does_not_hide_what_a_part_is_given():
     """Libraries leave hooks in a model that has run, to hand out what its layers give."""
     model = settled(Levels())
-    seen = []
+    seen: list[None] = []
     model.other.register_forward_hook(lambda *call: seen.append(None) if seen else None)
     x = torch.rand(2, 4, 5, 6, dtype=torch.float64)
     optimized = fxrep.optimize(model, x)
