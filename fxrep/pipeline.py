@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from fxrep.analysis.proofs import proven
 from fxrep.analysis.trial import Trial, run_beside
 from fxrep.capture import locks
 from fxrep.capture.assemble import assemble, attached, seal
@@ -87,7 +89,8 @@ def optimize(
 def _optimized(model: nn.Module, example_inputs: object, settings: Settings) -> nn.Module:
     # The forward of a GraphModule is no other code than its graph's.
     checks = settings.validate and not isinstance(model, fx.GraphModule)
-    captured = faithful(model, example_inputs) if checks else capture(model, example_inputs)
+    run = faithful if checks else functools.partial(capture, prove=proven)
+    captured = run(model, example_inputs)
     # The model may draw random numbers when it runs on the inputs; no result needs a gradient.
     with unchanged_random_state(despite_other_threads=example_inputs is not None), torch.no_grad():
         report = rewrite(captured, settings, example_inputs).report()
@@ -121,7 +124,7 @@ def faithful(model: nn.Module, example_inputs: object) -> Capture:
 def _tried(
     model: nn.Module, example_inputs: object, refused: dict[str, str]
 ) -> tuple[Capture, Trial]:
-    captured = capture(model, example_inputs, refused)
+    captured = capture(model, example_inputs, refused, proven)
     with unchanged_random_state(), torch.no_grad():
         return captured, run_beside(captured, example_inputs)
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 import operator
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -25,6 +25,7 @@ from fxrep.capture.askers import place
 from fxrep.capture.branches import only_answer
 from fxrep.capture.shadows import UNKNOWN, Shadows, faked, opaque
 from fxrep.ops.assume import assume
+from fxrep.ops.calls import Calls
 from fxrep.ops.effects import effect
 
 if TYPE_CHECKING:
@@ -34,17 +35,28 @@ if TYPE_CHECKING:
 _WITH_TEXT = (bool, int, float, torch.Size, torch.dtype, torch.device)
 
 
+Prove = Callable[[fx.Graph, Calls, fx.Node], Any]
+"""Gives the value of a node of a graph if it is the same in every call, and else `UNKNOWN`."""
+
+
+def unproven(*_: object) -> Any:
+    """Prove nothing."""
+    return UNKNOWN
+
+
 @dataclass(frozen=True)
 class Given:
-    """Inputs whose answers a trace may assume.
+    """What a trace may answer questions by.
 
     Attributes:
-        values: by argument.
+        values: inputs, by argument, whose answers may be assumed; empty if there are none.
         mode: made the fake tensors among the values, if there are any.
+        prove: proves the answers that need no inputs.
     """
 
-    values: Mapping[str, Any]
+    values: Mapping[str, Any] = field(default_factory=dict)
     mode: FakeTensorMode | None = None
+    prove: Prove = unproven
 
 
 class Answers:
@@ -52,23 +64,27 @@ class Answers:
 
     Args:
         tracer: the trace.
-        given: the inputs; None if there are none.
+        given: what questions may be answered by.
 
     Attributes:
         guarded: where the answers of the inputs were assumed.
         lacking: a question had no answer for want of inputs.
     """
 
-    def __init__(self, tracer: Tracer, given: Given | None) -> None:
+    def __init__(self, tracer: Tracer, given: Given) -> None:
         self.tracer = tracer
         self.given = given
         self.guarded: list[str] = []
         self.lacking = False
         self._shadows: Shadows | None = None
+        self._plain: nn.Module | None = None
         self._settled: fx.Node | None = None
 
     def truth(self, node: fx.Node, asker: types.FrameType | None) -> bool | None:
         """Whether a value is true; None if that is not known."""
+        proven = self._proven(node)
+        if isinstance(proven, int | float | tuple):
+            return bool(proven)
         only = only_answer(asker.f_code, asker.f_lasti) if asker is not None else None
         value = self._value(node)
         known = value is not UNKNOWN and not isinstance(value, Tensor)
@@ -83,6 +99,9 @@ class Answers:
 
     def number(self, node: fx.Node, asker: types.FrameType | None) -> Any:
         """The number that a value is; None if that is not known."""
+        proven = self._proven(node)
+        if isinstance(proven, int | float):
+            return proven
         value = self._value(node)
         if type(value) not in (int, float):
             return None
@@ -93,6 +112,9 @@ class Answers:
 
     def text(self, node: fx.Node, asker: types.FrameType | None) -> str | None:
         """The text of a number, a dtype or a device; None if that is not known."""
+        proven = self._proven(node)
+        if isinstance(proven, int | float):
+            return str(proven)
         value = self._value(node)
         if not isinstance(value, _WITH_TEXT):
             return None
@@ -103,6 +125,9 @@ class Answers:
 
     def count(self, node: fx.Node, asker: types.FrameType | None) -> int | None:
         """How many items a value has; None if that is not known."""
+        proven = self._proven(node)
+        if isinstance(proven, tuple):
+            return len(proven)
         value = self._value(node)
         if isinstance(value, Tensor) and not value.dim():
             return None
@@ -113,18 +138,23 @@ class Answers:
         self._assert(self._call(operator.eq, self._call(len, node), len(value)), asker)
         return len(value)
 
+    def _proven(self, node: fx.Node) -> Any:
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            if self._plain is None:
+                self._plain = self.tracer.hollow.plain()
+            return self.given.prove(self.tracer.graph, Calls(self._plain), node)
+
     def _value(self, node: fx.Node) -> Any:
-        if self.given is None:
+        if not self.given.values:
             self.lacking = True
             return UNKNOWN
         # The trace's own modes would see, and refuse, what happens here.
         with torch._C.DisableTorchFunction(), _disable_current_modes():
             if self._shadows is None:
                 mode = self.given.mode or FakeTensorMode(allow_non_fake_inputs=True)
-                tracer = self.tracer
                 self._shadows = Shadows(
-                    tracer.hollow.plain(),
-                    tracer.graph,
+                    self.tracer.hollow.plain(),
+                    self.tracer.graph,
                     mode,
                     faked(mode, dict(self.given.values)),
                     self._constant,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxrep.capture.answers import Given
+from fxrep.capture.answers import Given, Prove, unproven
 from fxrep.capture.aten import respelled
 from fxrep.capture.code import Key
 from fxrep.capture.graph_forward import unfused
@@ -129,7 +129,10 @@ class Capture:
 
 
 def capture(
-    model: nn.Module, example_inputs: object = None, refused: Mapping[str, str] | None = None
+    model: nn.Module,
+    example_inputs: object = None,
+    refused: Mapping[str, str] | None = None,
+    prove: Prove = unproven,
 ) -> Capture:
     """Trace a model, or every part of it that traces.
 
@@ -138,6 +141,7 @@ def capture(
             torch.compile and DataParallel are taken off.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
         refused: modules that are to stay Python code, by path, and why.
+        prove: proves answers to questions of the forwards that need no inputs.
 
     Returns:
         The skeleton and its programs: one with path '' when the whole forward traces, otherwise
@@ -153,7 +157,7 @@ def capture(
     found = of_tree(model)
     tree = skeleton(model, found)
     examples = _Examples(Capture(model, tree, reached=found), example_inputs)
-    return with_traceable_names(tree, lambda: _explored(examples, refused or {}))
+    return with_traceable_names(tree, lambda: _explored(examples, refused or {}, prove))
 
 
 class _Examples:
@@ -181,14 +185,14 @@ class _Examples:
         return recorded(capture.model, list(capture.reached), capture.surroundings, self.inputs)
 
 
-def _explored(examples: _Examples, refused: Mapping[str, str]) -> Capture:
+def _explored(examples: _Examples, refused: Mapping[str, str], prove: Prove) -> Capture:
     """The graphs of a tree; none reads state that a forward was found to write."""
     capture = examples.capture
     state = Snapshot(capture.tree)
     for path, reason in refused.items():
         state.bar(capture.tree.get_submodule(path), reason)
     while True:
-        explorer = _Explorer(capture, examples, state)
+        explorer = _Explorer(capture, examples, state, prove)
         explorer.explore(capture.tree, "", use="whole")
         if not state.bars_traced(state.traced):
             if state.refused:
@@ -206,10 +210,14 @@ class _Explorer:
         capture: takes the programs and the skipped modules.
         examples: the example inputs.
         state: all that forwards of the tree can write, as it was before.
+        prove: proves answers that need no inputs.
     """
 
-    def __init__(self, capture: Capture, examples: _Examples, state: Snapshot) -> None:
+    def __init__(
+        self, capture: Capture, examples: _Examples, state: Snapshot, prove: Prove
+    ) -> None:
         self.capture = capture
+        self.prove = prove
         self.state = state
         self.examples = examples
         self.seen: set[int] = set()
@@ -271,7 +279,8 @@ class _Explorer:
     def _traced(self, module: nn.Module, path: str) -> Traced:
         named = self.examples.named if not path else None
         given = None if self.below_guarded else self.examples
-        return trace(module, self.state, named, lambda: given.given(path) if given else None)
+        inputs = (lambda: given.given(path)) if given else (lambda: None)
+        return trace(module, self.state, named, inputs, self.prove)
 
     def _leave_as_it_is(self, module: nn.Module, path: str, error: Untraceable) -> None:
         """Explore the children of a module that does not trace, unless it writes parameters."""

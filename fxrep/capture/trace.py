@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from fxrep.capture.answers import Given
+from fxrep.capture.answers import Given, Prove, unproven
 from fxrep.capture.code import Key, key
 from fxrep.capture.proxies import Unfaithful
 from fxrep.capture.signature import Arguments, is_variadic
@@ -89,6 +89,7 @@ def trace(
     state: Snapshot,
     examples: Mapping[str, object] | None = None,
     given: Callable[[], Given | None] = lambda: None,
+    prove: Prove = unproven,
 ) -> Traced:
     """Trace one module's forward as a root.
 
@@ -97,19 +98,21 @@ def trace(
         state: all that forwards of the skeleton can write, as it was before.
         examples: example values of some of its arguments.
         given: inputs whose answers may be assumed where the forward would not trace otherwise.
+        prove: proves answers that need no inputs.
 
     Raises:
         Untraceable: the forward does not trace, whether numbers are inputs or constants.
     """
     best: Traced | None = None
     try:
-        best = _trace_best(module, state, examples or {})
+        best = _trace_best(module, state, examples or {}, Given(prove=prove))
         lacks = best.lacking and bool(best.opaque)
     except Untraceable as error:
         problem, lacks = error, error.lacking
     inputs = given() if lacks else None
     if inputs is not None:
         with contextlib.suppress(Untraceable):
+            inputs = dataclasses.replace(inputs, prove=prove)
             guarded = _trace_best(module, state, examples or {}, inputs)
             if best is None or len(guarded.opaque) < len(best.opaque):
                 return guarded
@@ -122,7 +125,7 @@ def _trace_best(
     module: nn.Module,
     state: Snapshot,
     examples: Mapping[str, object],
-    given: Given | None = None,
+    given: Given,
 ) -> Traced:
     """The trace with the fewest opaque modules, of those with numbers as inputs or constants."""
     best: Traced | None = None
@@ -144,7 +147,7 @@ def _trace_best(
 
 
 def _trace_with_tensors(
-    module: nn.Module, arguments: Arguments, state: Snapshot, given: Given | None
+    module: nn.Module, arguments: Arguments, state: Snapshot, given: Given
 ) -> Traced:
     """Trace with a tensor for every argument without which the forward cannot run.
 
@@ -181,7 +184,7 @@ def _with_fewest_inputs(
     arguments: Arguments,
     supplied: list[str],
     state: Snapshot,
-    given: Given | None,
+    given: Given,
 ) -> Traced:
     """The trace that takes as few of the supplied arguments as possible."""
     for name in supplied:
@@ -245,7 +248,7 @@ def _has_tensor(value: object) -> bool:
 _MOST_TRIALS = 3
 
 
-def _trace(module: nn.Module, arguments: Arguments, state: Snapshot, given: Given | None) -> Traced:
+def _trace(module: nn.Module, arguments: Arguments, state: Snapshot, given: Given) -> Traced:
     """Trace, again if another thread may have drawn random numbers meanwhile."""
     for trial in range(_MOST_TRIALS):
         last = trial == _MOST_TRIALS - 1
@@ -260,9 +263,7 @@ def _trace(module: nn.Module, arguments: Arguments, state: Snapshot, given: Give
     raise AssertionError("the last trial returns or raises")
 
 
-def _trace_once(
-    module: nn.Module, arguments: Arguments, state: Snapshot, given: Given | None
-) -> Traced:
+def _trace_once(module: nn.Module, arguments: Arguments, state: Snapshot, given: Given) -> Traced:
     """Trace; again, with one more submodule opaque, until no submodule stands in the way."""
     known_opaque: dict[int, Opaque] = {}
     while True:

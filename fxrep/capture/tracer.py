@@ -122,7 +122,7 @@ class Tracer(fx.Tracer):
         arguments: Arguments,
         known_opaque: dict[int, Opaque],
         state: Snapshot,
-        given: Given | None = None,
+        given: Given,
     ) -> None:
         super().__init__(param_shapes_constant=False)
         self.root = root
