@@ -51,7 +51,8 @@ from fxrep.cli.demo import randomize_batchnorm
 QUICK = (
     "transformers:efficientnet", "transformers:cvt", "transformers:upernet_convnext",
     "segmentation-models-pytorch:Linknet-resnet18", "monai:BasicUNet", "monai:UNETR",
-    "spandrel:DnCNN",
+    "spandrel:DnCNN", "spandrel:SAFMN", "efficientnet-pytorch:b0", "pytorchcv:resnet10",
+    "pytorchcv:mobilenet_wd4",
 )  # fmt: skip
 SECONDS = 600  # a model that takes longer is given up
 KEEPING = ("capture", "batchnorm", "branches")  # the passes that say why a BatchNorm stays
