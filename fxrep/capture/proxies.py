@@ -7,6 +7,7 @@ Result: `operator.iadd(a, x)` is a node, and a is written as the model writes it
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
 import types
@@ -408,6 +409,19 @@ def as_tensor(*args: Any, **kwargs: Any) -> Any:
 
 
 _as_tensor = torch.as_tensor  # the original
+
+
+def factory(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that makes a tensor of sizes, one by one: `torch.zeros(x.size(0), 4)`.
+
+    Torch looks for traced values in a tuple of sizes, and not where the first size stands alone.
+    """
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        alone = len(args) > 1 and any(map(is_traced, args))
+        return original(args, **kwargs) if alone else original(*args, **kwargs)
+
+    return functools.wraps(original)(make)
 
 
 def is_callable(value: Any) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import _symbolic_trace as fx_trace
 
-from fxrep.capture.proxies import as_tensor, is_other, is_same, is_tensor
+from fxrep.capture.proxies import as_tensor, factory, is_other, is_same, is_tensor
 
 
 class _MathFunction:
@@ -59,14 +59,20 @@ _MATH = {
     if callable(value) and not name.startswith("_")
 }
 
+# Functions of torch that do not see a traced value by themselves, by name.
+OF_TORCH = {
+    "is_tensor": is_tensor,
+    "as_tensor": as_tensor,
+    **{name: factory(getattr(torch, name)) for name in ("zeros", "ones", "empty")},
+}
+
 # By the id of a name's value: the original, or already the substitute, for another thread.
 STAND_INS: dict[int, Any] = {
     id(each): stand_in
     for original, stand_in in (
         (math, _stand_in(math, _MATH)),
         (operator, _stand_in(operator, _IDENTITY)),
-        (torch.is_tensor, is_tensor),
-        (torch.as_tensor, as_tensor),
+        *((getattr(torch, name), function) for name, function in OF_TORCH.items()),
         *((getattr(operator, name), function) for name, function in _IDENTITY.items()),
         *((function.function, function) for function in _MATH.values()),
     )

@@ -25,15 +25,8 @@ from torch.fx import _symbolic_trace as fx_trace
 
 from fxrep.capture import namespaces
 from fxrep.capture.askers import is_library
-from fxrep.capture.proxies import (
-    as_tensor,
-    identity,
-    is_callable,
-    is_instance,
-    is_tensor,
-    traced_type,
-)
-from fxrep.capture.standins import STAND_INS
+from fxrep.capture.proxies import identity, is_callable, is_instance, traced_type
+from fxrep.capture.standins import OF_TORCH, STAND_INS
 
 _Result = TypeVar("_Result")
 
@@ -72,8 +65,7 @@ def _substitute(token: object, root: nn.Module) -> None:
 
 def _replacements(root: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
     """The namespaces, the names to replace in them, and the functions that replace them."""
-    yield vars(torch), "is_tensor", is_tensor
-    yield vars(torch), "as_tensor", as_tensor
+    yield from ((vars(torch), name, substitute) for name, substitute in OF_TORCH.items())
     for (_, name), namespace in list(fx_trace._wrapped_fns_to_patch.items()):
         function = namespaces.read(namespace, name)
         if function is namespaces.MISSING:
