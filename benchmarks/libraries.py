@@ -55,6 +55,7 @@ QUICK = (
     "pytorchcv:mobilenet_wd4",
 )  # fmt: skip
 SECONDS = 600  # a model that takes longer is given up
+SLACK = 3.0  # times the original's own error in float32: an argmax of a text decoder magnifies it
 KEEPING = ("capture", "batchnorm", "branches")  # the passes that say why a BatchNorm stays
 WAYS = ("without_inputs", "with_inputs")
 
@@ -146,6 +147,7 @@ def measure(library: str, name: str) -> Row:
         if case.other is not None:
             source, given = (model, case.other) if exact is None else (exact, double(case.other))
             sizes.append((case.other, values(case.run, source, given)))
+            row["rounding"] = max(row["rounding"], _largest_error(case, model, sizes[1:]))
     except Exception as error:
         return row | {"failed": f"{stage}: {short(error)}"}
     for way in WAYS:
@@ -252,13 +254,14 @@ def _sums(rows: list[Row]) -> Row:
 
 def _faulty(row: Row) -> bool:
     """Whether fxrep raises, or gives a wrong value, where the model itself runs."""
-    return "failed" not in row and not all(_exact(row[way]) for way in WAYS)
+    allowed = max(EXACT32, SLACK * row.get("rounding", 0.0))
+    return "failed" not in row and not all(_exact(row[way], allowed) for way in WAYS)
 
 
-def _exact(result: Row) -> bool:
+def _exact(result: Row, allowed: float) -> bool:
     return (
         "failed" not in result
-        and result["error"] <= EXACT32
+        and result["error"] <= allowed
         and result.get("error64", 0.0) <= EXACT64
     )
 
