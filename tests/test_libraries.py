@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import libraries
@@ -124,3 +125,27 @@ def test_a_result_without_tensors_is_refused() -> None:
 
     with pytest.raises(ValueError, match="no tensor to compare"):
         steady_reference(Nothing(), lambda m, x: m(x), (torch.ones(1),), {})
+
+
+def test_the_readme_says_what_was_measured() -> None:
+    home = Path(libraries.__file__).parent
+    found = json.loads((home / "results" / "libraries.json").read_text())
+    readme = (home.parent / "README.md").read_text()
+    table = readme.partition("<!-- library totals -->")[2].partition("\n\nWhat stays")[0]
+    rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()[5:]]
+    by_name = {row[1].split()[0].rstrip(","): row[2:5] for row in rows}
+    totals = found["totals"] | {"segmentation_models_pytorch": None}
+    totals["segmentation_models_pytorch"] = totals.pop("segmentation-models-pytorch")
+    for name, cells in by_name.items():
+        if name == "efficientnet-pytorch":
+            continue  # a row of three libraries
+        total = totals[name]
+        norms = total["batch_norms"].replace(" ->", "", 1).split()
+        norms = [f"{int(each):,}" if each.isdigit() else each for each in norms]
+        assert cells == [
+            str(total["models"]),
+            f"{norms[0]} -> {' '.join(norms[1:])}",
+            f"{total['all folded']} of {total['models with BatchNorms']}",
+        ]
+    assert found["totals"]["all"]["faulty"] == 0
+    assert f"{len(found['rows'])} models of {len(found['libraries'])} libraries" in table
