@@ -169,10 +169,17 @@ class Tracer(fx.Tracer):
         self._settle_suspicion(None)
         self._refuse_written_attributes(self.root)
         self._refuse_written_state()
+        self._refuse_attributes_of_tensors()
+        return self.graph
+
+    def _refuse_attributes_of_tensors(self) -> None:
+        """Refuse a forward that set an attribute of a tensor, or the class of a module.
+
+        Before and after each submodule: where one is rolled back, what was set is gone.
+        """
         reason = self.state.tensor_attribute() or self.state.class_set()
         if reason is not None:
             raise self.refuse(Unfaithful(reason))
-        return self.graph
 
     def _refuse_written_state(self) -> None:
         """Refuse a forward that wrote state which is no attribute of a module."""
@@ -497,6 +504,7 @@ class Tracer(fx.Tracer):
         """
         # To read the generators costs as much as a layer: as long as nothing draws, once.
         generators = GeneratorStates() if self.state.draws else self.generators
+        self._refuse_attributes_of_tensors()
         checkpoint = self._checkpoint()
         try:
             result = self._run_forward(m.forward, *args, **kwargs)
@@ -504,6 +512,7 @@ class Tracer(fx.Tracer):
                 raise self.violations[checkpoint.violations]
             self._settle_suspicion(None)
             self._refuse_written_state()
+            self._refuse_attributes_of_tensors()
             self._refuse_numbers_drawn_below(generators)
             self._refuse_written_attributes(m)
         except Exception as error:

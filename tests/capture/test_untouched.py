@@ -166,6 +166,20 @@ def test_members_among_random_layers(
     assert_untouched(make, *sizes, refused=raises, **options)
 
 
+@pytest.mark.parametrize("before", ["attribute_of_a_parameter", "count-of_class"])
+@pytest.mark.parametrize("after", [["buffers_item"], ["buffers_item", "count-of_class"]])
+def test_a_part_that_is_rolled_back_hides_nothing(before: str, after: list[str]) -> None:
+    """What was written before it in the same trace is put back with what it wrote."""
+
+    def make() -> tuple[nn.Module, list[object]]:
+        made = [[MEMBERS[name]() for name in names] for names in ([before], after)]
+        watched = [each for group in made for m in group for each in m.watched]
+        modules = [[m.module for m in group] for group in made]
+        return nn.Sequential(*modules[0], nn.BatchNorm2d(4), *modules[1]).eval(), watched
+
+    assert_untouched(make, (2, 4, 5, 6), (2, 4, 5, 6))
+
+
 def _has_nodes(make: Callable[[], Any], options: Any) -> bool:
     try:
         fxrep.optimize(make()[0], **options)
