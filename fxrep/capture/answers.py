@@ -14,6 +14,7 @@ import operator
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,7 +78,6 @@ class Answers:
         self.guarded: list[str] = []
         self.lacking = False
         self._shadows: Shadows | None = None
-        self._plain: nn.Module | None = None
         self._settled: fx.Node | None = None
 
     def truth(self, node: fx.Node, asker: types.FrameType | None) -> bool | None:
@@ -138,11 +138,18 @@ class Answers:
         self._assert(self._call(operator.eq, self._call(len, node), len(value)), asker)
         return len(value)
 
+    @cached_property
+    def _plain(self) -> nn.Module:
+        """The model with its own tensors, and not traced ones."""
+        return self.tracer.hollow.plain()
+
+    @cached_property
+    def _calls(self) -> Calls:
+        return Calls(self._plain)
+
     def _proven(self, node: fx.Node) -> Any:
         with torch._C.DisableTorchFunction(), _disable_current_modes():
-            if self._plain is None:
-                self._plain = self.tracer.hollow.plain()
-            return self.given.prove(self.tracer.graph, Calls(self._plain), node)
+            return self.given.prove(self.tracer.graph, self._calls, node)
 
     def _value(self, node: fx.Node) -> Any:
         if not self.given.values:
@@ -153,7 +160,7 @@ class Answers:
             if self._shadows is None:
                 mode = self.given.mode or FakeTensorMode(allow_non_fake_inputs=True)
                 self._shadows = Shadows(
-                    self.tracer.hollow.plain(),
+                    self._plain,
                     self.tracer.graph,
                     mode,
                     faked(mode, dict(self.given.values)),
