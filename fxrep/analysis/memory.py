@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fxrep.capture.sharing import Seen, of_module, reached
-from fxrep.capture.uses import names_weights
+from fxrep.capture.uses import changes_layers
 from fxrep.ops.memory import Memory
 from fxrep.ops.owner import foreign_hooks
 
@@ -59,10 +59,10 @@ def reached_by_hooks(module: nn.Module) -> Iterator[Tensor]:
     """The tensors that hooks of a module, or of modules below it, may write.
 
     A hook carries objects: a method its module, a function its closure. Of a module that it carries
-    only the module's own tensors count, unless the hook's code names weights.
+    only the module's own tensors count, unless the hook's code may change layers.
     """
     for each in module.modules():
         hooks = foreign_hooks(each)
         if hooks:
-            found = reached(hooks, whole=names_weights(hooks))
+            found = reached(hooks, whole=changes_layers(hooks))
             yield from (each.tensor for each in found)

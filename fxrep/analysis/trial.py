@@ -93,6 +93,9 @@ def run_beside(captured: Capture, example_inputs: object = None) -> Trial:
         arguments = {} if outer else runner.example_arguments(example_inputs)
         for program in captured.programs:
             why = outer or _obstacle(program.module)
+            if outer and _hooked_below(program.module):
+                differing[program.path] = f"a hook below it may write what it reads, and {outer}"
+                continue
             calls = [] if why else runner.calls(program, arguments.get(program.path))
             if not calls:
                 not_run[program.path] = why or "no small inputs were found on which it runs"
@@ -111,9 +114,12 @@ def _obstacle(module: nn.Module) -> str | None:
     for each in module.modules():
         if isinstance(each, torch.jit.ScriptModule):
             return "a part of it is scripted"
-        if foreign_hooks(each):
-            return "it has hooks, which would run"
     return None
+
+
+def _hooked_below(module: nn.Module) -> bool:
+    """Whether a module below has hooks, which may write what a graph has as a constant."""
+    return any(foreign_hooks(each) for each in module.modules() if each is not module)
 
 
 class _Runner:
@@ -237,6 +243,8 @@ def _writes_nothing(program: Program) -> bool:
         module = program.calls.submodule(str(node.target))
         if effect(program.calls, node).own_state or parametrize.is_parametrized(module):
             return False
+    if _hooked_below(program.module):
+        return False
     reads = program.graph.find_nodes(op="get_attr")
     return not reads or not written_tensors(program.graph, program.calls)
 

@@ -59,6 +59,8 @@ def assemble(capture: Capture) -> nn.Module:
 def seal(module: nn.Module, report: Report) -> None:
     """Finish an optimized module: its islands stand for their layers as these are now.
 
+    A second call takes another report.
+
     Args:
         module: the result of `assemble`.
         report: its report, which is stored on the module, and thereby in its copies and pickles.

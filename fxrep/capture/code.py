@@ -30,6 +30,12 @@ def mentioned(code: types.CodeType) -> set[str]:
     return {*code.co_names, *(each for each in code.co_consts if isinstance(each, str))}
 
 
+def stored_attributes(code: types.CodeType) -> set[str]:
+    """The names of the attributes that code sets or deletes; not those of code inside it."""
+    steps = dis.get_instructions(code)
+    return {step.argval for step in steps if step.opname in ("STORE_ATTR", "DELETE_ATTR")}
+
+
 @functools.lru_cache(maxsize=4096)
 def global_names(code: types.CodeType) -> frozenset[str]:
     """The global names that code reads or sets, or may find by text; code inside it included."""

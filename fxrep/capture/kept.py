@@ -401,25 +401,62 @@ def _table(function: Any) -> dict[Any, Any] | None:
     return found[0] if len(found) == 1 else None
 
 
+class Drawing(Setting):
+    """The state of a generator of random numbers.
+
+    A forward may seed a generator that is in the very state to which the seed leads. To be found
+    nevertheless, it is given another state as long as a forward is traced.
+
+    Args:
+        read: gives the state.
+        write: sets it.
+        another: gives a state to which no seed of anybody's leads.
+    """
+
+    def __init__(
+        self, read: Callable[[], Any], write: Callable[[Any], Any], another: Callable[[], Any]
+    ) -> None:
+        super().__init__("the state of a generator of random numbers", read, write)
+        self.before, self.another = self.saved, another
+
+    def disturb(self) -> None:
+        """Give it another state, which `restore` takes for the old one until `calm` is called."""
+        self.saved = self.another()
+        self.write(self.saved)
+
+    def calm(self) -> None:
+        """Give it back its own state. A second call changes nothing."""
+        if self.saved is not self.before:
+            self.write(self.before)
+            self.saved = self.before
+
+
 def drawing(generator: Any) -> Kept | None:
     """The state of a generator of random numbers; None for any other object."""
-    what = "the state of a generator of random numbers"
     if isinstance(generator, torch.Generator):
-        return Setting(what, lambda: _torch_state(generator), generator.set_state)
+        read = lambda: _torch_state(generator)  # noqa: E731
+        return Drawing(read, generator.set_state, lambda: _another_torch_state(generator))
+    if isinstance(generator, random.SystemRandom):
+        return None  # it has no state
     if isinstance(generator, random.Random):
-        return Setting(what, generator.getstate, generator.setstate)
+        return Drawing(generator.getstate, generator.setstate, random.Random().getstate)
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return None
-    if isinstance(generator, numpy.random.RandomState):
-        read = lambda: generator.get_state(legacy=False)  # noqa: E731
-        return Setting(what, read, generator.set_state)
-    is_generator = isinstance(generator, numpy.random.Generator)
-    bits = generator.bit_generator if is_generator else generator
-    if isinstance(bits, numpy.random.BitGenerator):
+    if isinstance(generator, numpy.random.RandomState | numpy.random.Generator):
+        generator = generator._bit_generator
+    if isinstance(generator, numpy.random.BitGenerator):
+        bits = generator
         write = lambda state: setattr(bits, "state", state)  # noqa: E731
-        return Setting(what, lambda: bits.state, write)
+        return Drawing(lambda: bits.state, write, lambda: type(bits)().state)
     return None
+
+
+def _another_torch_state(generator: torch.Generator) -> torch.Tensor:
+    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+        another = torch.Generator(generator.device)
+        another.seed()
+        return another.get_state()
 
 
 def _torch_state(generator: torch.Generator) -> torch.Tensor:

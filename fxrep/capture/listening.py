@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import inspect
+import os
 import sys
 import threading
 import types
@@ -69,7 +70,7 @@ class Listener:
         """Hear that a function of Python starts."""
         code = frame.f_code
         if kind is _Kind.STATE and frame.f_back is not None:
-            self._asks_for_state(_STATES[code], frame.f_back)
+            self._uses_process(_OF_PROCESS[code], frame.f_back)
             return
         first = _first_argument(frame)
         if isinstance(first, FunctionCtx):
@@ -80,9 +81,9 @@ class Listener:
             if reason is not None and not _is_imported(frame):
                 self._refuse(f"{reason} ({place(code)})")
 
-    def _asks_for_state(self, name: str, asker: types.FrameType) -> None:
-        if asks_for_users(asker) and not _is_imported(asker):
-            self._refuse(f"forward asks for {name}() ({place(asker.f_code)})")
+    def _uses_process(self, what: str, caller: types.FrameType) -> None:
+        if asks_for_users(caller) and not _is_imported(caller):
+            self._refuse(f"forward {what} ({place(caller.f_code)})")
 
     def _refuse(self, reason: str) -> None:
         self.tracer.refuse(Unfaithful(reason))
@@ -138,8 +139,8 @@ class _Profile(Listener):
 
     def _hear(self, frame: types.FrameType, event: str, called: Any) -> None:
         if event == "c_call":
-            if called in _STATES:
-                self._asks_for_state(_STATES[called], frame)
+            if called in _OF_PROCESS:
+                self._uses_process(_OF_PROCESS[called], frame)
         elif event == "call":
             code = frame.f_code
             known = self.kinds.get(id(code))  # the hash of the code itself costs more
@@ -197,8 +198,9 @@ def _something_is_called(code: types.CodeType, _: int, called: Any, __: Any) -> 
     if not is_users(code.co_filename):
         return _monitoring.DISABLE
     listener = _monitors.get(threading.get_ident())
-    if isinstance(called, types.BuiltinFunctionType) and called in _STATES and listener is not None:
-        listener._asks_for_state(_STATES[called], sys._getframe(1))
+    builtin = isinstance(called, types.BuiltinFunctionType)
+    if builtin and called in _OF_PROCESS and listener is not None:
+        listener._uses_process(_OF_PROCESS[called], sys._getframe(1))
     return None
 
 
@@ -212,8 +214,11 @@ def listener(tracer: Tracer) -> Listener:
 # --- which functions matter ---------------------------------------------------------------------
 
 
-def _states() -> dict[object, str]:
-    """Functions of torch and of inspect whose answer is no traced value's; Python code by its code.
+def _of_process() -> dict[object, str]:
+    """What a forward does that calls a function; Python code by its code.
+
+    Functions of torch, inspect and os that ask for the state of the process, whose answer is no
+    traced value's, and functions that set it, which are heard because they may set what is set.
 
     Whether torch compiles, exports or traces is no such question: as in an ordinary call, the
     answer is no.
@@ -221,18 +226,28 @@ def _states() -> dict[object, str]:
     found: dict[object, str] = {}
     overridable = torch.overrides.get_overridable_functions().values()
     of_tensors = {id(function) for functions in overridable for function in functions}
-    for namespace in _homes_of_state():
+    for namespace in (*_homes_of_state(), torch.random, torch.cuda):
+        asking = namespace not in (torch.random, torch.cuda)  # those give what the machine has
         for name, value in vars(namespace).items():
-            if not _is_about_state(name) or not callable(value) or id(value) in of_tensors:
+            verb = "calls" if _sets_state(name) else "asks for"
+            if not (_sets_state(name) or (asking and _asks_for_state(name))):
                 continue
-            function = getattr(value, "__code__", value)
+            if not callable(value) or id(value) in of_tensors:
+                continue
+            unwrapped = inspect.unwrap(value)  # of a context manager
+            function = getattr(unwrapped, "__code__", unwrapped)
             if isinstance(function, types.CodeType) and is_users(function.co_filename):
                 continue  # imported from elsewhere
-            found[function] = name
-    for function in (inspect.getattr_static, inspect.getmembers, torch.initial_seed):
-        found[function.__code__] = function.__name__
-    # `torch.backends.cudnn.enabled`: an attribute that asks a function.
-    found[torch.backends.ContextProp.__get__.__code__] = "a flag of torch.backends"
+            found[function] = f"{verb} {name}()"
+    for question in (inspect.getattr_static, inspect.getmembers, torch.initial_seed):
+        found[question.__code__] = f"asks for {question.__name__}()"
+    # `torch.backends.cudnn.enabled`: an attribute that calls a function.
+    flag, environ = torch.backends.ContextProp, type(os.environ)
+    found[flag.__get__.__code__] = "asks for a flag of torch.backends"
+    found[flag.__set__.__code__] = "sets a flag of torch.backends"
+    for setting in (environ.__setitem__, environ.__delitem__):
+        found[setting.__code__] = "sets a variable of the environment"
+    found[sys.setrecursionlimit] = "calls setrecursionlimit()"
     return found
 
 
@@ -242,24 +257,22 @@ def _homes_of_state() -> list[Any]:
     return [torch, torch._C, torch._C._autograd, *backends]
 
 
-def _is_about_state(name: str) -> bool:
+def _asks_for_state(name: str) -> bool:
     plain = name.lstrip("_")
-    if "tracing" in name or plain.startswith(("set_", "enable_")):
+    if "tracing" in name or _sets_state(name):
         return False
     return plain.startswith(_ABOUT_STATE) or plain.endswith(("_enabled", "_allowed"))
 
 
+def _sets_state(name: str) -> bool:
+    plain = name.lstrip("_")
+    return plain.startswith(_SETTING) or plain in _SEEDING
+
+
 _ABOUT_STATE = ("is_", "are_", "get_", "has_", "len_")
-_STATES = _states()
-
-
-def asks_for_state(function: object) -> str | None:
-    """The name of a function, if the function asks for the state of the process."""
-    code = getattr(function, "__code__", function)
-    try:
-        return _STATES.get(code)
-    except TypeError:  # no function, and not hashable
-        return None
+_SETTING = ("set_", "enable_", "use_deterministic_")
+_SEEDING = words("seed seed_all manual_seed manual_seed_all fork_rng")
+_OF_PROCESS = _of_process()
 
 
 # Methods of a `torch.autograd.Function` that get its context first.
@@ -276,7 +289,7 @@ class _Kind(enum.Enum):
 
 
 def _kind(code: types.CodeType) -> _Kind:
-    if code in _STATES:
+    if code in _OF_PROCESS:
         return _Kind.STATE
     if is_users(code.co_filename) and not is_library(code.co_filename):
         return _Kind.USERS

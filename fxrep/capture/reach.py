@@ -68,6 +68,9 @@ _THREADS = frozenset(words("Thread Timer ThreadPool ThreadPoolExecutor start_new
 # Names of functions that set the state of torch's own generator of random numbers.
 _SEEDING = frozenset(words("manual_seed seed set_rng_state fork_rng set_state"))
 
+# Where NumPy keeps the functions that set the state of its own generator.
+_NUMPY_RANDOM = ("numpy.random", "numpy.random.mtrand")
+
 _ENVIRONMENT = frozenset(words("environ getenv"))
 
 
@@ -235,6 +238,8 @@ class Reach:
     def _instance(self, where: str, value: Any) -> None:
         kind = type(value)
         home = _package(kind)
+        if getattr(value, "__module__", None) in _NUMPY_RANDOM:  # `numpy.random.seed`
+            self._ahead.append((where, sys.modules["numpy"].random.mtrand._rand))
         if isinstance(value, _STATES):
             self.objects[id(value)] = value
             return
@@ -265,6 +270,7 @@ class Reach:
 
     def _function(self, where: str, function: types.FunctionType) -> None:
         if self._is_foreign(function) or function.__code__.co_filename.startswith(_TORCH):
+            self.names |= _SEEDING & {function.__name__}
             inner = getattr(function, "__wrapped__", None)
             if inner is not None and function.__code__.co_filename != fx._symbolic_trace.__file__:
                 self._ahead.append((where, inner))

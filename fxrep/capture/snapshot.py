@@ -17,11 +17,21 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxrep.capture.kept import Cached, Cell, Items, Kept, Names, TensorContent, kept, process
+from fxrep.capture.kept import (
+    Cached,
+    Cell,
+    Drawing,
+    Items,
+    Kept,
+    Names,
+    TensorContent,
+    kept,
+    process,
+)
 from fxrep.capture.reach import Reach, Tree, is_atom
 from fxrep.errors import ModelError
 from fxrep.ops.memory import Memory
-from fxrep.ops.owner import EVERY_MODULE
+from fxrep.ops.owner import EVERY_MODULE, foreign_hooks
 
 _NOTHING = Reach((), (), Tree(()))
 
@@ -36,11 +46,15 @@ class _Owned:
         attributes: the names of its own attributes.
         held: what its attributes hold.
         code: what the code of its forward reaches besides.
+        hooks: what its hooks reach, which always run as Python.
     """
 
-    def __init__(self, attributes: frozenset[str], held: Reach, code: Reach) -> None:
+    def __init__(
+        self, attributes: frozenset[str], held: Reach, code: Reach, hooks: Reach = _NOTHING
+    ) -> None:
         self.attributes = attributes
         self.reaches = (held, code)
+        self.hooks = hooks
         self.names = code.names
         self.barred = next((why for reach in self.reaches for why in reach.barred), None)
 
@@ -99,13 +113,15 @@ class Snapshot:
         self._code: dict[Any, Reach] = {}
         self._alike: dict[tuple[type, frozenset[str]], _Owned] = {}
         self._owned = {id(module): self._reached(module) for module in self.modules}
-        reaches = {id(r): r for owned in self._owned.values() for r in owned.reaches}.values()
+        owned = self._owned.values()
+        reaches = {id(r): r for each in owned for r in (*each.reaches, each.hooks)}.values()
         registered = (*root.parameters(), *root.buffers())
         held = (t for reach in reaches for t in reach.tensors.values())
         self.tensors = list({id(t): t for t in (*registered, *held)}.values())
         self._kept = _kept(reaches)
         if any(reach.starts_threads for reach in reaches):  # whose writes no mode sees
             self._kept.update((id(t), TensorContent(t)) for t in self.tensors)
+        self._generators = [each for each in self._kept.values() if isinstance(each, Drawing)]
         self._on_tensors = _OnTensors(self.tensors)
         self._barred = self._all_barred()
 
@@ -116,16 +132,26 @@ class Snapshot:
             for name, value in vars(module).items()
             if name in attributes and not is_atom(value)
         ]
-        if not values and (kind, attributes) in self._alike:
+        hooks = foreign_hooks(module)
+        if not values and not hooks and (kind, attributes) in self._alike:
             return self._alike[kind, attributes]
         held = Reach(values, (), self._tree) if values else _NOTHING
         key = (kind, *held.code)
         if key not in self._code:
             self._code[key] = Reach(values if held.code else (), (kind,), self._tree)
-        owned = _Owned(attributes, held, self._code[key])
-        if not values:
+        owned = _Owned(attributes, held, self._code[key], self._reached_by(hooks))
+        if not values and not hooks:
             self._alike[kind, attributes] = owned
         return owned
+
+    def _reached_by(self, hooks: list[Any]) -> Reach:
+        if not hooks:
+            return _NOTHING
+        key = tuple(map(id, hooks))
+        if key not in self._code:
+            values = [("a hook", hook) for hook in hooks]
+            self._code[key] = Reach(values, map(type, hooks), self._tree)
+        return self._code[key]
 
     def _all_barred(self) -> dict[int, str]:
         found = {key: owned.barred for key, owned in self._owned.items() if owned.barred}
@@ -149,12 +175,23 @@ class Snapshot:
     @property
     def unrunnable(self) -> str | None:
         """Why not even a copy may be run: state outside of it could not be put back. None if so."""
-        found = (why for each in self._owned.values() for why in each.reaches[1].barred)
-        return next(found, None)
+        owned = self._owned.values()
+        reaches = (reach for each in owned for reach in (each.reaches[1], each.hooks))
+        return next((why for reach in reaches for why in reach.barred), None)
 
     def bars_traced(self, modules: Iterable[int]) -> bool:
         """Whether one of some modules, by id, turned out to be barred after it was traced."""
         return any(key in self._barred for key in modules)
+
+    def disturb(self) -> None:
+        """Let every seed be found, also one that leads to the state that a generator has."""
+        for each in self._generators:
+            each.disturb()
+
+    def calm(self) -> None:
+        """Give the generators back their states. A second call changes nothing."""
+        for each in self._generators:
+            each.calm()
 
     def find_written(self) -> str | None:
         """Note what was written since the snapshot; why a graph cannot do the same, or None."""

@@ -311,7 +311,6 @@ def _refuse_unfaithful(tracer: Tracer, graph: fx.Graph) -> None:
     """Refuse a finished trace whose graph would not do what the forward does."""
     if tracer.violations:
         raise tracer.violations[0]
-    tracer.refuse_drawn_numbers(tracer.generators)
     if any(i._erased for node in graph.nodes for i in node.all_input_nodes):
         raise Unfaithful("forward keeps values of a submodule that does not trace")
     if any(t._version != version for t, version in tracer.constants.values()):

@@ -161,6 +161,8 @@ class Tracer(fx.Tracer):
 
     def _trace_root(self) -> fx.Graph:
         self.hollow.install()
+        self.state.disturb()
+        self.generators = GeneratorStates()
         call = self._root_call()
         self.watch.start()
         self.listener.start()
@@ -170,6 +172,7 @@ class Tracer(fx.Tracer):
         self._refuse_written_attributes(self.root)
         self._refuse_written_state()
         self._refuse_attributes_of_tensors()
+        self.refuse_drawn_numbers(self.generators)
         return self.graph
 
     def _refuse_attributes_of_tensors(self) -> None:
@@ -214,6 +217,7 @@ class Tracer(fx.Tracer):
         self.listener.stop()
         self.finished = True
         self.state.restore()
+        self.state.calm()
         self.watch.stop()
         self.hollow.uninstall()
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fxrep.capture.code import mentioned, nested
+from fxrep.capture.code import mentioned, nested, stored_attributes
 from fxrep.capture.sharing import is_library, of_function
 from fxrep.ops.owner import is_leaf
 from fxrep.words import words
@@ -65,9 +65,26 @@ def use_of(module: nn.Module, child: str) -> Use:
     return "items" if items and not otherwise else "unknown"
 
 
-def names_weights(callables: Iterable[Any]) -> bool:
-    """Whether the code of callables, or of what it uses, has a name of weights in it."""
-    return _named(callables, (), _WEIGHTS) is not None
+# Ways to set an attribute by its name, or the mode of layers.
+_CHANGES = words("setattr delattr __setattr__ __dict__ vars train eval apply")
+
+
+@functools.cache
+def _hyper_parameters() -> frozenset[str]:
+    """The names of what layers are made with, which their attributes have too; and the mode."""
+    kinds = [kind for kind in vars(nn).values() if isinstance(kind, type)]
+    layers = [kind for kind in kinds if issubclass(kind, nn.Module)]
+    names = (name for kind in layers for name in inspect.signature(kind.__init__).parameters)
+    return frozenset({"training", *names}) - {"self", "args", "kwargs"}
+
+
+def changes_layers(callables: Iterable[Any]) -> bool:
+    """Whether the code of callables, or of what it uses, may change layers that it reaches.
+
+    It names weights, or sets an attribute with the name of a hyper-parameter.
+    """
+    names = _WEIGHTS | _CHANGES
+    return _named(callables, (), names, stored=_hyper_parameters()) is not None
 
 
 def unseen_write(callables: Iterable[Any], module: nn.Module) -> str | None:
@@ -79,18 +96,30 @@ def unseen_write(callables: Iterable[Any], module: nn.Module) -> str | None:
     """
     below = [each for each in module.modules() if not is_leaf(each)]
     held = (value for each in below for value in vars(each).values())
-    return _named(callables, {type(each) for each in (*below, *held)}, _UNSEEN)
+    kinds = {type(each) for each in (*below, *held)}
+    return _named(callables, kinds, _UNSEEN, holders=below)
 
 
-def _named(callables: Iterable[Any], kinds: Iterable[type], names: frozenset[str]) -> str | None:
+def _named(
+    callables: Iterable[Any],
+    kinds: Iterable[type],
+    names: frozenset[str],
+    stored: frozenset[str] = frozenset(),
+    holders: Iterable[Any] = (),
+) -> str | None:
     """The first of some names in the code of callables, or of what it uses.
 
     Args:
         callables: functions, methods, or objects with `__call__`.
         kinds: classes whose methods, but for `forward`, the code may call by name.
         names: the names to find.
+        stored: names to find where they are those of attributes that the code sets.
+        holders: objects whose functions the code may call by name, besides those of the methods.
     """
     ahead, seen = list(callables), set[types.FunctionType]()
+    holders = [*holders, *filter(None, (getattr(each, "__self__", None) for each in ahead))]
+    own = [type(each) for each in holders]
+    kinds = list(dict.fromkeys((*kinds, *own)))
     called: set[str] = {"forward"}
     kinds = [kind for kind in kinds if not is_library(kind)]
     while ahead:
@@ -101,11 +130,14 @@ def _named(callables: Iterable[Any], kinds: Iterable[type], names: frozenset[str
         ahead += of_function(function)  # what a decorator wraps is in its closure
         for code in nested(function.__code__):
             found = names & mentioned(code)
+            if stored:
+                found |= stored & stored_attributes(code)
             if found:
                 return min(found)
             for name in set(code.co_names) - called:
                 called.add(name)
                 ahead += (inspect.getattr_static(kind, name, None) for kind in kinds)
+                ahead += (vars(each).get(name) for each in holders if hasattr(each, "__dict__"))
     return None
 
 
