@@ -249,6 +249,8 @@ def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
         return value
     if id(value) in memo:
         return memo[id(value)]
+    if type(value) is tuple and all(type(each) in _ATOMS for each in value):
+        return value  # as deepcopy gives it back
     if type(value) is dict:
         made = memo[id(value)] = {}
         for key, each in value.items():

@@ -99,7 +99,7 @@ class Snapshot:
         written: by key, the state that forwards were found to write, as reasons for the report.
         traced: ids of the modules whose forwards are parts of graphs.
         refused: ids of the tensors that a forward tried to write.
-        draws: some forward was found to draw random numbers, or another thread meanwhile.
+        careful: some forward was found to write or to draw random numbers: which one is to be found.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -108,7 +108,7 @@ class Snapshot:
         self.written: dict[Key, str] = {}
         self.traced: set[int] = set()
         self.refused: set[int] = set()
-        self.draws = False
+        self.careful = False
         self._tree = Tree(self.modules)
         self._code: dict[Any, Reach] = {}
         self._alike: dict[tuple[type, frozenset[str]], _Owned] = {}
@@ -192,6 +192,11 @@ class Snapshot:
         """Give the generators back their states. A second call changes nothing."""
         for each in self._generators:
             each.calm()
+
+    def is_written(self) -> bool:
+        """Whether any state was written since the snapshot."""
+        written = any(True for _ in _described(self._changed()))
+        return written or self._on_tensors.changed() or self.class_set() is not None
 
     def find_written(self) -> str | None:
         """Note what was written since the snapshot; why a graph cannot do the same, or None."""

@@ -274,7 +274,7 @@ def _trace_once(module: nn.Module, arguments: Arguments, state: Snapshot, given:
             graph = contextvars.copy_context().run(tracer.run)
             _refuse_unfaithful(tracer, graph)
         except Restart:
-            continue  # known_opaque has grown
+            continue  # known_opaque has grown, or a closer look is taken
         except (Exception, MissingTensor) as error:
             raise _untraceable(tracer, error) from error
         _refuse_barred(module, state)

@@ -44,8 +44,9 @@ from fxrep.ops.values import item_count
 
 
 class Restart(BaseException):
-    """A module that was traced into before has to be opaque: the root is traced again.
+    """The root is to be traced again.
 
+    A module that was traced into before has to be opaque, or a look at each module is needed.
     No Exception, so that the user's code does not catch it.
     """
 
@@ -160,6 +161,13 @@ class Tracer(fx.Tracer):
         return run_and_undo(self._trace_root, self._restore)
 
     def _trace_root(self) -> fx.Graph:
+        try:
+            return self._root_graph()
+        except Exception:
+            self._look_closer()
+            raise
+
+    def _root_graph(self) -> fx.Graph:
         self.hollow.install()
         self.state.disturb()
         self.generators = GeneratorStates()
@@ -170,16 +178,37 @@ class Tracer(fx.Tracer):
         self.create_node("output", "output", (self.create_arg(result),), {})
         self._settle_suspicion(None)
         self._refuse_written_attributes(self.root)
-        self._refuse_written_state()
-        self._refuse_attributes_of_tensors()
-        self.refuse_drawn_numbers(self.generators)
+        self._look_closer()
+        if self.state.careful:
+            self._refuse_written(self.generators)
         return self.graph
 
-    def _refuse_attributes_of_tensors(self) -> None:
-        """Refuse a forward that set an attribute of a tensor, or the class of a module.
+    def _look_closer(self) -> None:
+        """Trace again, with a look at each submodule, if any forward was found to write.
 
-        Before and after each submodule: where one is rolled back, what was set is gone.
+        The first trace looks once, or it would look at the whole tree for each submodule; where one
+        is rolled back, what was written is gone.
+
+        Raises:
+            Restart: something was written.
         """
+        if self.state.careful:
+            return
+        drew = self.generators.changed()
+        if drew or self.state.is_written():
+            self.state.careful = True
+            if drew and is_only_thread():
+                self.generators.restore()
+            raise Restart("which forward writes?")
+
+    def _refuse_written(self, generators: GeneratorStates) -> None:
+        """Refuse a forward that wrote state, or drew random numbers since `generators`."""
+        self._refuse_written_state()
+        self._refuse_attributes_of_tensors()
+        self._refuse_drawn_numbers(generators)
+
+    def _refuse_attributes_of_tensors(self) -> None:
+        """Refuse a forward that set an attribute of a tensor, or the class of a module."""
         reason = self.state.tensor_attribute() or self.state.class_set()
         if reason is not None:
             raise self.refuse(Unfaithful(reason))
@@ -190,7 +219,7 @@ class Tracer(fx.Tracer):
         if reason is not None:
             raise self.refuse(Unfaithful(reason))
 
-    def refuse_drawn_numbers(self, generators: GeneratorStates) -> None:
+    def _refuse_drawn_numbers(self, generators: GeneratorStates) -> None:
         """Refuse a forward if `random` or NumPy drew numbers since `generators` was recorded."""
         if generators.changed():
             self.drew_numbers = True
@@ -198,20 +227,6 @@ class Tracer(fx.Tracer):
                 generators.restore()
                 raise Unfaithful("forward draws random numbers")
             raise Unfaithful("forward, or another thread meanwhile, draws random numbers")
-
-    def _refuse_numbers_drawn_below(self, generators: GeneratorStates) -> None:
-        """The same for a submodule, whose forward `generators` may not tell from those above it.
-
-        Raises:
-            Restart: it does not.
-        """
-        if generators is not self.generators:
-            self.refuse_drawn_numbers(generators)
-        elif generators.changed():
-            self.state.draws = True
-            if is_only_thread():
-                generators.restore()
-            raise Restart("which forward draws random numbers?")
 
     def _restore(self) -> None:
         self.listener.stop()
@@ -504,22 +519,24 @@ class Tracer(fx.Tracer):
         """Trace the forward of a submodule: (None, its result), or (why it is opaque, None).
 
         Raises:
-            Restart: it does not trace now, but did at an earlier call.
+            Restart: it does not trace now, but did at an earlier call; or something was written,
+                and which forward did is not known.
         """
-        # To read the generators costs as much as a layer: as long as nothing draws, once.
-        generators = GeneratorStates() if self.state.draws else self.generators
-        self._refuse_attributes_of_tensors()
+        careful = self.state.careful
+        generators = GeneratorStates() if careful else self.generators
+        if careful:
+            self._refuse_attributes_of_tensors()
         checkpoint = self._checkpoint()
         try:
             result = self._run_forward(m.forward, *args, **kwargs)
             if len(self.violations) > checkpoint.violations:
                 raise self.violations[checkpoint.violations]
             self._settle_suspicion(None)
-            self._refuse_written_state()
-            self._refuse_attributes_of_tensors()
-            self._refuse_numbers_drawn_below(generators)
+            if careful:
+                self._refuse_written(generators)
             self._refuse_written_attributes(m)
         except Exception as error:
+            self._look_closer()
             reason, frozen = self.why_not(error, checkpoint.violations)
             self._roll_back(checkpoint, m)
             opaque = Opaque(m, path, reason, frozen)
@@ -576,7 +593,9 @@ class Tracer(fx.Tracer):
             raise self.refuse(Unfaithful(f"'{opaque.path}' may return None ({opaque.reason})"))
         if type(m).__call__ is not nn.Module.__call__ and not isinstance(m, fx.GraphModule):
             raise self.refuse(Unfaithful(f"'{opaque.path}' has its own __call__"))
-        self._refuse_written_state()  # the module may read what was written
+        self._look_closer()  # the module may read what was written
+        if self.state.careful:
+            self._refuse_written_state()
         proxy = self.create_proxy("call_module", opaque.path, args, kwargs)
         proxy.node.meta["owner"] = None  # no class of torch.nn: its result is not known
         self.opaque[id(m)] = opaque
