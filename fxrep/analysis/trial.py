@@ -190,7 +190,7 @@ class _Runner:
             except Exception:  # whatever the user's code raises
                 continue
             finally:
-                self.surroundings.restore()
+                self.surroundings.restore(whole=False)
             return calls
         return []
 
@@ -208,7 +208,7 @@ class _Runner:
                 if how is not None:
                     return how if number == 1 else f"{how} at call {number}"
         finally:
-            self.surroundings.restore()
+            self.surroundings.restore(whole=False)
         return None
 
 

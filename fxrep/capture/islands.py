@@ -194,7 +194,10 @@ def _explored(examples: _Examples, refused: Mapping[str, str], prove: Prove) -> 
     while True:
         explorer = _Explorer(capture, examples, state, prove)
         explorer.explore(capture.tree, "", use="whole")
-        if not state.bars_traced(state.traced):
+        if not state.careful and state.is_written(whole=True):  # by another thread, uncounted
+            state.careful = True
+            state.restore()
+        elif not state.bars_traced(state.traced):
             if state.refused:
                 check_shared_tensors(capture.model, state.refused)
             return capture

@@ -146,9 +146,13 @@ class TensorContent:
         self.tensor, self.saved = tensor, tensor.detach().clone()
         self.version = 0 if tensor.is_inference() else tensor._version
 
+    def counted(self) -> bool:
+        """Whether torch has counted a write: a question that costs nothing."""
+        return not self.tensor.is_inference() and self.tensor._version != self.version
+
     def changed(self) -> bool:
         """Whether an element was written."""
-        if not self.tensor.is_inference() and self.tensor._version != self.version:
+        if self.counted():
             return True
         with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
             now, before = self.tensor.detach(), self.saved

@@ -119,8 +119,8 @@ class Snapshot:
         held = (t for reach in reaches for t in reach.tensors.values())
         self.tensors = list({id(t): t for t in (*registered, *held)}.values())
         self._kept = _kept(reaches)
-        if any(reach.starts_threads for reach in reaches):  # whose writes no mode sees
-            self._kept.update((id(t), TensorContent(t)) for t in self.tensors)
+        threads = any(reach.starts_threads for reach in reaches)  # whose writes no mode sees
+        self._contents = {id(t): TensorContent(t) for t in self.tensors if threads}
         self._generators = [each for each in self._kept.values() if isinstance(each, Drawing)]
         self._on_tensors = _OnTensors(self.tensors)
         self._barred = self._all_barred()
@@ -193,17 +193,22 @@ class Snapshot:
         for each in self._generators:
             each.calm()
 
-    def is_written(self) -> bool:
-        """Whether any state was written since the snapshot."""
-        written = any(True for _ in _described(self._changed()))
+    def is_written(self, whole: bool = False) -> bool:
+        """Whether any state was written since the snapshot; `whole` as for `restore`."""
+        written = any(True for _ in _described(self._changed(whole)))
         return written or self._on_tensors.changed() or self.class_set() is not None
 
     def find_written(self) -> str | None:
         """Note what was written since the snapshot; why a graph cannot do the same, or None."""
         return self._note(self._changed())
 
-    def _changed(self) -> list[tuple[int, Kept]]:
-        return [(key, each) for key, each in self._kept.items() if each.changed()]
+    def _changed(self, whole: bool = False) -> list[tuple[int, Kept]]:
+        """What has changed; of tensors, without `whole`, what torch has counted."""
+        found = [(key, each) for key, each in self._kept.items() if each.changed()]
+        for key, content in self._contents.items():
+            if content.changed() if whole or self.careful else content.counted():
+                found.append((key, content))
+        return found
 
     def _note(self, changed: Iterable[tuple[int, Kept]]) -> str | None:
         reason = None
@@ -242,9 +247,14 @@ class Snapshot:
         changed = any(map(operator.is_not, map(type, self.modules), self.kinds))
         return "forward sets the class of a module" if changed else None
 
-    def restore(self) -> None:
-        """Note what was written, and put everything back. A second call changes nothing."""
-        changed = self._changed()
+    def restore(self, whole: bool = True) -> None:
+        """Note what was written, and put everything back. A second call changes nothing.
+
+        Args:
+            whole: look at the content of tensors, too, where no mode sees all writes. To look at
+                each tensor after each of many runs takes time that grows with their product.
+        """
+        changed = self._changed(whole)
         self._note(changed)
         for each in (*dict(changed).values(), self._on_tensors):
             if each.changed():  # what was put back before may have been part of it

@@ -39,7 +39,11 @@ class Surroundings:
         """The result of a call; what the call sets in its context is gone with it."""
         return contextvars.copy_context().run(forward, *args, **kwargs)
 
-    def restore(self) -> None:
-        """Put back what runs have written. A second call changes nothing."""
+    def restore(self, whole: bool = True) -> None:
+        """Put back what runs have written. A second call changes nothing.
+
+        Args:
+            whole: as for `Snapshot.restore`.
+        """
         self._memory.restore()
-        self._state.restore()
+        self._state.restore(whole)

@@ -231,7 +231,7 @@ class Tracer(fx.Tracer):
     def _restore(self) -> None:
         self.listener.stop()
         self.finished = True
-        self.state.restore()
+        self.state.restore(whole=False)
         self.state.calm()
         self.watch.stop()
         self.hollow.uninstall()
@@ -577,7 +577,7 @@ class Tracer(fx.Tracer):
         self.num_calls = checkpoint.num_calls
         self.opaque, self.inlined = checkpoint.opaque, checkpoint.inlined
         self.hollow.restore(m)
-        self.state.restore()
+        self.state.restore(whole=False)
 
     def _call_opaque(
         self, opaque: Opaque, args: tuple[Any, ...], kwargs: dict[str, Any]
