@@ -1,11 +1,13 @@
 """Models of other libraries than timm and torchvision: what fxrep folds in them, and how exactly.
 
     python benchmarks/libraries.py [--quick] [--library monai ...] [--models monai:UNet ...]
+                                   [--exported]
 
 Every model is built from its configuration with random weights and randomised BatchNorm statistics,
 and is optimized without and with example inputs. Each result is called twice at each of two sizes;
 the comparison is this script's own. A model runs in a process of its own, so that a crash ends
 nothing else. Libraries that are not installed are left out; `--help` says how to install them.
+With `--exported` fxrep also optimizes what `torch.export` makes of each model, as another capture.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -28,11 +31,13 @@ from _captured import WHOLE, captured
 from _comparison import (
     EXACT32,
     EXACT64,
+    Inputs,
     Row,
     counts,
     double,
     peer,
     peer_cell,
+    plain_run,
     shapes,
     short,
     steady_reference,
@@ -66,11 +71,11 @@ def main() -> int:
         torch.set_num_threads(options.threads)
     if options.row:
         warnings.simplefilter("ignore")
-        print(json.dumps(measure(*options.row.split(":"))))
+        print(json.dumps(measure(*options.row.split(":"), exports=options.exported)))
         return 0
     rows: list[Row] = []
     for library, name in _chosen(options):
-        rows.append(_in_own_process(library, name, options.threads))
+        rows.append(_in_own_process(library, name, options.threads, options.exported))
         print(_progress(rows[-1]), flush=True)
         _write(options, rows)  # after each model: a run that is cut off keeps its rows
     print("\n" + text(rows))
@@ -88,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", help="these only, such as monai:UNet")
     parser.add_argument(
         "--library", nargs="+", choices=LIBRARIES, metavar="NAME", help="these libraries only"
+    )
+    parser.add_argument(
+        "--exported", action="store_true", help="also optimize what torch.export captures"
     )
     parser.add_argument("--row", metavar="MODEL", help="print the row of one model as JSON")
     return parser
@@ -114,8 +122,9 @@ def installed(library: str) -> str | None:
         return None
 
 
-def _in_own_process(library: str, name: str, threads: int | None) -> Row:
+def _in_own_process(library: str, name: str, threads: int | None, exports: bool = False) -> Row:
     command = [sys.executable, __file__, "--row", f"{library}:{name}"]
+    command += ["--exported"] if exports else []
     command += ["--threads", str(threads)] if threads else []
     row = {"library": library, "model": name}
     try:
@@ -129,8 +138,14 @@ def _in_own_process(library: str, name: str, threads: int | None) -> Row:
         return row | {"failed": f"the process ended with {done.returncode}: {last[:140]}"}
 
 
-def measure(library: str, name: str) -> Row:
-    """One row; a model that does not run by itself says why."""
+def measure(library: str, name: str, *, exports: bool = False) -> Row:
+    """One row; a model that does not run by itself says why.
+
+    Args:
+        library: its name on PyPI.
+        name: of one of its models.
+        exports: also optimize what `torch.export` captures of it.
+    """
     row: Row = {"library": library, "model": name}
     stage = "build"
     try:
@@ -156,7 +171,16 @@ def measure(library: str, name: str) -> Row:
     row["torch_fuse"] = peer(torch_fuse, case.run, model, case.inputs, reference)
     if case.author is not None:
         row["author"] = peer(case.author, case.run, model, case.inputs, reference)
+    if exports and case.run is plain_run:
+        export = partial(_exported, inputs=case.inputs)
+        row["exported"] = peer(export, case.run, model, case.inputs, reference)
     return row
+
+
+def _exported(model: nn.Module, inputs: Inputs) -> nn.Module:
+    """What fxrep makes of the graph that `torch.export` captures on these inputs."""
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    return fxrep.optimize(torch.export.export(model, args, kwargs, strict=False).module())
 
 
 def optimized(
@@ -246,6 +270,9 @@ def _sums(rows: list[Row]) -> Row:
     sums["all folded"] = _pair(
         *(sum(not row[way]["after"]["batch_norms"] for row in with_norms) for way in WAYS)
     )
+    exported = [row["exported"] for row in with_norms if "exported" in row]
+    folded = [each for each in exported if each.get("counts", {}).get("batch_norms") == 0]
+    sums["all folded, exported"] = f"{len(folded)} of {len(exported)}" if exported else "-"
     sums["whole graph"] = _pair(
         *(sum(row[way]["captured"] in WHOLE for row in done) for way in WAYS)
     )
@@ -284,7 +311,7 @@ def text(rows: list[Row]) -> str:
         return "no model: none of the libraries is installed"
     headers = (
         "model", "convs", "BNs", "ops", "GMACs", "captured", "float32", "float64", "s",
-        "torch.fx fuse", "author: convs, BNs, ops",
+        "torch.fx fuse", "author: convs, BNs, ops", "exported",
     )  # fmt: skip
     found = totals(rows)
     parts = []
@@ -334,6 +361,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         _pair(*seconds),
         peer_cell(row["torch_fuse"], ("batch_norms",)),
         peer_cell(row.get("author"), ("convs", "batch_norms", "ops")),
+        peer_cell(row.get("exported"), ("batch_norms",)),
     )
 
 

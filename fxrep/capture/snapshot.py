@@ -99,7 +99,7 @@ class Snapshot:
         written: by key, the state that forwards were found to write, as reasons for the report.
         traced: ids of the modules whose forwards are parts of graphs.
         refused: ids of the tensors that a forward tried to write.
-        careful: some forward was found to write or to draw random numbers: which one is to be found.
+        careful: some forward was found to write or to draw numbers: which one is to be found.
     """
 
     def __init__(self, root: nn.Module) -> None:
