@@ -8,7 +8,7 @@ are captured one by one. The graph of such a submodule is an island: Python code
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -297,6 +297,8 @@ class _Explorer:
             self._skip(path, f"left alone below: the forward of {where} may write through '{name}'")
             return
         self._explore_children(module, path)
+        for place in _normalizations(module, path):
+            self._skip(place, "stays: the forward that calls it runs as it is")
 
     def _explore_opaque(self, path: str, traced: Traced) -> None:
         """Explore the modules that a graph calls as they are."""
@@ -322,6 +324,19 @@ class _Explorer:
 
     def _skip(self, path: str, reason: str) -> None:
         self.capture.skipped.append(Skip(_PASS, path, reason))
+
+
+def _normalizations(module: nn.Module, path: str) -> Iterator[str]:
+    """The paths of the BatchNorms that the forward of a module calls itself.
+
+    A list of modules has no forward: what it holds is called by the module that has the list.
+    """
+    for name, child in module.named_children():
+        where = f"{path}.{name}" if path else name
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and is_leaf(child):
+            yield where
+        elif isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _normalizations(child, where)
 
 
 def _has_tensors(module: nn.Module) -> bool:

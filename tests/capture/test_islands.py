@@ -240,3 +240,21 @@ def test_a_hook_elsewhere_does_not_hide_what_a_part_is_given():
         x = torch.rand(2, 4, size, size, dtype=torch.float64)
         torch.testing.assert_close(optimized(x), model(x), rtol=1e-10, atol=1e-10)
     assert not seen
+
+
+def test_a_normalization_that_python_code_calls_has_a_reason() -> None:
+    class Direct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            self.norms = nn.ModuleList([nn.BatchNorm2d(4)])
+            self.block = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norms[0](self.norm(self.conv(x)))
+            return self.block(y) if y.sum() < 1e9 else y
+
+    report = fxrep.report(fxrep.optimize(nn.Sequential(Direct()).eval()))
+    stay = [s.where for s in report.skipped if s.reason.startswith("stays: the forward that calls")]
+    assert stay == ["0.norm", "0.norms.0"]
+    assert [rewrite.where for rewrite in report.rewrites] == ["0.block.0"]
