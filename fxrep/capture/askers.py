@@ -18,6 +18,7 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _PASSES = os.path.dirname(os.path.realpath(os.path.join(_OWN, "passes", "__init__.py"))) + os.sep
 
+_FX = os.path.dirname(torch.fx.__file__) + os.sep
 _MACHINERY = (_TORCH, _OWN, _PASSES)
 
 # Code that asks on behalf of its caller.
@@ -36,6 +37,11 @@ _CERTAIN_QUESTIONS = frozenset({*_PLAIN_ACCESS, dis.opmap["MATCH_CLASS"]})
 def is_users(filename: str) -> bool:
     """Whether code of this file counts as the user's."""
     return filename in _ASKS_FOR_USERS or not filename.startswith(_MACHINERY)
+
+
+def is_machinery(filename: str) -> bool:
+    """Whether code of this file is that of a trace, and asks a traced value for somebody else."""
+    return filename.startswith((_FX, _OWN, _PASSES))
 
 
 def is_own(filename: str) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from fxrep.capture.answers import Answers, Given
-from fxrep.capture.askers import is_users, place
+from fxrep.capture.askers import is_machinery, is_users, place
 from fxrep.capture.hidden import expected_exceptions, may_return_none
 from fxrep.capture.hollow import Hollow
 from fxrep.capture.listening import listener
@@ -419,7 +419,7 @@ class Tracer(fx.Tracer):
         return known if known is not None else self._answered(self.answers.count, obj)
 
     def _answered(self, answer: Callable[..., Any], obj: fx.Proxy) -> Any:
-        asker = _innermost_of_users(sys._getframe(2))
+        asker = _innermost_asker(sys._getframe(2))
         return self.listener.without(answer, obj.node, asker)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:  # noqa: D102
@@ -638,6 +638,13 @@ _RUN_FORWARD, _TRACE_ROOT = Tracer._run_forward.__code__, Tracer._trace_root.__c
 
 def _innermost_of_users(frame: types.FrameType | None) -> types.FrameType | None:
     while frame is not None and not is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
+
+
+def _innermost_asker(frame: types.FrameType | None) -> types.FrameType | None:
+    """The code that asks a traced value: the user's, or torch's own (a check of a BatchNorm)."""
+    while frame is not None and is_machinery(frame.f_code.co_filename):
         frame = frame.f_back
     return frame
 

@@ -341,3 +341,24 @@ def test_a_guarded_model_is_compiled_and_exported() -> None:
         compiled = torch.compile(fast, backend="eager")
         for each in INPUTS[:5]:
             assert torch.allclose(compiled(each), model(each), atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_a_check_of_torchs_own_code_only_leads_to_an_error(rank: int) -> None:
+    """A subclass that calls `super().forward` runs torch's check of the rank."""
+    base: Any = getattr(nn, f"BatchNorm{rank}d")
+
+    class Norm(base):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    conv: Any = getattr(nn, f"Conv{rank}d")
+    model = randomize(nn.Sequential(conv(3, 4, 1), Norm(4)).eval())
+    x = torch.randn(2, 3, *[5] * rank)
+    # A BatchNorm1d allows two ranks, and a Conv1d has values of both.
+    optimized = fxrep.optimize(model, x if rank == 1 else None)
+    torch.testing.assert_close(optimized(x), model(x), rtol=1e-4, atol=1e-5)
+    assert fxrep.report(optimized).rewrites, fxrep.report(optimized)
+    for result in (model, optimized):
+        with pytest.raises((ValueError, RuntimeError, AssertionError)):
+            result(torch.randn(3, *[5] * (rank + 3)))
