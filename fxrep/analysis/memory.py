@@ -64,5 +64,5 @@ def reached_by_hooks(module: nn.Module) -> Iterator[Tensor]:
     for each in module.modules():
         hooks = foreign_hooks(each)
         if hooks:
-            found = reached(hooks, whole=changes_layers(hooks))
+            found = reached(hooks, whole=changes_layers(hooks, module))
             yield from (each.tensor for each in found)

@@ -46,10 +46,13 @@ def assemble(capture: Capture) -> nn.Module:
     if root is None:
         result: nn.Module = duplicate(capture.tree, memo)
     else:
+        name = type(root.module).__name__
         if isinstance(root.module, fx.GraphModule):  # a copy holds only what its graph reads
             root.module.__dict__["_graph"] = root.graph
+        else:  # the class's own way to copy would look for the layers that are gone
+            object.__setattr__(root.module, "__class__", nn.Module)
         tree = duplicate(root.module, memo, of_tree(root.module, _idle_modules(root)))
-        result = RewrittenModule(tree, root.graph, root.arguments)
+        result = RewrittenModule(tree, root.graph, root.arguments, name)
     for program in capture.programs:
         if program is not root and id(program.source) in memo:
             _set_forward(program, memo)

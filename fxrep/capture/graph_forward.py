@@ -12,6 +12,7 @@ modules that were changed since (`Unchanged`), and training.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -101,7 +102,15 @@ class GraphForward:
                 pass
         if self.original is not None:
             return self.original(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        return self._of_class()(*args, **kwargs)
+
+    def _of_class(self) -> Callable[..., Any]:
+        """The forward of the class, bound as a look-up would: it may be a staticmethod."""
+        kind = type(self.module)
+        found = inspect.getattr_static(kind, "forward")
+        bind = getattr(type(found), "__get__", None)
+        bound: Callable[..., Any] = found if bind is None else bind(found, self.module, kind)
+        return bound
 
     def _fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the graph computes what the original forward computes of these arguments."""

@@ -34,7 +34,7 @@ from fxrep.capture.snapshot import Snapshot, check_shared_tensors
 from fxrep.capture.substitution import with_traceable_names
 from fxrep.capture.surroundings import Surroundings
 from fxrep.capture.trace import Traced, Untraceable, trace
-from fxrep.capture.uses import Use, unseen_write, use_of
+from fxrep.capture.uses import Use, unseen_write, unseen_write_of_hooks, use_of
 from fxrep.ops.calls import Calls
 from fxrep.ops.owner import foreign_hooks, is_leaf, own_calls
 from fxrep.report import Skip
@@ -243,7 +243,7 @@ class _Explorer:
         if path and (is_leaf(module) or not _has_tensors(module)):
             return
         hooks = _around(module)
-        name = unseen_write(hooks, module) if hooks else None
+        name = unseen_write_of_hooks(hooks, module) if hooks else None
         if name is not None:
             self._skip(path, f"left alone: a hook or its own __call__ may write through '{name}'")
             return

@@ -183,7 +183,7 @@ class Attributes:
         self.thing, self.kind = thing, type(thing)
         self.slots = [
             (kind.__dict__[name], kind.__dict__[name].__get__(thing, kind))
-            for kind, name in _slots(thing)
+            for kind, name in filled_slots(thing)
         ]
         self.own = _own(thing)
         self.what = f"an attribute of a {self.kind.__name__}"
@@ -198,7 +198,7 @@ class Attributes:
         ):
             return True
         return any(_slot(slot, self.thing) is not value for slot, value in self.slots) or (
-            len(list(_slots(self.thing))) != len(self.slots)
+            len(list(filled_slots(self.thing))) != len(self.slots)
         )
 
     def restore(self) -> None:
@@ -211,7 +211,7 @@ class Attributes:
                 del own[name]
             own.update(self.own)
         known = {id(slot) for slot, _ in self.slots}
-        for kind, name in list(_slots(self.thing)):
+        for kind, name in list(filled_slots(self.thing)):
             if id(kind.__dict__[name]) not in known:
                 kind.__dict__[name].__delete__(self.thing)
         for slot, value in self.slots:
@@ -225,7 +225,7 @@ def _own(thing: Any) -> dict[str, Any]:
     return own
 
 
-def _slots(thing: Any) -> list[tuple[type, str]]:
+def filled_slots(thing: Any) -> list[tuple[type, str]]:
     """The slots of an object that hold a value, each with the class that declares it."""
     return [
         (kind, name)
@@ -245,7 +245,7 @@ def _slot(slot: Any, thing: Any) -> Any:
 
 def values_of(thing: Any) -> list[Any]:
     """What a plain object holds in its attributes."""
-    slots = [_slot(kind.__dict__[name], thing) for kind, name in _slots(thing)]
+    slots = [_slot(kind.__dict__[name], thing) for kind, name in filled_slots(thing)]
     return [*_own(thing).values(), *slots]
 
 
@@ -476,64 +476,6 @@ def in_context(variable: contextvars.ContextVar[Any]) -> Kept:
         lambda: (variable.get(MISSING),),
         lambda saved: None if saved[0] is MISSING else variable.set(saved[0]),
     )
-
-
-def default_device() -> torch.device | None:
-    """The device of ``torch.set_default_device``, if any."""
-    context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
-    return None if context is None else context.device
-
-
-def _set_cudnn(enabled: bool, benchmark: bool, deterministic: bool, allow_tf32: bool) -> None:
-    torch.backends.cudnn.set_flags(  # type: ignore[no-untyped-call]
-        _enabled=enabled,
-        _benchmark=benchmark,
-        _deterministic=deterministic,
-        _allow_tf32=allow_tf32,
-    )
-
-
-def process() -> list[Kept]:
-    """The settings of the process that change what torch and NumPy compute or print."""
-    cudnn, options = torch.backends.cudnn, torch._tensor_str.PRINT_OPTS
-    found = [
-        Setting("the default dtype", torch.get_default_dtype, torch.set_default_dtype),
-        Setting(
-            "the choice of deterministic algorithms",
-            lambda: (
-                torch.are_deterministic_algorithms_enabled(),
-                torch.is_deterministic_algorithms_warn_only_enabled(),
-            ),
-            lambda saved: torch.use_deterministic_algorithms(saved[0], warn_only=saved[1]),
-        ),
-        Setting(
-            "the precision of matrix products",
-            torch.get_float32_matmul_precision,
-            torch.set_float32_matmul_precision,
-        ),
-        Setting(
-            "settings of cuDNN",
-            lambda: (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32),
-            lambda saved: _set_cudnn(*saved),
-        ),
-        Setting(
-            "the detection of anomalies",
-            lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
-            lambda saved: torch.set_anomaly_enabled(*saved),
-        ),
-        Setting("the default device", default_device, torch.set_default_device),
-        Setting("the number of threads", torch.get_num_threads, torch.set_num_threads),
-        Setting(
-            "options of printing",
-            lambda: tuple(vars(options).values()),
-            lambda saved: vars(options).update(zip(vars(options), saved, strict=True)),
-        ),
-        Setting("the limit of recursion", sys.getrecursionlimit, sys.setrecursionlimit),
-    ]
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        found.append(Setting("NumPy's errors", numpy.geterr, lambda saved: numpy.seterr(**saved)))
-    return [*found]
 
 
 def _set_environment(variables: dict[str, str]) -> None:

@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from fxrep.capture import namespaces
 from fxrep.capture.code import Key, mentioned, nested
 from fxrep.capture.held import bytes_of, is_array
-from fxrep.capture.kept import cell_content, default_device, is_container
+from fxrep.capture.kept import cell_content, is_container
 from fxrep.capture.namespaces import MISSING
 from fxrep.capture.reach import AnyTree, Reach, is_atom
 from fxrep.capture.same import Attributes, Items, all_alike
+from fxrep.capture.settings import default_device
 from fxrep.capture.versions import Versions
 from fxrep.ops.owner import EVERY_MODULE
 

@@ -108,6 +108,20 @@ class AnyTree(Tree):
         return isinstance(value, nn.Module)
 
 
+class NoTree(Tree):
+    """No module: each that is reached is walked into.
+
+    Args:
+        kinds: the classes whose packages count.
+    """
+
+    def __init__(self, kinds: Iterable[type]) -> None:
+        self.packages = _packages(kinds)
+
+    def __contains__(self, value: object) -> bool:
+        return False
+
+
 def _packages(kinds: Iterable[type]) -> set[str]:
     return {_package(base) for kind in set(kinds) for base in kind.__mro__}
 

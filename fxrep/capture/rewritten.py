@@ -36,8 +36,8 @@ def _sign(forward: Callable[..., Any], arguments: Arguments) -> None:
 class RewrittenModule(fx.GraphModule):
     """A GraphModule with the root's attributes and signature; copies and pickles keep them."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, arguments: Arguments) -> None:
-        super().__init__(nn.Module(), fx.Graph(), type(root).__name__)
+    def __init__(self, root: nn.Module, graph: fx.Graph, arguments: Arguments, name: str) -> None:
+        super().__init__(nn.Module(), fx.Graph(), name)
         for name, value in root.__dict__.items():
             if name in EVERY_MODULE or name not in self.__dict__:
                 self.__dict__[name] = value

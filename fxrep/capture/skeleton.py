@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from fxrep.capture.kept import filled_slots
 from fxrep.capture.sharing import Reached, of_tree
 from fxrep.errors import InputError, ModelError
 from fxrep.ops.memory import Memory, addresses
@@ -56,6 +57,14 @@ def check(model: object) -> None:
             raise ModelError(
                 f"model.{path} is {kind} and has no values to fold: "
                 "load the weights (model.to_empty(device=...), load_state_dict) first"
+            )
+    for path, module in model.named_modules():
+        slot = next((slot for _, slot in filled_slots(module)), None)
+        if slot is not None:
+            where = f"model.{path}" if path else "model"
+            raise ModelError(
+                f"{where} ({type(module).__name__}) keeps '{slot}' in __slots__, which no copy of "
+                "a module has (copy.deepcopy loses it, too): keep it as an attribute"
             )
     if model.training:
         raise ModelError(

@@ -26,9 +26,9 @@ from fxrep.capture.kept import (
     Names,
     TensorContent,
     kept,
-    process,
 )
 from fxrep.capture.reach import Reach, Tree, is_atom
+from fxrep.capture.settings import process
 from fxrep.errors import ModelError
 from fxrep.ops.memory import Memory
 from fxrep.ops.owner import EVERY_MODULE, foreign_hooks

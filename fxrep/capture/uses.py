@@ -12,12 +12,13 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from torch import nn
 
 from fxrep.capture.code import mentioned, nested, stored_attributes
+from fxrep.capture.reach import NoTree, Reach
 from fxrep.capture.sharing import is_library, of_function
 from fxrep.ops.owner import is_leaf
 from fxrep.words import words
@@ -78,13 +79,62 @@ def _hyper_parameters() -> frozenset[str]:
     return frozenset({"training", *names}) - {"self", "args", "kwargs"}
 
 
-def changes_layers(callables: Iterable[Any]) -> bool:
-    """Whether the code of callables, or of what it uses, may change layers that it reaches.
+def changes_layers(hooks: Sequence[Any], module: nn.Module) -> bool:
+    """Whether the code of hooks, or of what they carry, may change layers.
 
     It names weights, or sets an attribute with the name of a hyper-parameter.
+
+    Args:
+        hooks: of a module, or of modules below it.
+        module: the module.
     """
     names = _WEIGHTS | _CHANGES
-    return _named(callables, (), names, stored=_hyper_parameters()) is not None
+    return _named_by_hooks(hooks, module, names, _hyper_parameters()) is not None
+
+
+def _named_by_hooks(
+    hooks: Sequence[Any], module: nn.Module, names: frozenset[str], stored: frozenset[str]
+) -> str | None:
+    """The first of some names in the code of hooks, and of the methods of what they carry.
+
+    Args:
+        hooks: functions, methods, or objects with `__call__`.
+        module: the module that has them.
+        names: the names to find.
+        stored: names to find where they are those of attributes that the code sets.
+    """
+    kinds = {type(each) for each in (*module.modules(), *hooks)}
+    carried = Reach(
+        [("a hook", each) for each in hooks], map(type, hooks), NoTree(kinds), _FARTHEST
+    )
+    if not carried.is_complete:
+        return "something that was not found"
+    for function in carried.functions.values():
+        found = _names_in(function, names, stored)
+        if found is not None:
+            return found
+    return _named(hooks, (), names, stored)
+
+
+# How many objects that hooks carry are looked at: a hook may carry a whole model.
+_FARTHEST = 100_000
+
+
+def _names_in(
+    function: types.FunctionType, names: frozenset[str], stored: frozenset[str]
+) -> str | None:
+    for code in nested(function.__code__):
+        found = names & mentioned(code)
+        if stored:
+            found |= stored & stored_attributes(code)
+        if found:
+            return min(found)
+    return None
+
+
+def unseen_write_of_hooks(hooks: Sequence[Any], module: nn.Module) -> str | None:
+    """`unseen_write` for hooks of a module, and its own ways to be called."""
+    return _named_by_hooks(hooks, module, _UNSEEN, frozenset()) or unseen_write(hooks, module)
 
 
 def unseen_write(callables: Iterable[Any], module: nn.Module) -> str | None:
@@ -128,12 +178,10 @@ def _named(
             continue
         seen.add(function)
         ahead += of_function(function)  # what a decorator wraps is in its closure
+        found = _names_in(function, names, stored)
+        if found is not None:
+            return found
         for code in nested(function.__code__):
-            found = names & mentioned(code)
-            if stored:
-                found |= stored & stored_attributes(code)
-            if found:
-                return min(found)
             for name in set(code.co_names) - called:
                 called.add(name)
                 ahead += (inspect.getattr_static(kind, name, None) for kind in kinds)

@@ -91,17 +91,18 @@ class _Pruning:
             name: self._pruned(child) if child is not None else None
             for name, child in root._modules.items()
         }
-        root._modules = {
+        own = root.__dict__  # a class may refuse to set attributes
+        own["_modules"] = {
             name: child
             for name, child in children.items()
             if child is not None or root._modules[name] is None
         }
         for kind in ("_parameters", "_buffers"):
-            setattr(root, kind, {
+            own[kind] = {
                 name: tensor
-                for name, tensor in getattr(root, kind).items()
+                for name, tensor in own[kind].items()
                 if name in self.read.get(id(root), ())
-            })  # fmt: skip
+            }
 
     def _pruned(self, module: nn.Module) -> nn.Module | None:
         """The module, a container of its rest, or None."""

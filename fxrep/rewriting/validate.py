@@ -162,7 +162,9 @@ def compare(
     if len(got) != len(wide) or any(a.shape != b.shape for a, b in zip(got, wide, strict=True)):
         raise EquivalenceError("the optimized model returns other outputs than the original")
     baseline, largest = _apart(original, wide), _apart(got, wide)
-    eps = max((torch.finfo(t.dtype).eps for t in got if t.is_floating_point()), default=0.0)
+    # A model may compute in another dtype than that of its result.
+    computed = [t for t in (*got, *model.parameters(), *model.buffers()) if _is_inexact(t)]
+    eps = max((torch.finfo(t.dtype).eps for t in computed), default=0.0)
     limit = max(1000 * eps, 16 * _lowered(got))
     if baseline > limit and not _apart(got, original) <= limit:
         # Rounding errors may grow in the model; or float64 takes another step at a floor, and is
@@ -196,6 +198,10 @@ def _lowered(outputs: Sequence[Tensor]) -> float:
     devices = {t.device.type for t in outputs if t.dtype is torch.float32}
     settings = [each for device in devices for each in _PRECISIONS.get(device, ())]
     return max((_SHORTER.get(each.fp32_precision, 0.0) for each in settings), default=0.0)
+
+
+def _is_inexact(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _double(model: nn.Module) -> nn.Module:
@@ -257,6 +263,8 @@ def _outputs(model: nn.Module, args: Any, kwargs: Any, shared: Surroundings) -> 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest magnitude expected; inf if NaN or inf differ."""
+    if expected.is_complex():
+        got, expected = torch.view_as_real(got + 0j), torch.view_as_real(expected)
     got, expected = got.to(torch.float64), expected.to(torch.float64)
     finite = expected.isfinite()
     if not torch.equal(got[~finite].nan_to_num(), expected[~finite].nan_to_num()):
