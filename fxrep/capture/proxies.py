@@ -71,6 +71,10 @@ class _TracedMixin:
         return _real(args[0], "tracer").listener.without(record, function, types, args, kwargs)
 
     def __hash__(self) -> int:
+        if asks_for_users(sys._getframe(1)):  # `self.recipes[x.ndim]`
+            number = self.tracer.number(self)  # type: ignore[arg-type]
+            if type(number) is int:
+                return hash(number)
         self._refuse_users("looks a traced value up")
         return id(self)
 
@@ -353,6 +357,7 @@ def is_instance(value: Any, kinds: Any) -> bool:
     """
     if not is_traced(value):
         return isinstance(value, kinds)
+    kinds = _with_tensors(kinds)
     kind = kind_of(value)
     if kind is None:
         raise value.tracer.refuse(Unfaithful("forward asks for the type of a traced value"))
@@ -362,6 +367,14 @@ def is_instance(value: Any, kinds: Any) -> bool:
         raise value.tracer.refuse(Unfaithful("forward asks whether a traced value is a parameter"))
     _take_for_tensor(value)
     return issubclass(kind, kinds)
+
+
+def _with_tensors(kinds: Any) -> Any:
+    """The classes, with Tensor in the place of Variable, of which every tensor is an instance."""
+    if isinstance(kinds, tuple):
+        return tuple(map(_with_tensors, kinds))
+    is_variable = isinstance(kinds, type) and issubclass(kinds, _Variable)
+    return Tensor if is_variable and not issubclass(kinds, Tensor) else kinds
 
 
 def _may_be_parameter(value: Any, kinds: Any) -> bool:
@@ -409,6 +422,19 @@ def as_tensor(*args: Any, **kwargs: Any) -> Any:
 
 
 _as_tensor = torch.as_tensor  # the original
+
+
+_Variable: Any = torch.autograd.Variable  # the original
+
+
+class _TraceableVariable(type(_Variable)):  # type: ignore[misc]
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        data: Any = args[0] if args else kwargs.get("data")
+        return data if is_traced(data) else _Variable(*args, **kwargs)
+
+
+class Variable(_Variable, metaclass=_TraceableVariable):
+    """`torch.autograd.Variable`, of old code, which gives a traced tensor itself."""
 
 
 def factory(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch.fx import _symbolic_trace as fx_trace
 
-from fxrep.capture.proxies import as_tensor, factory, is_other, is_same, is_tensor
+from fxrep.capture.proxies import (
+    Variable,
+    as_tensor,
+    factory,
+    is_other,
+    is_same,
+    is_tensor,
+)
 
 
 class _MathFunction:
@@ -72,6 +79,7 @@ STAND_INS: dict[int, Any] = {
     for original, stand_in in (
         (math, _stand_in(math, _MATH)),
         (operator, _stand_in(operator, _IDENTITY)),
+        (torch.autograd.Variable, Variable),
         *((getattr(torch, name), function) for name, function in OF_TORCH.items()),
         *((getattr(operator, name), function) for name, function in _IDENTITY.items()),
         *((function.function, function) for function in _MATH.values()),

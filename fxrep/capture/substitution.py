@@ -25,7 +25,7 @@ from torch.fx import _symbolic_trace as fx_trace
 
 from fxrep.capture import namespaces
 from fxrep.capture.askers import is_library
-from fxrep.capture.proxies import identity, is_callable, is_instance, traced_type
+from fxrep.capture.proxies import Variable, identity, is_callable, is_instance, traced_type
 from fxrep.capture.standins import OF_TORCH, STAND_INS
 
 _Result = TypeVar("_Result")
@@ -66,6 +66,7 @@ def _substitute(token: object, root: nn.Module) -> None:
 def _replacements(root: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
     """The namespaces, the names to replace in them, and the functions that replace them."""
     yield from ((vars(torch), name, substitute) for name, substitute in OF_TORCH.items())
+    yield vars(torch.autograd), "Variable", Variable
     for (_, name), namespace in list(fx_trace._wrapped_fns_to_patch.items()):
         function = namespaces.read(namespace, name)
         if function is namespaces.MISSING:
