@@ -27,7 +27,11 @@ def nested(code: types.CodeType) -> Iterator[types.CodeType]:
 
 def mentioned(code: types.CodeType) -> set[str]:
     """The names that code mentions, as names or as strings; not those of code inside it."""
-    return {*code.co_names, *(each for each in code.co_consts if isinstance(each, str))}
+    texts = {each for each in code.co_consts if isinstance(each, str)}
+    for each in code.co_consts:  # `case Point(x=0)` keeps its names in a tuple
+        if isinstance(each, tuple):
+            texts.update(text for text in each if isinstance(text, str))
+    return {*code.co_names, *texts}
 
 
 def stored_attributes(code: types.CodeType) -> set[str]:

@@ -89,7 +89,7 @@ class GraphForward:
         Args:
             known: what classes of modules read outside of them; takes what is found.
         """
-        self.unchanged = Unchanged(self.modules, known, self.ran)
+        self.unchanged = Unchanged(self.modules, known, self.ran, [self.original])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph or, where it does not stand for it, the original forward."""

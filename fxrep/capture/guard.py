@@ -13,7 +13,7 @@ the modules are written in.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from operator import attrgetter
 from typing import Any
 
@@ -42,16 +42,21 @@ class Unchanged:
         modules: the modules, each once.
         known: what classes of modules read outside of them, if another record has found it.
         ran: the code that ran, by `fxrep.capture.code.key`; None if any may have run.
+        also: other objects that they use.
     """
+
+    also: Sequence[Any] = ()  # pickles of earlier versions have none
 
     def __init__(
         self,
         modules: Iterable[nn.Module],
         known: Known | None = None,
         ran: frozenset[Key] | None = None,
+        also: Iterable[Any] = (),
     ) -> None:
         self.modules = list(modules)
         self.ran = ran
+        self.also = list(also)
         self._record(known if known is not None else {})
 
     def _record(self, known: Known) -> None:
@@ -75,7 +80,7 @@ class Unchanged:
     def _find(self, known: Known) -> None:
         """Find what the modules hold and read, and the modules among that, in turn."""
         while True:
-            self.held = Held(self.modules)
+            self.held = Held(self.modules, self.also)
             kinds = [*map(type, self.modules), *self.held.kinds]
             key = frozenset(kinds), frozenset(map(id, self.held.code)), self.ran
             if key not in known:

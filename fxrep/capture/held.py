@@ -36,6 +36,7 @@ class Held:
 
     Args:
         modules: the modules.
+        also: other objects.
 
     Attributes:
         tensors: the tensors held by anything but the modules themselves.
@@ -45,7 +46,7 @@ class Held:
         is_complete: whether all was looked at.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], also: Iterable[Any] = ()) -> None:
         self.tensors: list[Tensor] = []
         self.modules: list[nn.Module] = []
         self.code: list[Any] = []
@@ -54,7 +55,7 @@ class Held:
         self.arrays: list[Any] = []
         self.containers: list[Any] = []
         modules = list(modules)
-        self.is_complete = self._walk(modules)
+        self.is_complete = self._walk(modules, also)
         self.objects = [*self.things, *self.slotted]
         self.kinds = list(map(type, self.objects))
         self.slots = [value for thing in self.slotted for value in values_of(thing)]
@@ -66,9 +67,9 @@ class Held:
         """Compare the attributes of objects from now on: those of some names, or all."""
         self.attributes = Attributes(self.things, names)
 
-    def _walk(self, modules: Iterable[nn.Module]) -> bool:
+    def _walk(self, modules: Iterable[nn.Module], also: Iterable[Any]) -> bool:
         seen: dict[int, Any] = {}
-        ahead: deque[Any] = deque()
+        ahead: deque[Any] = deque(each for each in also if not is_atom(each))
         for module in modules:
             seen[id(module)] = module
             for name, value in vars(module).items():

@@ -256,18 +256,22 @@ class _Explorer:
             self._leave_as_it_is(module, path, error)
             return
         opaque = tuple(each.module for each in traced.opaque)
-        self.capture.programs.append(
-            Program(
-                path,
-                traced.module,
-                traced.graph,
-                traced.arguments,
-                module,
-                opaque,
-                traced.guarded,
-                traced.ran,
-            )
+        program = Program(
+            path,
+            traced.module,
+            traced.graph,
+            traced.arguments,
+            module,
+            opaque,
+            traced.guarded,
+            traced.ran,
         )
+        if traced.stray is not None and not program.is_root:
+            # A graph beside Python code stands only for what its code reads, as long as it is that.
+            reason = f"what it reads is not known: no name leads to {traced.stray}"
+            self._leave_as_it_is(module, path, Untraceable(reason))
+            return
+        self.capture.programs.append(program)
         if traced.guarded:
             places = ", ".join(dict.fromkeys(traced.guarded))
             self._skip(path, f"guarded: other inputs may run the original forward ({places})")

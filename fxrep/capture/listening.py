@@ -44,11 +44,13 @@ class Listener:
 
     Attributes:
         ran: the code of the user's functions that started.
+        strays: of these, those to which no name led, and that read what may change.
     """
 
     def __init__(self, tracer: Tracer) -> None:
         self.tracer = tracer
         self.ran: set[types.CodeType] = set()
+        self.strays: set[types.CodeType] = set()
 
     def start(self) -> None:
         """Begin."""
@@ -77,9 +79,20 @@ class Listener:
             self._refuse("forward calls an autograd.Function")
         elif kind is _Kind.USERS:
             self.ran.add(code)
+            if not self.tracer.state.knows(code) and not _is_imported(frame):
+                self._meet(frame)
             reason = hidden_question(code, isinstance(first, nn.Module))
             if reason is not None and not _is_imported(frame):
                 self._refuse(f"{reason} ({place(code)})")
+
+    def _meet(self, frame: types.FrameType) -> None:
+        """Hear of a function to which no name led."""
+        found = self.tracer.state.meet(frame)
+        if found.reads_state:
+            self.strays.add(frame.f_code)
+            reason = self.tracer.state.why_written(found)
+            if reason is not None:
+                self._refuse(reason)
 
     def _uses_process(self, what: str, caller: types.FrameType) -> None:
         if asks_for_users(caller) and not _is_imported(caller):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fxrep.capture import namespaces
 from fxrep.capture.code import Key, mentioned, nested
 from fxrep.capture.held import bytes_of, is_array
-from fxrep.capture.kept import cell_content, is_container
+from fxrep.capture.kept import cell_content, filled_slots, is_container, values_of
 from fxrep.capture.namespaces import MISSING
 from fxrep.capture.reach import AnyTree, Reach, is_atom
 from fxrep.capture.same import Attributes, Items, all_alike
@@ -97,10 +97,15 @@ class Outside:
         self.items = Items([*filter(is_container, objects), *tables])
         holders = [*objects, *self.functions]
         self.attributes = Attributes((o for o in holders if hasattr(o, "__dict__")), self.names)
+        self.slotted = [o for o in objects if any(True for _ in filled_slots(o))]
+        self.slots = self._slots()
         self.contexts = [o for o in objects if isinstance(o, contextvars.ContextVar)]
         self.variables = self._variables()
         self.readers = [reader for each in objects for reader in _readers(each)]
         self.readings = [read() for read in self.readers]
+
+    def _slots(self) -> list[Any]:
+        return [value for thing in self.slotted for value in values_of(thing)]
 
     def _variables(self) -> list[Any]:
         """The values of variables of enclosing scopes and of contexts."""
@@ -120,6 +125,7 @@ class Outside:
             and (exported or all_alike(_named(self.of_torch), self.values_of_torch))
             and all_alike(_parts(self.functions), self.parts)
             and self.attributes.same()
+            and all_alike(self._slots(), self.slots)
             and self.items.same()
             and all_alike(self._variables(), self.variables)
             and [read() for read in self.readers] == self.readings

@@ -433,7 +433,7 @@ class _TraceableVariable(type(_Variable)):  # type: ignore[misc]
         return data if is_traced(data) else _Variable(*args, **kwargs)
 
 
-class Variable(_Variable, metaclass=_TraceableVariable):
+class Variable(_Variable, metaclass=_TraceableVariable):  # type: ignore[misc]
     """`torch.autograd.Variable`, of old code, which gives a traced tensor itself."""
 
 

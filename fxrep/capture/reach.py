@@ -10,11 +10,14 @@ or not at all.
 from __future__ import annotations
 
 import contextvars
+import enum
 import functools
+import gc
 import os
 import random
 import sys
 import types
+import weakref
 from collections import deque
 from collections.abc import Container, Iterable
 from typing import Any
@@ -23,15 +26,15 @@ import torch
 from torch import fx, nn
 
 from fxrep.capture import namespaces
+from fxrep.capture.askers import is_library
 from fxrep.capture.code import Key, global_names, key, mentioned, nested
-from fxrep.capture.kept import is_container, values_of
+from fxrep.capture.kept import cell_content, is_container, values_of
 from fxrep.words import words
 
 _ATOMS = frozenset(
     {
         str, int, float, bool, complex, bytes, type(None), type(Ellipsis), type(NotImplemented),
-        torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, slice, range,
-        frozenset,
+        torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, range,
     }
 )  # fmt: skip
 
@@ -49,6 +52,12 @@ _STATES = (random.Random, torch.Generator, contextvars.ContextVar, bytearray)
 # How many objects are visited, the nearest first: what a forward writes is near, and what leads
 # far (a library, a data set) is long.
 _MOST = 2000
+
+# What shows something else: ``vars(x)`` of a class, ``{}.values()``, slices.
+_VIEWS: tuple[type, ...] = (
+    weakref.ref, types.MappingProxyType, type({}.keys()), type({}.values()), type({}.items()),
+    slice, types.CellType, BaseException,
+)  # fmt: skip
 
 # Methods that run without being named, but for those that make or describe an object.
 _NOT_CALLED = frozenset(
@@ -92,6 +101,23 @@ class Tree:
 
     def __contains__(self, value: object) -> bool:
         return id(value) in self._ids
+
+    def reached_by(self, frame: types.FrameType) -> Reach:
+        """What a function that starts reaches, without its arguments; nothing for a library's."""
+        home = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if home in _FOREIGN or (home not in self.packages and _is_installed(home)):
+            return Reach((), (), self)
+        code = frame.f_code
+        cells = [
+            types.CellType(frame.f_locals[name]) if name in frame.f_locals else types.CellType()
+            for name in code.co_freevars
+        ]
+        function = types.FunctionType(code, frame.f_globals, code.co_name, None, tuple(cells))
+        found = Reach([(code.co_name, function)], (), self)
+        for cell in cells:  # not those of the function itself
+            found.cells.pop(id(cell), None)
+        found.objects.pop(id(vars(function)), None)
+        return found
 
 
 class AnyTree(Tree):
@@ -198,6 +224,20 @@ class Reach:
                 return
 
     @property
+    def reads_state(self) -> bool:
+        """Whether there is anything that may change: an object, or a name with a plain value."""
+        names = (
+            namespaces.read(space, name)
+            for space, names in self.namespaces.values()
+            for name in names
+        )
+        return (
+            bool(self.cells or self.tensors)
+            or any(not isinstance(value, type) for value in self.objects.values())
+            or any(is_atom(value) or is_container(value) for value in names)
+        )
+
+    @property
     def starts_threads(self) -> bool:
         """Whether the code may start threads, which none of torch's modes watches."""
         return bool(_THREADS & self.names)
@@ -224,11 +264,11 @@ class Reach:
         elif isinstance(value, torch.Tensor):
             self.tensors[id(value)] = value
         elif isinstance(value, type):
-            if not self._is_foreign(value):
-                self._class(value)
-                self._ahead += [(where, vars(value)[n]) for n in _MAKERS if n in vars(value)]
-        elif is_container(value) or kind is tuple:
+            self._visit_class(where, value)
+        elif is_container(value) or isinstance(value, tuple | frozenset):
             self._container(where, value)
+        elif isinstance(value, _VIEWS):
+            self._ahead += [(where, each) for each in _shown(value)]
         elif hasattr(kind, "__next__"):
             self.barred.append(
                 f"forward can read {where}, which reading advances ({kind.__name__})"
@@ -238,12 +278,24 @@ class Reach:
         else:
             self._instance(where, value)
 
+    def _visit_class(self, where: str, value: type) -> None:
+        if self._is_foreign(value):
+            return
+        self._class(value)
+        if isinstance(value, enum.EnumMeta):
+            members: dict[str, Any] = dict(value.__members__)
+            self._ahead += [(where, member) for member in members.values()]
+        self._ahead += [(where, vars(value)[n]) for n in _MAKERS if n in vars(value)]
+
     def _container(self, where: str, value: Any) -> None:
-        if type(value) is not tuple:
+        if not isinstance(value, tuple | frozenset):
             self.objects[id(value)] = value
         if isinstance(value, dict):
             self._ahead += [(f"{where}[{key!r:.20}]", v) for key, v in dict.items(value)]
-        elif not isinstance(value, set):
+            self._ahead += [(where, key) for key in dict.keys(value) if not is_atom(key)]
+        elif isinstance(value, set | frozenset):
+            self._ahead += [(where, v) for v in value]
+        else:
             self._ahead += [(f"{where}[{i}]", v) for i, v in enumerate(value)]
         if not self._is_foreign(type(value)) or hasattr(value, "__dict__"):
             self._class(type(value))
@@ -290,6 +342,9 @@ class Reach:
                 self._ahead.append((where, inner))
             return
         if self._ran is not None and key(function.__code__) not in self._ran:
+            if is_library(function.__code__.co_filename):  # whose calls are not heard: a decorator
+                cells = function.__closure__ or ()
+                self._ahead += [(where, cell_content(each)) for each in cells]
             return
         self.functions[id(function)] = function
         namespace = function.__globals__
@@ -358,6 +413,11 @@ _VISITS: dict[type, Any] = {
     staticmethod: Reach._wrapper,
     classmethod: Reach._wrapper,
 }
+
+
+def _shown(value: Any) -> list[Any]:
+    """What a view, or the like, shows."""
+    return [value()] if isinstance(value, weakref.ref) else gc.get_referents(value)
 
 
 @functools.cache

@@ -11,12 +11,14 @@ Python, and so is every other module that can read it: what it read would be a c
 from __future__ import annotations
 
 import operator
+import types
 from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from fxrep.capture.code import nested
 from fxrep.capture.kept import (
     Cached,
     Cell,
@@ -24,6 +26,7 @@ from fxrep.capture.kept import (
     Items,
     Kept,
     Names,
+    Setting,
     TensorContent,
     kept,
 )
@@ -119,6 +122,9 @@ class Snapshot:
         held = (t for reach in reaches for t in reach.tensors.values())
         self.tensors = list({id(t): t for t in (*registered, *held)}.values())
         self._kept = _kept(reaches)
+        functions = (function for reach in reaches for function in reach.functions.values())
+        self._code_in_reach = {code for each in functions for code in nested(each.__code__)}
+        self._strays: dict[types.CodeType, Reach] = {}
         threads = any(reach.starts_threads for reach in reaches)  # whose writes no mode sees
         self._contents = {id(t): TensorContent(t) for t in self.tensors if threads}
         self._generators = [each for each in self._kept.values() if isinstance(each, Drawing)]
@@ -182,6 +188,32 @@ class Snapshot:
     def bars_traced(self, modules: Iterable[int]) -> bool:
         """Whether one of some modules, by id, turned out to be barred after it was traced."""
         return any(key in self._barred for key in modules)
+
+    def knows(self, code: types.CodeType) -> bool:
+        """Whether some code is that of a function to which names lead."""
+        return code in self._code_in_reach
+
+    def meet(self, frame: types.FrameType) -> Reach:
+        """Keep the state that a function reaches which starts, and to which no name has led.
+
+        ``getattr(self, f"run_{self.mode}")(x)`` and objects of ``operator`` lead to such.
+        """
+        code = frame.f_code
+        if code not in self._strays:
+            self._strays[code] = found = self._tree.reached_by(frame)
+            for key, state in _kept([found]).items():
+                if not isinstance(state, Setting):
+                    self._kept.setdefault(key, state)
+        return self._strays[code]
+
+    def why_written(self, found: Reach) -> str | None:
+        """Why a graph must not do without code that reaches so much; None if it may.
+
+        It can read what a forward was found to write.
+        """
+        keys: set[Key] = {*found.objects, *found.cells}
+        keys |= {(key, name) for key, (_, names) in found.namespaces.items() for name in names}
+        return next((why for key, why in self.written.items() if key in keys), None)
 
     def disturb(self) -> None:
         """Let every seed be found, also one that leads to the state that a generator has."""

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from fxrep.capture.answers import Given, Prove, unproven
+from fxrep.capture.askers import place
 from fxrep.capture.code import Key, key
 from fxrep.capture.proxies import Unfaithful
 from fxrep.capture.signature import Arguments, is_variadic
@@ -41,6 +42,7 @@ class Traced:
         guarded: where the forward was given answers that hold for some inputs only.
         lacking: the forward asked what inputs would answer.
         ran: the code that ran, by `fxrep.capture.code.key`.
+        stray: code that ran and reads what may change, and to which no name led; None if none did.
     """
 
     module: nn.Module
@@ -51,6 +53,7 @@ class Traced:
     guarded: tuple[str, ...] = ()
     lacking: bool = False
     ran: frozenset[Key] = frozenset()
+    stray: str | None = None
 
 
 class Untraceable(FxrepError):
@@ -298,6 +301,7 @@ def _trace_once(module: nn.Module, arguments: Arguments, state: Snapshot, given:
             tuple(answers.guarded),
             answers.lacking,
             frozenset(map(key, tracer.listener.ran)),
+            next(map(place, tracer.listener.strays), None),
         )
 
 

@@ -14,13 +14,10 @@ import fxrep
 from support.check import randomize
 
 FORWARDS: dict[str, Callable[[Any, Tensor], Any]] = {
-    "a Variable of a buffer": lambda m, x: m.body(
-        torch.index_select(x, 1, Variable(m.order))  # type: ignore[no-untyped-call]
-    ),
-    "a Variable of a value": lambda m, x: m.body(Variable(x)) * 2,  # type: ignore[no-untyped-call]
+    "a Variable of a buffer": lambda m, x: m.body(torch.index_select(x, 1, Variable(m.order))),
+    "a Variable of a value": lambda m, x: m.body(Variable(x)) * 2,
     "by the name of its module": lambda m, x: m.body(
-        autograd.Variable(x, requires_grad=False)  # type: ignore[no-untyped-call]
-        + autograd.Variable(torch.ones(1))  # type: ignore[no-untyped-call]
+        autograd.Variable(x, requires_grad=False) + autograd.Variable(torch.ones(1))
     ),
     "every tensor is a Variable": lambda m, x: m.body(x) * (2 if isinstance(x, Variable) else 3),
     "or one of several classes": lambda m, x: (
