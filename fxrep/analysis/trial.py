@@ -89,6 +89,7 @@ def run_beside(captured: Capture, example_inputs: object = None) -> Trial:
         return Trial()
     runner, state = _Runner(captured), torch.get_rng_state()
     outer = runner.surroundings.unrunnable
+    runner.surroundings.prepare()
     try:
         arguments = {} if outer else runner.example_arguments(example_inputs)
         for program in captured.programs:

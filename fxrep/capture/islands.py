@@ -20,6 +20,7 @@ from fxrep.capture.answers import Given, Prove, unproven
 from fxrep.capture.aten import respelled
 from fxrep.capture.code import Key
 from fxrep.capture.graph_forward import unfused
+from fxrep.capture.reach import Reach
 from fxrep.capture.recorded import recorded
 from fxrep.capture.sharing import Reached, of_tree
 from fxrep.capture.signature import Arguments
@@ -114,6 +115,7 @@ class Capture:
         programs: the graphs, parents before children.
         skipped: the modules that stay Python code, and why.
         reached: the tensors that the model and its code reach.
+        strays: what code reaches that ran though no name leads to it.
     """
 
     model: nn.Module
@@ -121,11 +123,12 @@ class Capture:
     programs: list[Program] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
     reached: Sequence[Reached] = ()
+    strays: dict[Any, Reach] = field(default_factory=dict)
 
     @cached_property
     def surroundings(self) -> Surroundings:
         """What copies of the model share with it."""
-        return Surroundings(self.model, self.reached)
+        return Surroundings(self.model, self.reached, self.strays)
 
 
 def capture(
@@ -189,6 +192,7 @@ def _explored(examples: _Examples, refused: Mapping[str, str], prove: Prove) -> 
     """The graphs of a tree; none reads state that a forward was found to write."""
     capture = examples.capture
     state = Snapshot(capture.tree)
+    capture.strays = state.strays
     for path, reason in refused.items():
         state.bar(capture.tree.get_submodule(path), reason)
     while True:

@@ -71,7 +71,10 @@ class Outside:
     ) -> None:
         kinds, code = list(dict.fromkeys(kinds)), list(code)
         self._origin = kinds, code, ran
-        reach = Reach([("", each) for each in code], kinds, AnyTree(kinds), _MOST, ran)
+        values = [("", each) for each in code]
+        reach = Reach(values, kinds, AnyTree(kinds), _MOST, ran)
+        if ran is not None and reach.starts_threads:  # what other threads ran is not known
+            reach = Reach(values, kinds, AnyTree(kinds), _MOST, None)
         self.is_complete = reach.is_complete
         of_layers = {name for kind in kinds for name in _names_of_layer(kind)}
         known = reach.names | of_layers | EVERY_MODULE
@@ -205,4 +208,6 @@ def _readers(value: Any) -> list[Callable[[], Any]]:
         return [lambda: value.copy()]
     if is_array(value):
         return [lambda: bytes_of(value)]
+    if getattr(getattr(value, "dtype", None), "hasobject", False):
+        return [lambda: list(map(id, value.flat))]
     return []

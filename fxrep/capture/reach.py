@@ -315,6 +315,8 @@ class Reach:
             return
         self.objects[id(value)] = value
         if home == "numpy":
+            if getattr(getattr(value, "dtype", None), "hasobject", False):
+                self._ahead += [(where, each) for each in getattr(value, "flat", ())]
             return
         self._ahead += [(f"{where} of a {kind.__name__}", each) for each in values_of(value)]
         if kind.__module__ == "functools" and hasattr(value, "func"):  # partial, cached_property

@@ -102,6 +102,7 @@ class Snapshot:
         written: by key, the state that forwards were found to write, as reasons for the report.
         traced: ids of the modules whose forwards are parts of graphs.
         refused: ids of the tensors that a forward tried to write.
+        strays: what code reaches that ran though no name leads to it.
         careful: some forward was found to write or to draw numbers: which one is to be found.
     """
 
@@ -124,7 +125,7 @@ class Snapshot:
         self._kept = _kept(reaches)
         functions = (function for reach in reaches for function in reach.functions.values())
         self._code_in_reach = {code for each in functions for code in nested(each.__code__)}
-        self._strays: dict[types.CodeType, Reach] = {}
+        self.strays: dict[types.CodeType, Reach] = {}
         threads = any(reach.starts_threads for reach in reaches)  # whose writes no mode sees
         self._contents = {id(t): TensorContent(t) for t in self.tensors if threads}
         self._generators = [each for each in self._kept.values() if isinstance(each, Drawing)]
@@ -199,12 +200,16 @@ class Snapshot:
         ``getattr(self, f"run_{self.mode}")(x)`` and objects of ``operator`` lead to such.
         """
         code = frame.f_code
-        if code not in self._strays:
-            self._strays[code] = found = self._tree.reached_by(frame)
-            for key, state in _kept([found]).items():
-                if not isinstance(state, Setting):
-                    self._kept.setdefault(key, state)
-        return self._strays[code]
+        if code not in self.strays:
+            self.strays[code] = found = self._tree.reached_by(frame)
+            self.keep([found])
+        return self.strays[code]
+
+    def keep(self, reaches: Iterable[Reach]) -> None:
+        """Keep the state that code reaches, as it is now, if it is not kept yet."""
+        for key, state in _kept(reaches).items():
+            if not isinstance(state, Setting):
+                self._kept.setdefault(key, state)
 
     def why_written(self, found: Reach) -> str | None:
         """Why a graph must not do without code that reaches so much; None if it may.
