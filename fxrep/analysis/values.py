@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,14 +38,17 @@ class Examples:
 
     Attributes:
         inputs: as given to `optimize`; None if there are none.
-        mode: makes the fake tensors.
         calls: the calls of islands (`fxrep.capture.islands`) and of opaque modules, by module path,
             in order; empty unless the model was run.
     """
 
     inputs: object
-    mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
     calls: Mapping[str, Sequence[ModuleCall]] = field(default_factory=dict)
+
+    @cached_property
+    def mode(self) -> FakeTensorMode:
+        """Makes the fake tensors."""
+        return FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(self, value: Any) -> Any:
         """A value with fake tensors in place of its tensors."""
@@ -123,7 +127,7 @@ class Values(Shadows):
     """The values of a graph on the user's inputs; those of nodes added later come on demand."""
 
     def __init__(self, program: Program, examples: Examples) -> None:
-        super().__init__(program.module, program.graph, examples.mode, {})
+        super().__init__(program.module, program.graph, lambda: examples.mode, {})
         self.examples = examples
         self.path = program.path
         if examples.inputs is None or (program.path and program.path not in examples.calls):

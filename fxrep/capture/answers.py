@@ -162,7 +162,7 @@ class Answers:
                 self._shadows = Shadows(
                     self._plain,
                     self.tracer.graph,
-                    mode,
+                    lambda: mode,
                     faked(mode, dict(self.given.values)),
                     self._constant,
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ class Shadows(fx.Interpreter):
     Args:
         module: the module that the targets of the graph refer to.
         graph: the graph.
-        mode: makes the fake tensors.
+        make_mode: gives what makes the fake tensors, once it is needed: torch imports its compiler
+            for it, which takes seconds.
         given: values of placeholders, by name.
         tensor: the tensor of a target that is none of the module, if there are such targets.
     """
@@ -49,15 +51,20 @@ class Shadows(fx.Interpreter):
         self,
         module: nn.Module,
         graph: fx.Graph,
-        mode: FakeTensorMode,
+        make_mode: Callable[[], FakeTensorMode],
         given: Mapping[str, Any],
         tensor: Callable[[str], Tensor | None] | None = None,
     ) -> None:
         super().__init__(module, graph=graph)
-        self.mode = mode
+        self._make_mode = make_mode
         self.given = given
         self.tensor = tensor
         self.env: dict[fx.Node, Any] = {}
+
+    @cached_property
+    def mode(self) -> FakeTensorMode:
+        """Makes the fake tensors."""
+        return self._make_mode()
 
     def of(self, node: fx.Node) -> Any:
         """The value of a node with fake tensors, or `UNKNOWN`."""

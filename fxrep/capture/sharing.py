@@ -165,7 +165,9 @@ class Contents:
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
+        tensors = list(tensors)
         found = {addresses(tensor): tensor for tensor in tensors}
+        self._versions = [(t, t._version) for t in tensors if not t.is_inference()]
         self._saved = [
             (_bytes(tensor), _bytes(tensor).clone())
             for (start, _), tensor in found.items()
@@ -173,10 +175,16 @@ class Contents:
         ]
 
     def restore(self) -> bool:
-        """Write the saved content back; whether anything had changed."""
+        """Write the saved content back; whether anything had changed.
+
+        The count of writes is taken back, too: autograd compares it with that of a saved tensor.
+        """
         changed = [(now, saved) for now, saved in self._saved if not torch.equal(now, saved)]
         for now, saved in changed:
             now.copy_(saved)
+        for tensor, version in self._versions:
+            if tensor._version != version:
+                torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
         return bool(changed)
 
 
