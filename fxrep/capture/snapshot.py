@@ -124,7 +124,9 @@ class Snapshot:
         self.tensors = list({id(t): t for t in (*registered, *held)}.values())
         self._kept = _kept(reaches)
         functions = (function for reach in reaches for function in reach.functions.values())
-        self._code_in_reach = {code for each in functions for code in nested(each.__code__)}
+        # By id: the hash of code itself costs more.
+        codes = (code for each in functions for code in nested(each.__code__))
+        self._code_in_reach = {id(code): code for code in codes}
         self.strays: dict[types.CodeType, Reach] = {}
         threads = any(reach.starts_threads for reach in reaches)  # whose writes no mode sees
         self._contents = {id(t): TensorContent(t) for t in self.tensors if threads}
@@ -192,7 +194,7 @@ class Snapshot:
 
     def knows(self, code: types.CodeType) -> bool:
         """Whether some code is that of a function to which names lead."""
-        return code in self._code_in_reach
+        return id(code) in self._code_in_reach
 
     def meet(self, frame: types.FrameType) -> Reach:
         """Keep the state that a function reaches which starts, and to which no name has led.
