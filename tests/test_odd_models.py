@@ -58,7 +58,7 @@ class Static(Block):
         self.inner = Block()
 
     @staticmethod
-    def forward(x: Tensor) -> Any:  # type: ignore[override]
+    def forward(x: Tensor) -> Any:
         return x * 2
 
 
@@ -70,7 +70,7 @@ class Bound:
 
 
 class Described(Block):
-    forward = Bound()  # type: ignore[assignment]
+    forward = Bound()
 
 
 class InFloat64(Block):
@@ -107,7 +107,7 @@ def test_it_runs(kind: type[Block], place: str, examples: bool) -> None:
     model = PLACES[place](randomize(kind().eval())).eval()
     x = torch.complex(X, X + 1) if kind is Complex else X
     if kind is Complex and place == "a part":
-        model = nn.Sequential(model[0]).eval()  # type: ignore[index]
+        model = nn.Sequential(model[0]).eval()
     if kind is Frozen:
         next(m for m in model.modules() if isinstance(m, Frozen)).__dict__["_frozen"] = True
     state = torch.get_rng_state()
