@@ -466,6 +466,13 @@ def identity(value: Any) -> int:
     return id(value)
 
 
+def negated(value: Any) -> Any:
+    """`operator.not_`, which graphs call: of a traced value it is a traced value, no answer."""
+    if not is_traced(value):
+        return operator.not_(value)
+    return value.tracer.create_proxy("call_function", operator.not_, (value,), {})
+
+
 def is_same(a: Any, b: Any) -> bool:
     """`operator.is_`, which does not see whether traced values are one object."""
     for value in (a, b):

@@ -23,6 +23,7 @@ from fxrep.capture.proxies import (
     is_other,
     is_same,
     is_tensor,
+    negated,
 )
 
 
@@ -59,7 +60,7 @@ def _stand_in(original: types.ModuleType, changed: dict[str, Any]) -> types.Modu
     return module
 
 
-_IDENTITY = {"is_": is_same, "is_not": is_other}
+_OF_OPERATOR = {"is_": is_same, "is_not": is_other, "not_": negated}
 _MATH = {
     name: _MathFunction(name, value)
     for name, value in vars(math).items()
@@ -78,10 +79,10 @@ STAND_INS: dict[int, Any] = {
     id(each): stand_in
     for original, stand_in in (
         (math, _stand_in(math, _MATH)),
-        (operator, _stand_in(operator, _IDENTITY)),
+        (operator, _stand_in(operator, _OF_OPERATOR)),
         (torch.autograd.Variable, Variable),
         *((getattr(torch, name), function) for name, function in OF_TORCH.items()),
-        *((getattr(operator, name), function) for name, function in _IDENTITY.items()),
+        *((getattr(operator, name), function) for name, function in _OF_OPERATOR.items()),
         *((function.function, function) for function in _MATH.values()),
     )
     for each in (original, stand_in)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.fx import _symbolic_trace as fx_trace
 
 from fxrep.capture import namespaces
@@ -94,6 +94,9 @@ def _function_namespaces(root: nn.Module) -> Iterator[dict[str, Any]]:
     classes = {cls for module in root.modules() for cls in type(module).__mro__}
     classes -= {cls for cls in classes if _is_from_torch(cls)}
     ahead = [value for cls in classes for value in vars(cls).values()]
+    # The code of a graph calls operators by names of its own; its class is torch's.
+    graphs = (module for module in root.modules() if isinstance(module, fx.GraphModule))
+    ahead += [type(module).forward for module in graphs]
     seen: set[types.CodeType] = set()
     while ahead:
         function = ahead.pop()
