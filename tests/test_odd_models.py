@@ -174,3 +174,25 @@ assert "torch._dynamo" not in sys.modules
 def test_the_first_call_does_not_wait_for_torchs_compiler() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+READS = """
+import os, torch, fxrep
+from torch import nn
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    def forward(self, x):
+        y = self.conv(x) if x.shape[-1] > 2 else x
+        return self.norm(y) * (2 if os.environ.get("OF_FXREP") else 3)
+
+result = fxrep.optimize(Reads().eval(), torch.randn(1, 3, 8, 8))
+assert fxrep.report(result).rewrites, fxrep.report(result)
+"""
+
+
+def test_what_torch_imports_is_no_write_of_the_forward() -> None:
+    done = subprocess.run([sys.executable, "-c", READS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

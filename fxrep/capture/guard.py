@@ -24,6 +24,7 @@ from fxrep.capture.code import Key
 from fxrep.capture.held import Held
 from fxrep.capture.outside import Outside
 from fxrep.capture.same import Attributes, all_alike
+from fxrep.capture.sharing import Record
 from fxrep.capture.versions import Versions
 from fxrep.ops.owner import global_hooks, weight_hooks
 
@@ -33,7 +34,7 @@ _requires_grad = attrgetter("requires_grad")
 Known = dict[tuple[frozenset[type], frozenset[int], frozenset[Key] | None], Outside]
 
 
-class Unchanged:
+class Unchanged(Record):
     """The state of some modules and of what they read, recorded once and compared at each call.
 
     A copy or a pickle of a record that holds is a record of the copied modules.

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxrep.capture.answers import Given, Prove, unproven
 from fxrep.capture.aten import respelled
@@ -175,6 +176,10 @@ class _Examples:
         self.capture = capture
         self.inputs = inputs
         self.named = named_inputs(capture.tree, inputs)
+        if inputs is not None:
+            # Torch imports its compiler for the first one, which sets a variable of the
+            # environment: not while a forward is watched.
+            FakeTensorMode()
 
     def given(self, path: str) -> Given | None:
         """The arguments of a module, whose answers may be assumed."""
@@ -199,7 +204,7 @@ def _explored(examples: _Examples, refused: Mapping[str, str], prove: Prove) -> 
         explorer = _Explorer(capture, examples, state, prove)
         explorer.explore(capture.tree, "", use="whole")
         if not state.careful and state.is_written(whole=True):  # by another thread, uncounted
-            state.careful = True
+            state.careful = state.thorough = True
             state.restore()
         elif not state.bars_traced(state.traced):
             if state.refused:

@@ -115,9 +115,7 @@ def _of_python() -> Iterator[Kept]:
     yield Setting(
         "the precision of decimals", lambda: decimals.prec, partial(setattr, decimals, "prec")
     )
-    known = [each for each in logging.root.manager.loggerDict.values() if isinstance(each, Logger)]
-    loggers = [logging.root, *known]
-    yield Setting("the logging", lambda: _logging(loggers), partial(_set_logging, loggers))
+    yield _Logging()
     yield Names(vars(sys), ("stdin", "stdout", "stderr", "excepthook", "displayhook"))
     arguments = Items(sys.argv)
     arguments.what = "the arguments of the program"
@@ -140,19 +138,39 @@ def _directory() -> str | None:
         return None
 
 
-def _logging(loggers: list[Logger]) -> tuple[Any, ...]:
-    return logging.root.manager.disable, *(
-        (each.level, tuple(each.handlers), each.disabled, each.propagate) for each in loggers
-    )
+class _Logging:
+    """The levels and handlers of all loggers: there are hundreds."""
 
+    what = "the logging"
 
-def _set_logging(loggers: list[Logger], saved: tuple[Any, ...]) -> None:
-    logging.disable(saved[0])
-    for each, (level, handlers, disabled, propagate) in zip(loggers, saved[1:], strict=True):
-        if each.level != level:
-            each.setLevel(level)
-        each.handlers[:] = handlers
-        each.disabled, each.propagate = disabled, propagate
+    def __init__(self) -> None:
+        found = logging.root.manager.loggerDict.values()
+        self.loggers = [logging.root, *(each for each in found if isinstance(each, Logger))]
+        self.saved = self._read()
+
+    def _read(self) -> list[Any]:
+        return [
+            logging.root.manager.disable,
+            [each.level for each in self.loggers],
+            [[*each.handlers] for each in self.loggers],
+            [each.disabled for each in self.loggers],
+            [each.propagate for each in self.loggers],
+        ]
+
+    def changed(self) -> bool:
+        """Whether a level or a handler is another."""
+        return self._read() != self.saved
+
+    def restore(self) -> None:
+        """Set what they were."""
+        logging.disable(self.saved[0])
+        for each, level, handlers, disabled, propagate in zip(
+            self.loggers, *self.saved[1:], strict=True
+        ):
+            if each.level != level:
+                each.setLevel(level)
+            each.handlers[:] = handlers
+            each.disabled, each.propagate = disabled, propagate
 
 
 def _set_directory(saved: str | None) -> None:

@@ -31,6 +31,10 @@ _DEEPEST = 12
 _MOST_FUNCTIONS = 500
 
 
+class Record:
+    """What only records modules and what they read: it holds no memory of its own."""
+
+
 # Objects by their ids, and whether they are copied: kept, so that no other object gets their ids.
 Seen = dict[tuple[int, bool], Any]
 
@@ -280,6 +284,7 @@ def _memory(value: Any) -> Tensor | None:
 
 
 _ATOMS = (
+    Record,
     types.ModuleType,
     types.CodeType,
     types.FrameType,

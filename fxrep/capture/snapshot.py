@@ -102,6 +102,7 @@ class Snapshot:
         written: by key, the state that forwards were found to write, as reasons for the report.
         traced: ids of the modules whose forwards are parts of graphs.
         refused: ids of the tensors that a forward tried to write.
+        thorough: the content of tensors is looked at whenever state is.
         strays: what code reaches that ran though no name leads to it.
         careful: some forward was found to write or to draw numbers: which one is to be found.
     """
@@ -112,7 +113,7 @@ class Snapshot:
         self.written: dict[Key, str] = {}
         self.traced: set[int] = set()
         self.refused: set[int] = set()
-        self.careful = False
+        self.careful = self.thorough = False
         self._tree = Tree(self.modules)
         self._code: dict[Any, Reach] = {}
         self._alike: dict[tuple[type, frozenset[str]], _Owned] = {}
@@ -245,7 +246,7 @@ class Snapshot:
         """What has changed; of tensors, without `whole`, what torch has counted."""
         found = [(key, each) for key, each in self._kept.items() if each.changed()]
         for key, content in self._contents.items():
-            if content.changed() if whole or self.careful else content.counted():
+            if content.changed() if whole or self.thorough else content.counted():
                 found.append((key, content))
         return found
 
