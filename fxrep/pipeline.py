@@ -90,8 +90,7 @@ def _optimized(model: nn.Module, example_inputs: object, settings: Settings) -> 
     # The forward of a GraphModule is no other code than its graph's.
     checks = settings.validate and not isinstance(model, fx.GraphModule)
     run = faithful if checks else functools.partial(capture, prove=proven)
-    with unchanged_random_state():  # a model may make itself anew when it is copied
-        captured = run(model, example_inputs)
+    captured = run(model, example_inputs)
     # The model may draw random numbers when it runs on the inputs; no result needs a gradient.
     with unchanged_random_state(despite_other_threads=example_inputs is not None), torch.no_grad():
         report = rewrite(captured, settings, example_inputs).report()

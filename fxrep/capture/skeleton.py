@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from fxrep.capture.kept import filled_slots
 from fxrep.capture.sharing import Reached, of_tree
+from fxrep.capture.state import unchanged_random_state
 from fxrep.errors import InputError, ModelError
 from fxrep.ops.memory import Memory, addresses
 
@@ -213,7 +214,10 @@ def _copied(tree: nn.Module, memo: dict[int, Any]) -> nn.Module:
         made = vars(memo[id(module)])
         for name, value in vars(module).items():
             made[name] = value if type(value) in _ATOMS else _copied_value(value, memo)
-    return copy.deepcopy(tree, memo)
+    if all(id(module) in memo for module in modules):
+        return copy.deepcopy(tree, memo)
+    with unchanged_random_state(despite_other_threads=True):  # the user's code may draw numbers
+        return copy.deepcopy(tree, memo)
 
 
 def _plain_modules(modules: list[nn.Module], memo: Mapping[int, Any]) -> list[nn.Module]:
