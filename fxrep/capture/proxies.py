@@ -71,9 +71,13 @@ class _TracedMixin:
         return _real(args[0], "tracer").listener.without(record, function, types, args, kwargs)
 
     def __hash__(self) -> int:
-        if asks_for_users(sys._getframe(1)):  # `self.recipes[x.ndim]`
+        own = _real(self, "__dict__")
+        if "_hash" in own:  # a table that holds it may be emptied after the trace
+            return int(own["_hash"])
+        if asks_for_users(sys._getframe(1)) and not _real(self, "tracer").finished:
             number = self.tracer.number(self)  # type: ignore[arg-type]
-            if type(number) is int:
+            if type(number) is int:  # `self.recipes[x.ndim]`
+                own["_hash"] = hash(number)
                 return hash(number)
         self._refuse_users("looks a traced value up")
         return id(self)

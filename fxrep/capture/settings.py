@@ -138,6 +138,11 @@ def _directory() -> str | None:
         return None
 
 
+def _set_directory(saved: str | None) -> None:
+    if saved is not None:
+        os.chdir(saved)
+
+
 class _Logging:
     """The levels and handlers of all loggers: there are hundreds."""
 
@@ -171,8 +176,3 @@ class _Logging:
                 each.setLevel(level)
             each.handlers[:] = handlers
             each.disabled, each.propagate = disabled, propagate
-
-
-def _set_directory(saved: str | None) -> None:
-    if saved is not None:
-        os.chdir(saved)

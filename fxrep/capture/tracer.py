@@ -231,10 +231,12 @@ class Tracer(fx.Tracer):
     def _restore(self) -> None:
         self.listener.stop()
         self.finished = True
-        self.state.restore(whole=False)
-        self.state.calm()
-        self.watch.stop()
-        self.hollow.uninstall()
+        try:
+            self.state.restore(whole=False)
+            self.state.calm()
+        finally:
+            self.watch.stop()
+            self.hollow.uninstall()
 
     def refuse(self, error: Unfaithful) -> Unfaithful:
         """Record a violation and return it, to be raised: user code may catch the error."""
