@@ -160,6 +160,14 @@ class Slotted:
     n: float = 2.0
 
 
+def follows(model: nn.Module, optimized: nn.Module, held: Any) -> None:
+    """Both give the same while a number changes and changes back."""
+    x = torch.randn(2, 3, 5, 6)
+    for number in (2.0, 5.0, 2.0):
+        held.n = number
+        torch.testing.assert_close(optimized(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 Pair = collections.namedtuple("Pair", "first second")
 HOLDERS: dict[str, tuple[Callable[[Held], Any], Callable[[Any], float]]] = {
     "itself": (lambda c: c, lambda h: h.n),
@@ -193,20 +201,16 @@ def test_an_object_that_something_holds(holder: str, place: str) -> None:
         return m.body(x) * get(kept if place == "scope" else type(m).__dict__["holder"])
 
     model = Deciding(randomize(Of(forward).eval())).eval()
-    optimized, x = fxrep.optimize(model), torch.randn(2, 3, 5, 6)
-    for number in (2.0, 5.0, 2.0):
-        held.n = number
-        torch.testing.assert_close(optimized(x), model(x), rtol=1e-4, atol=1e-5)
+    optimized = fxrep.optimize(model)
+    follows(model, optimized, held)
 
 
 def test_slots_outside_of_modules() -> None:
     held = Slotted()
     model = Deciding(randomize(Block(lambda m, x: m.body(x) * held.n).eval())).eval()
-    optimized, x = fxrep.optimize(model), torch.randn(2, 3, 5, 6)
+    optimized = fxrep.optimize(model)
     assert fxrep.report(optimized).rewrites
-    for number in (2.0, 5.0, 2.0):
-        held.n = number
-        torch.testing.assert_close(optimized(x), model(x), rtol=1e-4, atol=1e-5)
+    follows(model, optimized, held)
 
 
 def test_names_in_a_pattern() -> None:
@@ -220,10 +224,8 @@ def test_names_in_a_pattern() -> None:
                 return m.body(x) * number
 
     model = Deciding(randomize(Block(forward).eval())).eval()
-    optimized, x = fxrep.optimize(model), torch.randn(2, 3, 5, 6)
-    for number in (2.0, 5.0, 2.0):
-        held.n = number
-        torch.testing.assert_close(optimized(x), model(x), rtol=1e-4, atol=1e-5)
+    optimized = fxrep.optimize(model)
+    follows(model, optimized, held)
 
 
 def test_a_forward_that_is_set_on_the_module() -> None:
